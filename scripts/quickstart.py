@@ -1,0 +1,125 @@
+"""The main job, end to end, on the demo corpus: launch, promote, compare. Run by scripts/quickstart.sh.
+
+python scripts/quickstart.py [--run-root runs] [--trials 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import optuna
+from rich.console import Console
+from rich.table import Table
+
+from studies.korean_demo.corpus import make_corpus
+from trainer import TrainResult, UserError
+from trainer.metrics import clock
+from tuner.cli import stoppable
+from tuner.display import RunDisplay, StudyDisplay, format_params, trial_table
+from tuner.launch import launch, open_study
+from tuner.promote import promote, rerun
+from tuner.run import Runtime
+from tuner.spec import StudySpec
+from tuner.trials import baseline_trial, ranking
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = ROOT / "studies/korean_demo/study.toml"
+FRESH_SEED = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-root", type=Path, default=Path("runs"))
+    parser.add_argument("--trials", type=int, help="in place of the spec's trial.num_trials")
+    arguments = parser.parse_args()
+    console, started = Console(soft_wrap=True, highlight=False), time.monotonic()
+
+    heading(console, 1, "the corpus: Korean law texts, spoken by espeak-ng")
+    corpus = make_corpus(ROOT / "data/korean_demo")
+    console.print(
+        f"{'reusing' if corpus['reused'] else 'made'} data/korean_demo: {corpus['num_train']:,} utterances to train "
+        f"on, {corpus['num_val']} to validate, {corpus['num_speakers']} speakers, {corpus['hours']:.1f} hours"
+    )
+
+    spec = StudySpec.load(SPEC)
+    total = arguments.trials or spec.trial.num_trials
+    study = open_study(spec, f"sqlite:///{arguments.run_root / 'tuner.db'}")
+    with stoppable(console.print) as stop:
+        runtime = Runtime(arguments.run_root, stop=stop)
+        heading(console, 2, f"the study: {total} trials of {spec.trial.samples:,} samples")
+        before = len(study.get_trials(deepcopy=False))
+        if before:
+            console.print(f"the study is there with {before} trials; continuing it up to {total}")
+        with StudyDisplay(study, spec, total=total, console=console) as display:
+            launch(spec, storage=study._storage, runtime=runtime, num_trials=total, display=display)
+        leave_if(stop, console)
+
+        heading(console, 3, "baseline against best, once more on a fresh seed")
+        base, best = baseline_trial(study), ranking(study)[0]
+        assert base is not None
+        reruns: dict[int, TrainResult] = {}
+        for number in dict.fromkeys((base.number, best.number)):
+            with RunDisplay(f"trial {number}, seed {FRESH_SEED}", console) as follower:
+                reruns[number] = rerun(study, number, seed=FRESH_SEED, runtime=runtime, trackers=[follower])
+            leave_if(stop, console)
+
+        heading(console, 4, f"promotion: the full run with trial {best.number}, {format_params(best.params)}")
+        with RunDisplay("full run", console) as follower:
+            full = promote(study, trial=best.number, runtime=runtime, trackers=[follower])
+        leave_if(stop, console)
+
+    show_results(console, study, reruns, full)
+    console.print(f"\nDone in {clock(time.monotonic() - started)}. To look further:")
+    for command in (f"tuner status {spec.study.name}", "tuner dashboard", f"aim up --repo {arguments.run_root}"):
+        console.print(f"  .venv/bin/{command}")
+
+
+def heading(console: Console, number: int, text: str) -> None:
+    console.print(f"\n[bold]{number}. {text}[/bold]")
+
+
+def leave_if(stop: object, console: Console) -> None:
+    if callable(stop) and stop():
+        console.print("Stopped; the same command goes on.")
+        sys.exit(130)
+
+
+def show_results(console: Console, study: optuna.Study, reruns: dict[int, TrainResult], full: TrainResult) -> None:
+    """What was won, in tables."""
+    heading(console, 5, "what was won")
+    console.print(trial_table(study, "trials"))
+    base, best = baseline_trial(study), ranking(study)[0]
+    assert base is not None and base.value is not None and best.value is not None
+    metric = "val/loss"
+    table = Table(title="baseline against best, at equal samples seen", title_justify="left")
+    for column in ("", "parameters", "samples", "loss in the study", "loss on a fresh seed"):
+        table.add_column(column, justify="left" if column in ("", "parameters") else "right")
+    for name, trial in (("baseline", base), ("best", best)):
+        result = reruns[trial.number]
+        table.add_row(
+            f"{name} (trial {trial.number})",
+            format_params(trial.params),
+            f"{result.samples:,}",
+            f"{trial.value:.4f}",
+            f"{result.metrics[metric]:.4f}",
+        )
+    console.print(table)
+    fresh = reruns[base.number].metrics[metric] - reruns[best.number].metrics[metric]
+    console.print(
+        f"gain in {metric}: {base.value - best.value:.4f} in the study, {fresh:.4f} on the fresh seed "
+        "(the second is the fair one: the minimum over noisy trials always wins)"
+    )
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in full.metrics.items())
+    console.print(f"full run, {full.samples:,} samples in {clock(full.seconds)} of training: {losses}")
+    console.print(f"checkpoints: {full.run_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        sys.exit(2)

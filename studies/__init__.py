@@ -1,0 +1,1 @@
+"""Ready-made studies: each folder holds a workload and its study.toml."""

@@ -1,0 +1,237 @@
+"""Weights to start from: a published or fine-tuned `gpt.pth`, or a checkpoint of this trainer.
+
+Files differ in their wrapping (`model`, `_orig_mod.`, LoRA, inference aliases) and in their text vocabulary.
+All of that is undone here; what remains must fit the model key for key.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from studies.indextts2.model import IndexTTS2GPT
+from trainer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ENCODERS = (
+    "conditioning_encoder.",
+    "perceiver_encoder.",
+    "emo_conditioning_encoder.",
+    "emo_perceiver_encoder.",
+    "emo_layer.",
+    "emovec_layer.",
+)
+"""Parts of `gpt.pth` that this training does not touch."""
+TEXT_ROWS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
+"""Tables with one row for each piece of the text tokenizer, and one more."""
+
+_DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error)
+"""What torch.load raises for files that are cut off or something else altogether."""
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """The trained part of a checkpoint. The tensors are mapped from the file, so they cost no memory until
+    they are read."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    """By the published name; shapes as in the file."""
+    encoders: tuple[str, ...]
+    """Keys of the untouched encoders, which are left in the file."""
+    dropped: tuple[str, ...]
+    """Keys that have no place in the model: LoRA's additions, inference aliases, `gpt.wte`."""
+    is_training_checkpoint: bool
+    """Written by a trainer, so its text rows are the new tokenizer's already."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading a checkpoint did."""
+
+    dropped: tuple[str, ...]
+    shared_pieces: int | None
+    """Pieces that both tokenizers know; None where no row had to move."""
+
+
+class _RowMoves(NamedTuple):
+    """Rows of the text tables that hold the same piece, pair by pair."""
+
+    rows: Tensor
+    """In the model."""
+    base_rows: Tensor
+    """In the checkpoint."""
+    num_shared: int
+
+
+def read_weights(path: Path) -> CheckpointWeights:
+    """Open a checkpoint in any of its forms. Raises UserError where it is none; code in it is never run."""
+    content = _load(path)
+    state = content.get("model", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not state or not all(_is_weight(*item) for item in state.items()):
+        raise UserError(f"checkpoint {path} holds no weights: give a gpt.pth or a checkpoint of this trainer")
+    tensors: dict[str, Tensor] = {}
+    encoders, dropped = [], []
+    for key, tensor in state.items():
+        name = key.replace("_orig_mod.", "").replace(".base_layer.", ".")
+        if name.startswith("inference_model.") or ".lora_" in name or name == "gpt.wte.weight":
+            dropped.append(key)
+        elif name.startswith(ENCODERS):
+            encoders.append(key)
+        elif name in tensors:
+            raise UserError(f"checkpoint {path} holds {name} twice, the second time as {key}")
+        else:
+            tensors[name] = tensor
+    trained = state is not content and not {"optimizer", "optimizer_type"}.isdisjoint(content)
+    return CheckpointWeights(path, tensors, tuple(encoders), tuple(dropped), trained)
+
+
+def load_base_checkpoint(
+    model: IndexTTS2GPT, path: Path, *, tokenizer: Path | None = None, base_tokenizer: Path | None = None
+) -> LoadReport:
+    """Copy a checkpoint's weights into `model`, in place, in the model's dtype.
+
+    With both tokenizers, the text rows of a `gpt.pth` are moved by piece: a piece that both know takes its
+    base row, the start and stop tokens keep theirs, and the model's other rows stay as they were initialised.
+    Raises UserError for keys or shapes that don't fit, listing them; the model is then unchanged.
+    """
+    weights = read_weights(path)
+    state = model.state_dict()
+    moves = _row_moves(model, weights, tokenizer, base_tokenizer)
+    _check_keys(weights, state, () if moves is None else TEXT_ROWS)
+    with torch.no_grad():
+        for name, target in state.items():
+            source = weights.tensors[name]
+            if moves is None or name not in TEXT_ROWS:
+                target.copy_(source)
+            else:
+                target[moves.rows] = source[moves.base_rows].to(target.dtype)
+    if weights.dropped:
+        shown = ", ".join(weights.dropped[:5]) + (", ..." if len(weights.dropped) > 5 else "")
+        logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), shown)
+    if moves is not None:
+        logger.info(
+            "%s: %s of %s text pieces are the base tokenizer's too and took its rows; the others start fresh",
+            path,
+            f"{moves.num_shared:,}",
+            f"{model.config.number_text_tokens:,}",
+        )
+    return LoadReport(weights.dropped, None if moves is None else moves.num_shared)
+
+
+def num_pieces(tokenizer: Path) -> int:
+    """Size of a SentencePiece model. Raises UserError where it can't be read."""
+    return len(_pieces(tokenizer))
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    # Only the zip form can be mapped; torch's older form has to be read as a whole.
+    mapped = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"checkpoint {path} is damaged, or holds code or objects besides tensors; it was refused and "
+            "nothing in it was run: save the state dict alone"
+        ) from None
+    except _DAMAGE as error:
+        raise UserError(f"checkpoint {path} is damaged or no checkpoint: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
+
+
+def _row_moves(
+    model: IndexTTS2GPT, weights: CheckpointWeights, tokenizer: Path | None, base_tokenizer: Path | None
+) -> _RowMoves | None:
+    """Which text rows to take from where; None where they stay as they are in the checkpoint."""
+    if tokenizer is None or base_tokenizer is None or TEXT_ROWS[0] not in weights.tensors:
+        return None
+    num_new = model.config.number_text_tokens + 1
+    num_base = len(weights.tensors[TEXT_ROWS[0]])
+    if weights.is_training_checkpoint and num_base == num_new:
+        return None
+    new, base = _pieces(tokenizer), _pieces(base_tokenizer)
+    if num_base != len(base) + 1:
+        if num_base == num_new:
+            return None
+        raise UserError(
+            f"checkpoint {weights.path} has {num_base} text rows; base_tokenizer {base_tokenizer} has "
+            f"{len(base)} pieces, which need {len(base) + 1}: name the tokenizer of the checkpoint"
+        )
+    row_of = {piece: row for row, piece in enumerate(base)}
+    moves = {row: row_of[piece] for row, piece in enumerate(new) if piece in row_of}
+    num_shared = len(moves)
+    # These tokens are numbers, not pieces: what their rows learned stays with the number.
+    for token in (model.config.start_text_token, model.config.stop_text_token):
+        if token < num_base:
+            moves[token] = token
+    return _RowMoves(torch.tensor(list(moves)), torch.tensor(list(moves.values())), num_shared)
+
+
+def _check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: Sequence[str]) -> None:
+    norm = weights.tensors.get("final_norm.weight")
+    width = len(state["final_norm.weight"])
+    if norm is not None and norm.ndim == 1 and len(norm) != width:
+        raise UserError(
+            f"checkpoint {weights.path} is {len(norm)} wide and the config's model_dim is {width}; "
+            "use the config that belongs to the checkpoint"
+        )
+    wrong = []
+    for name, target in state.items():
+        found = weights.tensors.get(name)
+        # Moved rows need not agree in number, only in width.
+        skip = 1 if name in moved else 0
+        if found is not None and (found.ndim != target.ndim or found.shape[skip:] != target.shape[skip:]):
+            wrong.append(f"{name} is {_shape(found)}, the model's {_shape(target)}")
+    complaints = []
+    for what, names in (
+        ("missing", [name for name in state if name not in weights.tensors]),
+        ("unknown", [name for name in weights.tensors if name not in state]),
+        ("mis-shaped", wrong),
+    ):
+        if names:
+            complaints.append(f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})")
+    if complaints:
+        remedy = "use the config that belongs to it"
+        if any(entry.startswith(TEXT_ROWS) for entry in wrong):
+            remedy += "; for another text vocabulary name tokenizer and base_tokenizer"
+        raise UserError(f"checkpoint {weights.path} does not fit: {'; '.join(complaints)}: {remedy}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _pieces(tokenizer: Path) -> list[str]:
+    try:
+        import sentencepiece
+    except ImportError:
+        raise UserError(f"reading {tokenizer} needs sentencepiece: pip install 'prodigy-tuner[indextts2]'") from None
+    if not tokenizer.is_file():
+        raise UserError(f"tokenizer {tokenizer} does not exist")
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromFile(str(tokenizer))
+    except (OSError, RuntimeError):
+        raise UserError(f"tokenizer {tokenizer} is not a SentencePiece model") from None
+    return [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]

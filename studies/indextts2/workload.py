@@ -1,0 +1,220 @@
+"""IndexTTS-2's GPT as a workload: paired utterances in, losses of text and speech codes out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, Field, NonNegativeFloat, ValidationError, ValidationInfo, model_validator
+from torch import Tensor
+
+from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_length
+from studies.indextts2.manifest import split_language
+from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
+from studies.indextts2.weights import load_base_checkpoint, num_pieces
+from trainer.config import Role
+from trainer.errors import UserError
+from trainer.workload import Batch, DataPath, Workload, resolve_path
+
+
+def _resolve_manifest(spec: str, info: ValidationInfo) -> str:
+    path, language = split_language(spec)
+    return str(resolve_path(Path(path), info)) + (f"::{language}" if language else "")
+
+
+ManifestPath = Annotated[str, AfterValidator(_resolve_manifest)]
+"""PATH or PATH::language, the path relative to the study.toml, stored absolute."""
+
+
+class IndexTTS2(Workload):
+    """The options of `[workload]`. Exactly one of `config` and `gpt` says how large the model is."""
+
+    # Paths may change between a run and its continuation; `data_digest` holds what they contain.
+    train_manifests: Annotated[list[ManifestPath], Role.FREE] = Field(min_length=1)
+    """Mixed: an epoch goes over all of them."""
+    val_manifests: Annotated[list[ManifestPath], Role.FREE] = Field(min_length=1)
+    config: Annotated[DataPath | None, Role.FREE] = None
+    """A config.yaml with a `gpt:` section."""
+    gpt: GPTConfig | None = None
+    """That section, inline."""
+    base_checkpoint: Annotated[DataPath | None, Role.FREE] = None
+    """Weights to start from: a `gpt.pth`, or a checkpoint of this trainer. Absent: from scratch."""
+    tokenizer: Annotated[DataPath | None, Role.FREE] = None
+    """The SentencePiece model that made the text ids; its size is the model's `number_text_tokens`."""
+    base_tokenizer: Annotated[DataPath | None, Role.FREE] = None
+    """The SentencePiece model of `base_checkpoint`, where it is another one."""
+    text_loss_weight: Annotated[NonNegativeFloat, Role.MEASURE] = 0.2
+    mel_loss_weight: Annotated[NonNegativeFloat, Role.MEASURE] = 0.8
+    duration: Literal["binary", "length"] = "binary"
+    """What the model is told of the utterance's duration; see `IndexTTS2GPT`."""
+    freeze: tuple[str, ...] = ()
+    """Parameters whose names start so are not trained: "gpt.h.0.", "text_embedding"."""
+    gradient_checkpointing: Annotated[bool, Role.FREE] = False
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> IndexTTS2:
+        if (self.config is None) == (self.gpt is None):
+            raise ValueError("give exactly one of 'config' (a config.yaml) and 'gpt' (its gpt section, inline)")
+        if self.base_tokenizer and not (self.tokenizer and self.base_checkpoint):
+            raise ValueError("'base_tokenizer' is only of use with 'tokenizer' and 'base_checkpoint'")
+        if self.text_loss_weight + self.mel_loss_weight == 0:
+            raise ValueError("'text_loss_weight' and 'mel_loss_weight' can't both be 0")
+        return self
+
+    @cached_property
+    def gpt_config(self) -> GPTConfig:
+        """The model's configuration, its text vocabulary that of the tokenizer if there is one."""
+        config = self.gpt or _read_config(self.config or Path())
+        if self.tokenizer:
+            config = config.model_copy(update={"number_text_tokens": num_pieces(self.tokenizer)})
+        return config
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        return {"text_loss": self.text_loss_weight, "mel_loss": self.mel_loss_weight}
+
+    def build_model(self) -> IndexTTS2GPT:
+        model = IndexTTS2GPT(
+            self.gpt_config,
+            dropout=self.dropout,
+            duration=self.duration,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        if self.base_checkpoint:
+            load_base_checkpoint(
+                model, self.base_checkpoint, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer
+            )
+        names = [name for name, _ in model.named_parameters()]
+        for prefix in self.freeze:
+            if not any(name.startswith(prefix) for name in names):
+                raise UserError(f"freeze names {prefix!r}, and no parameter starts so; they are like {names[0]!r}")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(self.freeze))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(f"freeze = {list(self.freeze)} leaves nothing to train")
+        return model
+
+    @cached_property
+    def _train(self) -> PairedUtterances:
+        return PairedUtterances(self.train_manifests, self.gpt_config)
+
+    @cached_property
+    def _val(self) -> PairedUtterances:
+        return PairedUtterances(self.val_manifests, self.gpt_config)
+
+    def train_data(self) -> PairedUtterances:
+        return self._train
+
+    def val_data(self) -> PairedUtterances:
+        return self._val
+
+    def collate(self, samples: Sequence[Utterance], pad_multiple: int = 1) -> Batch:
+        return collate(samples, self.gpt_config, pad_multiple)
+
+    def loss_sums(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`text_loss` and `mel_loss`; in eval mode `mel_top1` too, so that a training step pays nothing."""
+        return model(inputs)  # type: ignore[no-any-return]
+
+    def load_weights(self, model: torch.nn.Module, path: Path) -> None:
+        load_base_checkpoint(model, path, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer)
+
+    def data_digest(self) -> str:
+        digests = ["train", *self._train.digests, "val", *self._val.digests, self.gpt_config.model_dump_json()]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def best_checkpoints(self) -> Mapping[str, str]:
+        return {"val/text_loss": "best_text_model.pth", "val/mel_loss": "best_mel_model.pth"}
+
+
+def collate(samples: Sequence[Utterance], config: GPTConfig, pad_multiple: int = 1) -> Batch:
+    """Lay utterances out as `IndexTTS2GPT.forward` reads them.
+
+    The rows' length is rounded up to `pad_multiple`, and the numbers of text and mel targets to
+    `pad_multiple` a row, so that batches of one size come in few shapes.
+    """
+    lengths = [utterance_length(len(sample.text), len(sample.codes)) for sample in samples]
+    length = _round_up(max(lengths), pad_multiple)
+    shape = (len(samples), length - PREFIX)
+    ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    is_mel = np.zeros(shape, np.bool_)
+    targets: dict[str, list[np.ndarray]] = {"text": [], "mel": []}
+    places: dict[str, list[np.ndarray]] = {"text": [], "mel": []}
+    for row, sample in enumerate(samples):
+        mel_start = len(sample.text) + 2
+        end = mel_start + 1 + len(sample.codes)
+        ids[row, 0], ids[row, mel_start - 1] = config.start_text_token, config.stop_text_token
+        ids[row, 1 : mel_start - 1] = sample.text
+        ids[row, mel_start] = config.start_mel_token
+        ids[row, mel_start + 1 : end] = sample.codes
+        positions[row, :mel_start] = np.arange(mel_start)
+        positions[row, mel_start:end] = np.arange(end - mel_start)
+        is_mel[row, mel_start:end] = True
+        first = row * length + PREFIX
+        places["text"].append(np.arange(first, first + mel_start - 1))
+        targets["text"].append(np.append(sample.text, config.stop_text_token))
+        places["mel"].append(np.arange(first + mel_start, first + end))
+        targets["mel"].append(np.append(sample.codes, config.stop_mel_token))
+    arrays = {
+        "condition": np.stack([sample.condition for sample in samples]),
+        "emo_vec": np.stack([sample.emo_vec for sample in samples]),
+        "ids": ids,
+        "positions": positions,
+        "is_mel": is_mel,
+        "code_lengths": np.array([len(sample.codes) for sample in samples]),
+    }
+    num_targets = {}
+    for kind in ("text", "mel"):
+        num_targets[kind] = sum(map(len, targets[kind]))
+        num_padded = _round_up(num_targets[kind], pad_multiple * len(samples))
+        arrays[f"{kind}_index"] = _filled(places[kind], num_padded, 0)
+        arrays[f"{kind}_targets"] = _filled(targets[kind], num_padded, NO_TARGET)
+    return Batch(
+        inputs={name: torch.from_numpy(values) for name, values in arrays.items()},
+        counts={
+            "text_loss": num_targets["text"],
+            "mel_loss": num_targets["mel"],
+            "mel_top1": num_targets["mel"],
+        },
+        num_samples=len(samples),
+        num_tokens=sum(lengths),
+        num_slots=len(samples) * length,
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _filled(parts: Sequence[np.ndarray], length: int, filling: int) -> np.ndarray:
+    """The parts, one after the other, with `filling` up to `length`: int64."""
+    values = np.full(length, filling, np.int64)
+    joined = np.concatenate(parts)
+    values[: len(joined)] = joined
+    return values
+
+
+def _read_config(path: Path) -> GPTConfig:
+    """The `gpt:` section of a config.yaml."""
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"reading {path} needs pyyaml: pip install 'prodigy-tuner[indextts2]'") from None
+    try:
+        section = yaml.safe_load(path.read_text(encoding="utf-8"))["gpt"]
+        return GPTConfig.model_validate(section)
+    except OSError as error:
+        raise UserError(f"config {path} can't be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("gpt", *first["loc"])))
+        raise UserError(f"config {path}: {where}: {first['msg']}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"config {path} has no gpt: section") from None

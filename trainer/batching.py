@@ -1,0 +1,73 @@
+"""Which samples make up which batch: a pure function of (seed, epoch, position).
+
+Padding is paid for like real tokens, so batches are formed of samples of like length. Each epoch is shuffled
+and cut into pools of `bucket_samples`; a pool is sorted by length, cut into batches, and the epoch's batches
+are shuffled. What is given up: the samples of one batch are no longer independent draws (they are alike in
+length); which samples meet still changes from epoch to epoch, because the pools do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainer.errors import UserError
+
+
+class BatchOrder:
+    """The order of all batches of a run.
+
+    Each epoch has `batches_per_epoch` full batches of `batch_size` indices, a multiple of `group` (gradient
+    accumulation); the few samples left over differ from epoch to epoch.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        *,
+        group: int = 1,
+        bucket_samples: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        if len(lengths) < batch_size * group:
+            raise UserError(
+                f"{len(lengths)} training samples do not fill one step of {batch_size * group} "
+                "(train.batch_size x train.grad_accumulation): use smaller ones or more data."
+            )
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.pool = max(batch_size, bucket_samples // batch_size * batch_size)
+        self.batches_per_epoch = len(lengths) // (batch_size * group) * group
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """[batches_per_epoch, batch_size] sample indices of one epoch."""
+        random = np.random.default_rng((self.seed, epoch))
+        samples = random.permutation(len(self.lengths))[: self.batches_per_epoch * self.batch_size]
+        pools = [samples[start : start + self.pool] for start in range(0, len(samples), self.pool)]
+        # A stable sort: samples of one length stay in their random order.
+        pools = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        batches = np.concatenate(pools).reshape(self.batches_per_epoch, self.batch_size)
+        return batches[random.permutation(len(batches))]
+
+    def from_position(self, epoch: int, position: int) -> Iterator[np.ndarray]:
+        """All batches from `position` in `epoch` on, without end."""
+        while True:
+            yield from self.epoch(epoch)[position:]
+            epoch, position = epoch + 1, 0
+
+
+def validation_batches(
+    lengths: np.ndarray, num_samples: int | None, *, seed: int, batch_size: int = 16
+) -> list[np.ndarray]:
+    """The fixed validation set: `num_samples` drawn once by `seed`, in batches of like length.
+
+    Nothing of the training configuration enters, so every trial is measured on the same batches.
+    """
+    if len(lengths) == 0:
+        raise UserError("the validation split has no samples: check the validation manifests.")
+    chosen = np.random.default_rng(seed).permutation(len(lengths))[:num_samples]
+    chosen = chosen[np.argsort(np.asarray(lengths)[chosen], kind="stable")]
+    return [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]

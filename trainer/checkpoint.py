@@ -1,0 +1,238 @@
+"""Checkpoints that survive anything short of a lost disk.
+
+A checkpoint is written from a snapshot in host memory by one background thread: to a temporary file, flushed,
+with its digest beside it (`sha256sum -c` reads it), then renamed. `step_*.pth` are the last few states,
+`latest.pth` is another name for the newest, `best_*.pth` hold weights and metrics only.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest.pth"
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """All tensors in nested dictionaries, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tensors_in(value)
+
+
+def snapshot(tree: Any) -> Any:
+    """A copy of `tree` in host memory that later steps can't change."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: snapshot(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(snapshot(value) for value in tree)
+    return copy.deepcopy(tree)
+
+
+def digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def write_checkpoint(state: Any, path: Path) -> None:
+    """Write `state` to `path` so that at every moment `path` is absent, the old file, or the whole new one.
+
+    Raises:
+        UserError: The disk is full or can't be written to.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with open(temporary, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _put(temporary, path, digest)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a failed write as a RuntimeError of its zip writer.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        temporary.unlink(missing_ok=True)
+        size = sum(t.numel() * t.element_size() for t in tensors_in(state)) / 1e9
+        raise UserError(
+            f"{path} could not be written ({error}): it needs {size:.1f} GB; free some space and start again, "
+            "the run goes on from its last checkpoint."
+        ) from error
+
+
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint, after checking its digest where there is one. Never runs code from the file.
+
+    Raises:
+        UserError: The file is missing, damaged, or no checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint.")
+    if digest_path(path).is_file():
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != digest_path(path).read_text().split()[0]:
+            raise UserError(f"{path} is damaged (its digest is not the one it was written with): use another.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is no readable checkpoint ({reason}): use another.") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint's dictionary: use another.")
+    return state
+
+
+@contextmanager
+def locked(run_dir: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a run directory, so that no second process trains in it. Freed with the process, however it ends.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(run_dir: Path, name: str = ".lock") -> bool:
+    """Whether a process holds `run_dir` at this moment."""
+    if not (run_dir / name).exists():
+        return False
+    try:
+        with FileLock(run_dir / name, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. A context manager: leaving it waits for the last write."""
+
+    def __init__(self, run_dir: Path, *, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[Future[None]] = []
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._writer.shutdown(wait=True)
+        if kind is None:
+            self._wait()
+
+    def find(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+
+        Raises:
+            UserError: There are checkpoints, and all of them are damaged.
+        """
+        candidates = [*self._steps()[::-1], self.run_dir / LATEST]
+        candidates = [path for path in candidates if path.exists()]
+        for path in candidates:
+            try:
+                return path, read_checkpoint(path)
+            except UserError as error:
+                log.warning("%s", error)
+        if candidates:
+            raise UserError(
+                f"all {len(candidates)} checkpoints in {self.run_dir} are damaged: start in another folder."
+            )
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state as the newest checkpoint, in the background where memory holds a snapshot.
+
+        Raises:
+            UserError: This write, or one before it, failed.
+        """
+        self._submit(state, self._write_step)
+
+    def save_best(self, state: dict[str, Any], names: Sequence[str]) -> None:
+        """Write weights and metrics under each of `names` (`best_*.pth`)."""
+
+        def write(kept: dict[str, Any]) -> None:
+            first, *others = (self.run_dir / name for name in names)
+            write_checkpoint(kept, first)
+            for other in others:
+                _name_again(first, other)
+
+        self._submit(state, write)
+
+    def _submit(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        self._pending = [future for future in self._pending if not future.done() or future.result()]
+        size = sum(t.numel() * t.element_size() for t in tensors_in(state))
+        if size > psutil.virtual_memory().available / 2:
+            self._wait()
+        if size > psutil.virtual_memory().available / 2:
+            log.info("training waits while %.1f GB are written: no memory for a snapshot", size / 1e9)
+            write(state)
+        else:
+            self._pending.append(self._writer.submit(write, snapshot(state)))
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.run_dir.glob("step_*.pth"))
+
+    def _write_step(self, state: dict[str, Any]) -> None:
+        path = self.run_dir / f"step_{state['step']:09d}.pth"
+        write_checkpoint(state, path)
+        _name_again(path, self.run_dir / LATEST)
+        for old in self._steps()[: -self.keep]:
+            old.unlink()
+            digest_path(old).unlink(missing_ok=True)
+
+
+def _name_again(path: Path, alias: Path) -> None:
+    """Make `alias` another name for `path`: a hard link, or a copy where the file system has none."""
+    temporary = alias.with_name(alias.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    _put(temporary, alias, digest_path(path).read_text().split()[0])
+
+
+def _put(temporary: Path, path: Path, digest: str) -> None:
+    # A file without its digest is taken as it is; with another's it would count as damaged.
+    digest_path(path).unlink(missing_ok=True)
+    os.replace(temporary, path)
+    digest_path(path).write_text(f"{digest}  {path.name}\n")

@@ -1,0 +1,152 @@
+"""TrainConfig: everything that `train()` can be told. Frozen; an unknown key is an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+ADAMW_LR = 1e-4
+
+
+class Role(Enum):
+    """What a field decides. A field without a role is identity: it changes what is computed, so a run does
+    not continue under another value, and a study may search it."""
+
+    FREE = "how the run is carried out: may change between a run and its continuation"
+    BUDGET = "how long the run is: may change, and can't be searched"
+    MEASURE = "what is measured: identity, and can't be searched, or trials would not be comparable"
+
+
+Unit = Literal["samples", "steps", "seconds"]
+
+
+class TrainConfig(BaseModel):
+    """One training run. Its length is exactly one of `steps`, `samples` and `seconds`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # How long. A step is one optimizer update; a sample is one utterance; seconds count training alone.
+    steps: Annotated[PositiveInt | None, Role.BUDGET] = None
+    samples: Annotated[PositiveInt | None, Role.BUDGET] = None
+    seconds: Annotated[PositiveFloat | None, Role.BUDGET] = None
+
+    # What is computed.
+    seed: Annotated[NonNegativeInt, Role.MEASURE] = 0
+    batch_size: PositiveInt = 8
+    grad_accumulation: PositiveInt = 1
+    optimizer: Literal["prodigy", "adamw"] = "prodigy"
+    lr: PositiveFloat | None = None
+    """Prodigy: 1, to be left alone. AdamW: 1e-4."""
+    d_coef: PositiveFloat = 1.0
+    """Prodigy's factor on its own step size; the one knob to tune."""
+    d0: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.01
+    beta1: NonNegativeFloat = 0.9
+    beta2: NonNegativeFloat = 0.999
+    use_bias_correction: bool = False
+    safeguard_warmup: bool = False
+    slice_p: PositiveInt = 1
+    """Prodigy keeps its statistics on every slice_p-th entry: 11 saves 7 bytes a parameter."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    schedule: Literal["none", "cosine", "wsd"] = "none"
+    schedule_steps: PositiveInt | None = None
+    """The schedule's horizon. Default: the run's own steps; a trial takes its full run's."""
+    warmup_steps: NonNegativeInt = 0
+    decay_fraction: NonNegativeFloat = 0.2
+    """wsd: the share of the horizon, at its end, in which the learning rate falls to zero."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    bucket_samples: PositiveInt = 1024
+    """Batches of like length are formed among so many samples drawn at random; 1: no length buckets."""
+
+    # What is measured.
+    val_samples: Annotated[PositiveInt | None, Role.MEASURE] = None
+    """How many samples of the validation split, drawn once by `val_seed`. Default: all of them."""
+    val_seed: Annotated[NonNegativeInt, Role.MEASURE] = 0
+
+    # How it is carried out.
+    eval_every: Annotated[PositiveFloat | None, Role.BUDGET] = None
+    """Distance between the points of the evaluation grid, in `eval_unit`. Default: at the end only."""
+    eval_unit: Annotated[Unit, Role.BUDGET] = "samples"
+    log_every: Annotated[PositiveInt, Role.FREE] = 100
+    """Steps between log lines: the only moments at which the device is waited for."""
+    save_every: Annotated[PositiveInt | None, Role.FREE] = 1000
+    """Steps between checkpoints. A run that ends or is stopped always leaves one."""
+    keep_checkpoints: Annotated[PositiveInt, Role.FREE] = 2
+    num_workers: Annotated[NonNegativeInt | None, Role.FREE] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], Role.FREE] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        lengths = [n for n in ("steps", "samples", "seconds") if getattr(self, n) is not None]
+        if len(lengths) != 1:
+            given = " and ".join(lengths) or "none of them"
+            raise ValueError(f"give exactly one of steps, samples and seconds, not {given}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        if self.decay_fraction > 1:
+            raise ValueError(f"decay_fraction {self.decay_fraction} is a share; use at most 1")
+        if self.schedule != "none" and self.horizon is None:
+            raise ValueError(
+                f"schedule {self.schedule} needs a horizon when the length is in seconds: set schedule_steps"
+            )
+        return self
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples per optimizer update."""
+        return self.batch_size * self.grad_accumulation
+
+    @property
+    def num_steps(self) -> int | None:
+        """The run's length in optimizer updates; None where it is given in seconds."""
+        if self.samples is not None:
+            return math.ceil(self.samples / self.effective_batch_size)
+        return self.steps
+
+    @property
+    def horizon(self) -> int | None:
+        """Steps over which the schedule runs."""
+        return self.schedule_steps or self.num_steps
+
+    @property
+    def base_lr(self) -> float:
+        return self.lr or (1.0 if self.optimizer == "prodigy" else ADAMW_LR)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a continuation must agree on, as plain values."""
+        values = self.model_dump(mode="json", include=set(identity_fields(type(self))))
+        values["lr"] = self.base_lr
+        values["schedule_steps"] = None if self.schedule == "none" else self.horizon
+        return values
+
+
+def role_of(model: type[BaseModel], name: str) -> Role | None:
+    """The role of a field of `TrainConfig` or of a workload."""
+    return next((m for m in model.model_fields[name].metadata if isinstance(m, Role)), None)
+
+
+def identity_fields(model: type[BaseModel]) -> Iterator[str]:
+    """Names of the fields that change what is computed or measured."""
+    return (name for name in model.model_fields if role_of(model, name) in (None, Role.MEASURE))
+
+
+def differences(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One phrase for each key that differs: "train.batch_size was 8 and is now 16"."""
+    return [
+        f"{prefix}.{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]

@@ -1,0 +1,48 @@
+"""The validation loss: the token-weighted mean over a fixed set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainer.metrics import LossMeter
+from trainer.workload import Batch, Workload
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One point of a validation curve."""
+
+    point: float
+    """The point of the evaluation grid, in its unit; equal for all trials of a study."""
+    step: int
+    samples: int
+    seconds: float
+    metrics: dict[str, float]
+    """`val/loss` and the named losses, each a mean over the whole validation set."""
+    d: float
+    """Prodigy's step size estimate; 1 for other optimizers."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast where the plan says so; weights and their updates stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.no_grad()
+def evaluate(
+    workload: Workload, model: nn.Module, batches: Sequence[Batch], *, device: torch.device, precision: str
+) -> dict[str, float]:
+    """Validation metrics by name (`val/loss`, ...), dropout off. Waits for the device once, at the end."""
+    meter = LossMeter(workload.loss_weights)
+    training = model.training
+    model.eval()
+    for batch in batches:
+        with autocast(device, precision):
+            sums = workload.loss_sums(model, batch.to(device).inputs)
+        meter.add(sums, batch.counts)
+    model.train(training)
+    return {f"val/{name}": value for name, value in meter.read().items()}

@@ -1,0 +1,106 @@
+"""Sums kept on the device, read once per log interval; the log line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from trainer.workload import Batch
+
+
+def means(sums: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
+    """Mean of each loss, and their weighted sum as "loss"."""
+    values = {name: sums[name] / counts[name] for name in sums if counts[name]}
+    return {"loss": sum(weight * values[name] for name, weight in weights.items() if name in values)} | values
+
+
+class LossMeter:
+    """Sums of losses over many batches. Adding never waits for the device; reading does, once."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.weights = weights
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        for name, value in sums.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + counts[name]
+
+    def read(self) -> dict[str, float]:
+        """Means so far. The one wait for the device."""
+        if not self._sums:
+            return {}
+        values = torch.stack(list(self._sums.values())).tolist()
+        return means(dict(zip(self._sums, values, strict=True)), self._counts, self.weights)
+
+
+def clock(seconds: float) -> str:
+    """12.3s below a minute, else 4:05 or 12:34:56."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def log_line(step: int, values: Mapping[str, float], *, time: float, remaining: float | None) -> str:
+    """`[Step 100] Loss: 2.34, Text Loss: 1.23, Mel Loss: 1.11, LR: 0.00012, Time: 45.2s, 17.7 samples/s, ...`.
+
+    Args:
+        values: Metrics by name, such as `train/loss`; `train/lr` is the effective rate, d x lr for Prodigy.
+        time: Seconds since the line before.
+        remaining: Seconds to the end of the run, where known.
+    """
+    losses = [name for name in values if name.startswith("train/") and name.endswith("loss")]
+    parts = [f"{name[6:].replace('_', ' ').title()}: {values[name]:.4f}" for name in losses]
+    parts += [f"LR: {values['train/lr']:.3g}", f"Time: {time:.1f}s"]
+    parts += [f"{values['train/samples_per_second']:.1f} samples/s"]
+    if remaining is not None:
+        parts += [f"{clock(remaining)} left"]
+    if values.get("train/skipped_updates"):
+        parts += [f"{values['train/skipped_updates']:.0f} updates skipped (gradient not finite)"]
+    return f"[Step {step}] " + ", ".join(parts)
+
+
+class IntervalMeter:
+    """What one log interval gathers: losses, the last update's norm and rate, skipped updates, tokens."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.losses = LossMeter(weights)
+        self.start(0, 0.0)
+
+    def start(self, step: int, second: float) -> None:
+        """Begin a new interval at this step and second of training."""
+        self.first_step, self.first_second = step, second
+        self.tokens = self.slots = 0
+        self._skipped: Tensor | float = 0.0
+        self._last: tuple[Tensor | float, Tensor | float, float] = (0.0, 0.0, 0.0)
+        self.losses.reset()
+
+    def add_batch(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
+        self.losses.add(sums, batch.counts)
+        self.tokens += batch.num_tokens
+        self.slots += batch.num_slots
+
+    def add_update(self, norm: Tensor, skipped: Tensor, *, lr: float, d: Tensor | float) -> None:
+        self._skipped = self._skipped + skipped
+        self._last = (norm, d, lr)
+
+    def read(self) -> dict[str, float]:
+        """The interval's figures by name. Waits for the device: everything launched so far is done after it."""
+        norm, d, lr = self._last
+        return {
+            **{f"train/{name}": value for name, value in self.losses.read().items()},
+            "train/lr": float(d) * lr,
+            "train/d": float(d),
+            "train/grad_norm": float(norm),
+            "train/skipped_updates": float(self._skipped),
+            "train/real_token_share": self.tokens / max(1, self.slots),
+        }

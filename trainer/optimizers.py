@@ -1,0 +1,78 @@
+"""Optimizers, learning-rate schedules, and the update: clip, check, step, with no wait for the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import TrainConfig
+from trainer.prodigy import Prodigy
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over the parameters that are trained."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        betas = (config.beta1, config.beta2)
+        return torch.optim.AdamW(params, config.base_lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+    return Prodigy(
+        params,
+        lr=config.base_lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        use_bias_correction=config.use_bias_correction,
+        safeguard_warmup=config.safeguard_warmup,
+        d0=config.d0,
+        d_coef=config.d_coef,
+        slice_p=config.slice_p,
+    )
+
+
+def schedule_factor(config: TrainConfig, step: int) -> float:
+    """Factor on the learning rate at the update number `step` (from 0).
+
+    Linear warm-up; then constant ("none"), cosine to 0, or warm-up - stable - decay ("wsd": linear to 0 over the
+    last `decay_fraction` of the horizon).
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "none":
+        return 1.0
+    assert config.horizon is not None
+    if config.schedule == "cosine":
+        share = (step - config.warmup_steps) / max(1, config.horizon - config.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    decay_steps = max(1, round(config.decay_fraction * config.horizon))
+    return max(0.0, min(1.0, (config.horizon - step) / decay_steps))
+
+
+def update(optimizer: Any, *, lr: float, max_grad_norm: float | None) -> tuple[Tensor, Tensor]:
+    """One optimizer step: gradients are clipped and checked within it, on the device.
+
+    A gradient that is not finite skips the whole step; one NaN would freeze Prodigy's d for ever.
+
+    Returns:
+        The gradient norm before clipping and 1.0 where the step was skipped, both 0-d tensors on the device.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if isinstance(optimizer, Prodigy):
+        norm = optimizer.grad_norm()
+    else:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+    skipped = (~torch.isfinite(norm)).float()
+    # torch's fused optimizers and our Prodigy read these two: a divisor for gradients, and whether to skip.
+    optimizer.grad_scale = None if max_grad_norm is None else (norm / max_grad_norm).clamp(min=1.0)
+    optimizer.found_inf = skipped
+    optimizer.step()
+    return norm, skipped
+
+
+def step_size(optimizer: torch.optim.Optimizer) -> Tensor | float:
+    """Prodigy's d, a 0-d tensor on the device; 1 for other optimizers. The effective rate is d x lr."""
+    d: Tensor | float = optimizer.param_groups[0].get("d", 1.0)
+    return d

@@ -1,0 +1,205 @@
+"""A run's whole state: what a checkpoint holds, and how a run starts, continues, or is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.acceleration import AccelerationPlan
+from trainer.checkpoint import Checkpoints, read_checkpoint
+from trainer.config import TrainConfig, differences, identity_fields
+from trainer.errors import UserError
+from trainer.optimizers import build_optimizer
+from trainer.workload import Workload
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Plain values only, so that it goes into a checkpoint as it is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Seconds of training; validation and checkpoints are not counted."""
+    evaluated: float = 0.0
+    """The last point of the evaluation grid that was evaluated."""
+    evaluated_step: int = -1
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last validation's."""
+    best: dict[str, float] = field(default_factory=dict)
+    """The best value so far of each metric that keeps a best checkpoint."""
+
+
+@dataclass
+class Run:
+    """Model, optimizer and progress of one training run."""
+
+    workload: Workload
+    config: TrainConfig
+    plan: AccelerationPlan
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data_digest: str
+    lineage: Mapping[str, Any]
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.plan.device)
+
+    @property
+    def samples(self) -> int:
+        """Samples seen; a damaged one counts as the place it left empty."""
+        return self.progress.step * self.config.effective_batch_size
+
+    @property
+    def finished(self) -> bool:
+        if self.config.num_steps is not None:
+            return self.progress.step >= self.config.num_steps
+        assert self.config.seconds is not None
+        return self.progress.seconds >= self.config.seconds
+
+    def reached(self) -> float:
+        """How far the run has come, in the unit of the evaluation grid."""
+        amounts = {"samples": self.samples, "steps": self.progress.step, "seconds": self.progress.seconds}
+        return float(amounts[self.config.eval_unit])
+
+    def due_evaluation(self) -> float | None:
+        """The latest point of the grid that is reached and not yet evaluated, or None. The end is a point too."""
+        if self.progress.evaluated_step == self.progress.step:
+            return None
+        amount = self.reached()
+        if every := self.config.eval_every:
+            # The tolerance keeps a grid of fractions (16000 / 7 samples) from missing its own last point.
+            point = (amount + 1e-6) // every * every
+            if point > self.progress.evaluated + 1e-3 * every:
+                return point
+        return amount if self.finished else None
+
+    def identity(self) -> dict[str, Any]:
+        """What a continuation must agree on."""
+        options = self.workload.model_dump(mode="json", include=set(identity_fields(type(self.workload))))
+        return {
+            "train": self.config.identity(),
+            "workload": options,
+            "data": {"contents": self.data_digest},
+        }
+
+    def weights(self) -> dict[str, Any]:
+        """What `best_*.pth` hold."""
+        return {
+            "model": self.model.state_dict(),
+            "step": self.progress.step,
+            "samples": self.samples,
+            "metrics": dict(self.progress.metrics),
+            "identity": self.identity(),
+            "lineage": dict(self.lineage),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a continuation needs to be equal bit for bit (on CPU, in float32)."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.plan.device == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        return {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_type": self.config.optimizer,
+            "progress": asdict(self.progress),
+            "random": random,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def load(self, state: Mapping[str, Any], source: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: The checkpoint is of another run; the message names what differs.
+        """
+        optimizer_type = state.get("optimizer_type", "adamw")
+        remedy = f"or take its weights with a new optimizer from step 0: --init {source}"
+        if "optimizer" not in state or "progress" not in state:
+            raise UserError(f"{source} holds weights and no training state: take them with --init {source}.")
+        if optimizer_type != self.config.optimizer:
+            raise UserError(
+                f"{source} is a checkpoint of {optimizer_type} and this run uses {self.config.optimizer}: "
+                f"continue with --set train.optimizer={optimizer_type}, {remedy}."
+            )
+        mine, its = self.identity(), state["identity"]
+        changed = [phrase for part in mine for phrase in differences(part, its[part], mine[part])]
+        if changed:
+            raise UserError(f"{source} is of another run ({'; '.join(changed)}): use another run directory, {remedy}.")
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{source} does not fit the model ({reason}): use another run directory.") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        if state["config"]["eval_unit"] != self.config.eval_unit:
+            # A trial on a grid of seconds goes on as a full run on a grid of samples.
+            self.progress.evaluated = self.reached()
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.plan.device == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+
+
+def prepare(
+    workload: Workload,
+    config: TrainConfig,
+    plan: AccelerationPlan,
+    checkpoints: Checkpoints,
+    *,
+    resume: str | Path = "auto",
+    init: Path | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Run:
+    """Build a run, and continue it where there is something to continue.
+
+    Args:
+        resume: "auto" continues what the run directory holds; "never" refuses a directory that holds something;
+            a path continues from that checkpoint.
+        init: Take the weights of this checkpoint for step 0.
+    """
+    found = checkpoints.find()
+    if found and resume == "never":
+        raise UserError(
+            f"{checkpoints.run_dir} holds a run at step {found[1].get('step')}, and --resume never is set: "
+            "choose another run directory, or continue with --resume auto."
+        )
+    if resume not in ("auto", "never"):
+        if found:
+            raise UserError(f"{checkpoints.run_dir} holds a run of its own: choose another run directory for {resume}.")
+        found = Path(resume), read_checkpoint(Path(resume))
+
+    torch.manual_seed(config.seed)
+    model = workload.build_model()
+    if init is not None and not found:
+        workload.load_weights(model, init)
+        log.info("weights from %s, new %s optimizer, step 0", init, config.optimizer)
+    model.to(plan.device)
+    run = Run(
+        workload=workload,
+        config=config,
+        plan=plan,
+        model=model,
+        optimizer=build_optimizer(model, config),
+        data_digest=workload.data_digest(),
+        lineage={**(lineage or {}), **({"init": str(init)} if init else {})},
+    )
+    # Building draws as many numbers as the model has weights; dropout starts from the seed again.
+    torch.manual_seed(config.seed)
+    if found:
+        path, state = found
+        run.load(state, path)
+        if init is not None and state["lineage"].get("init") != str(init):
+            raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")
+        log.info("continuing from %s at step %d", path, run.progress.step)
+    return run

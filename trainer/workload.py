@@ -1,0 +1,126 @@
+"""What a user brings: a model, its data, and the loss of a batch.
+
+A workload is a pydantic model whose fields are the options of `[workload]` in a study.toml. Three laws
+hold for every workload; `check_workload` in `trainer.laws` puts any workload through them:
+
+1. a sample's loss does not depend on its neighbours in the batch, nor on padding;
+2. the validation loss is the mean over a fixed set and does not depend on the training batch size;
+3. the same seed gives the same batches, whatever the number of loader workers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from torch import Tensor, nn
+
+from trainer.checkpoint import read_checkpoint
+from trainer.errors import UserError
+
+
+def resolve_path(path: Path, info: ValidationInfo) -> Path:
+    """Make `path` absolute, relative to the folder of the study.toml that names it (else the current one)."""
+    base = (info.context or {}).get("base_dir", Path.cwd())
+    return (Path(base) / path.expanduser()).resolve()
+
+
+DataPath = Annotated[Path, AfterValidator(resolve_path)]
+"""A workload option that names a file or folder: relative to the study.toml, stored absolute."""
+
+
+class Dataset(Protocol):
+    """Samples by index, with their lengths known beforehand so that batches can be formed without reading."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[len(self)] integers: each sample's length in tokens, as it counts for padding."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Read one sample. Raises `DamagedSample` where it can't be read; the message names it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples, collated. Counts are known on the host, so that no step has to ask the device for them."""
+
+    inputs: dict[str, Tensor]
+    """What `Workload.loss_sums` reads, by name."""
+    counts: dict[str, int]
+    """How many terms each loss is a mean of, by the name of the loss."""
+    num_samples: int
+    num_tokens: int
+    """Real tokens."""
+    num_slots: int
+    """Tokens with padding: what the model computes on."""
+    damaged: tuple[str, ...] = field(default=())
+    """One line for each sample that was left out because it can't be read."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; from pinned memory the copy does not block."""
+        return replace(self, inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()})
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory. `torch.utils.data.DataLoader` calls this by its name."""
+        return replace(self, inputs={k: v.pin_memory() for k, v in self.inputs.items()})
+
+
+class Workload(BaseModel, ABC):
+    """A model, its data and its loss. Subclass it; the fields you add are the options of `[workload]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    @abstractmethod
+    def loss_weights(self) -> Mapping[str, float]:
+        """The named losses and their weights; the loss that is minimized is the weighted sum of their means."""
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """A new model in float32 on the CPU. Called under the run's seed, so its initialisation repeats."""
+
+    @abstractmethod
+    def train_data(self) -> Dataset: ...
+
+    @abstractmethod
+    def val_data(self) -> Dataset: ...
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Any], pad_multiple: int = 1) -> Batch:
+        """Put samples side by side; padded lengths are multiples of `pad_multiple` (compiled code then sees
+        few shapes)."""
+
+    @abstractmethod
+    def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For each entry of `Batch.counts` the sum (a scalar in float32, on the model's device) over its
+        terms. Entries without a weight are metrics only, such as an accuracy."""
+
+    def load_weights(self, model: nn.Module, path: Path) -> None:
+        """Take the weights of a checkpoint for step 0 (`--init`). Override it to read other forms.
+
+        Raises:
+            UserError: The checkpoint can't be read or is of another model.
+        """
+        state = read_checkpoint(path)
+        try:
+            model.load_state_dict(state.get("model", state))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} does not fit the model: {reason}") from error
+
+    def data_digest(self) -> str:
+        """Identifies the contents of what the options' paths name, wherever it lies: the data, and the model's
+        size where a file says it. A run continues, and a study goes on, only where it is the same."""
+        return ""
+
+    def best_checkpoints(self) -> Mapping[str, str]:
+        """Which validation metric keeps its best weights in which file: {"val/loss": "best_model.pth"}."""
+        return {"val/loss": "best_model.pth"}

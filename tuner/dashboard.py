@@ -1,0 +1,90 @@
+"""optuna-dashboard on the storage, behind a token, on the loopback interface by default.
+
+optuna-dashboard has neither authentication nor a read-only mode of its own: whoever reaches its port can delete
+a study.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Callable, Iterable
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from optuna.storages import BaseStorage
+from optuna_dashboard import wsgi
+
+from trainer.errors import UserError
+
+COOKIE = "tuner_token"
+READING = ("GET", "HEAD", "OPTIONS")
+
+WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+def guarded(app: WSGIApp, *, token: str, read_only: bool) -> WSGIApp:
+    """A WSGI application that lets through only who has the token, and in read-only mode only what reads.
+
+    The token comes once in the URL (`/?token=...`), is put into a cookie, and the URL is cleared of it.
+    """
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        def refuse(status: str, text: str) -> Iterable[bytes]:
+            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+            return [text.encode()]
+
+        given = parse_qs(environ.get("QUERY_STRING", "")).get("token", [""])[0]
+        if _same(given, token):
+            cookie = f"{COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict"
+            location = environ.get("PATH_INFO") or "/"
+            start_response("303 See Other", [("Location", location), ("Set-Cookie", cookie)])
+            return [b""]
+        if not _same(_cookie(environ), token):
+            return refuse("403 Forbidden", "Open the address that `tuner dashboard` printed: it carries the token.\n")
+        if read_only and environ["REQUEST_METHOD"] not in READING:
+            return refuse("403 Forbidden", "This dashboard is read-only: start it without --read-only to change.\n")
+        return app(environ, start_response)
+
+    return application
+
+
+def make_dashboard(
+    storage: BaseStorage,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    read_only: bool = False,
+    token: str = "",
+) -> tuple[WSGIServer, str]:
+    """A server that is ready for `serve_forever()`, and the address to open, token included.
+
+    Raises:
+        UserError: The port is taken.
+    """
+    token = token or secrets.token_urlsafe(16)
+    app = guarded(wsgi(storage), token=token, read_only=read_only)
+    try:
+        server = make_server(host, port, app, handler_class=_QuietHandler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port} on {host}: {error}; choose another port.") from error
+    return server, f"http://{host}:{server.server_port}/?token={token}"
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the first line of each visit would show the token."""
+
+
+def _cookie(environ: dict[str, Any]) -> str:
+    try:
+        morsel = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    return morsel.value if morsel else ""
+
+
+def _same(one: str, other: str) -> bool:
+    return hmac.compare_digest(one.encode(), other.encode())

@@ -1,0 +1,184 @@
+"""Start a study, or continue it where it was."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from trainer import UserError
+from trainer.checkpoint import digest_path, is_locked, locked
+from trainer.tracking import Tracker
+from tuner.objective import Interrupted, Objective
+from tuner.run import Runtime
+from tuner.samplers import build_pruner, build_sampler
+from tuner.search_space import baseline
+from tuner.spec import StudySpec
+from tuner.storage import open_storage
+from tuner.trials import BASE_DIR, BASELINE, DATA_DIGEST, SPEC, ranking, stored_spec, trial_name
+
+log = logging.getLogger(__name__)
+
+CLAIM = ".claim"
+KEEP_TRIALS = 3
+COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class Display(Protocol):
+    """Shows a study's progress to a person."""
+
+    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker: ...
+
+    def trial_ended(self, trial: FrozenTrial) -> None: ...
+
+
+def launch(
+    spec: StudySpec | Path | str,
+    *,
+    storage: BaseStorage | str | None = None,
+    runtime: Runtime | None = None,
+    num_trials: int | None = None,
+    timeout: float | None = None,
+    display: Display | None = None,
+) -> optuna.Study:
+    """Run a study's trials until it has as many as the spec says, and return it.
+
+    A trial that was interrupted, by Ctrl-C or a lost process, is continued from its checkpoint under its own
+    number. The first trial is always the baseline: the settings in `[train]` as they are.
+
+    Args:
+        num_trials: The study's total, in place of `trial.num_trials`.
+        timeout: Seconds after which no new trial starts and the running one is stopped with a checkpoint.
+
+    Raises:
+        UserError: The spec can't be, or differs from the one that the study was started with.
+    """
+    spec = spec if isinstance(spec, StudySpec) else StudySpec.load(spec)
+    given = runtime or Runtime()
+    deadline = None if timeout is None else time.monotonic() + timeout
+
+    def stop() -> bool:
+        return given.stop() or (deadline is not None and time.monotonic() > deadline)
+
+    runtime = replace(given, stop=stop)
+    study = open_study(spec, storage)
+    total = num_trials or spec.trial.num_trials
+    while not stop():
+        with ExitStack() as claim:
+            claimed = _claim_trial(study, spec, runtime, total, claim)
+            if claimed is None:
+                break
+            _run_trial(study, spec, runtime, *claimed, display)
+    return study
+
+
+def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> optuna.Study:
+    """The spec's study: made where there is none, refused where it was started under another spec.
+
+    Raises:
+        UserError: What differs, and the remedy.
+    """
+    storage = storage if isinstance(storage, BaseStorage) else open_storage(storage)
+    name = spec.study.name
+    sampler, pruner = build_sampler(spec), build_pruner(spec)
+    known = name in optuna.get_all_study_names(storage)
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        sampler=sampler,
+        pruner=pruner,
+        direction=spec.study.direction,
+        load_if_exists=True,
+    )
+    digest = spec.build_workload().data_digest()
+    if known:
+        changed = spec.differences(stored_spec(study))
+        changed += ["the data has changed"] if study.user_attrs.get(DATA_DIGEST, digest) != digest else []
+        if changed:
+            raise UserError(
+                f"study {name} was started with another spec ({'; '.join(changed)}): give study.name another value, "
+                "or set these back."
+            )
+    study.set_user_attr(SPEC, spec.to_dict())
+    study.set_user_attr(DATA_DIGEST, digest)
+    study.set_user_attr(BASE_DIR, str(spec.base_dir))
+    return study
+
+
+def _claim_trial(
+    study: optuna.Study, spec: StudySpec, runtime: Runtime, total: int, claim: ExitStack
+) -> tuple[optuna.Trial, bool] | None:
+    """An interrupted trial, or else a new one, held until `claim` closes; None when the study is complete."""
+    study_dir = runtime.run_dir(study.study_name, "")
+    # One at a time, so that no two processes take the same interrupted trial.
+    with _patiently_locked(study_dir):
+        trials = study.get_trials(deepcopy=False)
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        for frozen in running:
+            run_dir = Path(frozen.user_attrs.get("run_dir", study_dir / trial_name(frozen.number)))
+            if run_dir.parent == study_dir and not is_locked(run_dir, CLAIM):
+                claim.enter_context(locked(run_dir, CLAIM))
+                return optuna.Trial(study, frozen._trial_id), True
+        if sum(trial.state in COUNTED for trial in trials) + len(running) >= total:
+            return None
+        if not any(t.user_attrs.get(BASELINE) and t.state != TrialState.FAIL for t in trials):
+            study.enqueue_trial(baseline(spec), user_attrs={BASELINE: True})
+        trial = study.ask()
+        claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
+        return trial, False
+
+
+def _patiently_locked(study_dir: Path) -> Any:
+    from filelock import FileLock
+
+    study_dir.mkdir(parents=True, exist_ok=True)
+    return FileLock(study_dir / ".claims", timeout=600)
+
+
+def _run_trial(
+    study: optuna.Study,
+    spec: StudySpec,
+    runtime: Runtime,
+    trial: optuna.Trial,
+    resumed: bool,
+    display: Display | None,
+) -> None:
+    trackers: Sequence[Tracker] = [display.trial_started(trial, resumed)] if display else []
+    try:
+        value = Objective(spec, runtime, trackers)(trial)
+    except optuna.TrialPruned:
+        frozen = study.tell(trial, state=TrialState.PRUNED)
+    except (Interrupted, UserError, KeyboardInterrupt):
+        # The trial stays open: the next launch continues it.
+        if not runtime.stop():
+            raise
+        return
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    else:
+        frozen = study.tell(trial, value)
+    if display:
+        display.trial_ended(frozen)
+    _drop_checkpoints(study)
+
+
+def _drop_checkpoints(study: optuna.Study) -> None:
+    """Keep the checkpoints of the baseline and of the best trials; delete those of the other finished ones."""
+    trials = study.get_trials(deepcopy=False)
+    ranked = ranking(study, trials)
+    kept = {trial.number for trial in ranked[:KEEP_TRIALS]}
+    for trial in trials:
+        if trial.number in kept or trial.user_attrs.get(BASELINE) or not trial.state.is_finished():
+            continue
+        for path in Path(trial.user_attrs.get("run_dir", "")).glob("*.pth") if "run_dir" in trial.user_attrs else ():
+            path.unlink()
+            digest_path(path).unlink(missing_ok=True)

@@ -1,0 +1,223 @@
+"""The best trial becomes the full run, with its lineage; and the comparison that says what it won."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from trainer import Evaluation, TrainResult, UserError
+from trainer.checkpoint import LATEST, digest_path, is_locked
+from trainer.tracking import Tracker
+from tuner.run import Runtime, code_version, tracked_train
+from tuner.search_space import full_setup, trial_setup
+from tuner.trials import ranking, stored_spec, trial_name
+
+PROMOTIONS = "promotions"
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """A promoted run as the study remembers it."""
+
+    trial: int
+    run_dir: Path
+    step: int
+    steps: int | None
+    state: str
+    """"running", "interrupted" or "finished"."""
+    metrics: dict[str, float]
+
+
+def promote(
+    study: optuna.Study,
+    *,
+    trial: int | None = None,
+    steps: int | None = None,
+    runtime: Runtime | None = None,
+    trackers: Sequence[Tracker] = (),
+) -> TrainResult:
+    """Train the full run with a trial's parameters, or continue the one that was started.
+
+    The full run goes on from the trial's own checkpoint where there is one, since a trial is a prefix of its
+    full run. The study remembers where it came from, and `<study>.full` holds its curve.
+
+    Args:
+        trial: Number of the trial. Default: that of the full run already started, else the best.
+        steps: Length in optimizer updates, in place of the spec's `[full]`.
+
+    Raises:
+        UserError: There is no such trial, it can't be promoted, or a better one has appeared since.
+    """
+    runtime = runtime or Runtime()
+    spec = stored_spec(study)
+    chosen = _choose(study, trial)
+    changes = {} if steps is None else {"steps": steps, "samples": None}
+    setup = full_setup(spec, chosen.params, **changes)
+    run_dir = runtime.run_dir(spec.study.name, f"full-{trial_name(chosen.number)}")
+    if is_locked(run_dir):
+        raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
+    origin = Path(chosen.user_attrs["run_dir"])
+    if not any(run_dir.glob("*.pth")) and (origin / LATEST).is_file():
+        _copy_checkpoints(origin, run_dir, [*setup.workload.best_checkpoints().values(), LATEST])
+    lineage = {"study": spec.study.name, "trial": chosen.number, "params": chosen.params}
+    _remember(study, chosen, run_dir)
+    curve = _open_curve(study, chosen, run_dir, setup.config.num_steps)
+
+    def on_eval(evaluation: Evaluation) -> None:
+        assert curve is not None, "a finished run has nothing to evaluate"
+        curve.report(evaluation.metrics[spec.study.metric], step=evaluation.samples)
+        curve.set_user_attr("step", evaluation.step)
+        curve.set_user_attr("metrics", evaluation.metrics)
+
+    result = tracked_train(
+        setup,
+        run_dir,
+        runtime,
+        experiment=f"{spec.study.name}.full",
+        lineage=lineage,
+        trackers=trackers,
+        on_eval=on_eval,
+    )
+    if curve is not None:
+        curve.set_user_attr("step", result.step)
+        curve.set_user_attr("metrics", result.metrics)
+        if result.finished:
+            curve.study.tell(curve, result.metrics[spec.study.metric])
+    return result
+
+
+def rerun(
+    study: optuna.Study,
+    number: int,
+    *,
+    seed: int,
+    runtime: Runtime | None = None,
+    trackers: Sequence[Tracker] = (),
+) -> TrainResult:
+    """Train a trial's short run once more on another seed, measured on the same validation set.
+
+    The best of many noisy trials looks better than it is; a fresh seed says what it is worth.
+    """
+    spec, chosen = stored_spec(study), _find(study, number)
+    setup = trial_setup(spec, chosen.params, seed=seed, save_every=None)
+    runtime = runtime or Runtime()
+    run_dir = runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{seed}")
+    lineage = {"study": spec.study.name, "trial": number, "params": chosen.params, "seed": seed}
+    return tracked_train(
+        setup, run_dir, runtime, experiment=f"{spec.study.name}.rerun", lineage=lineage, trackers=trackers
+    )
+
+
+def full_runs(study: optuna.Study) -> list[FullRun]:
+    """The full runs that were promoted from a study, in the order of their start."""
+    curves = _curves(study)
+    if curves is None:
+        return []
+    newest = {t.user_attrs["run_dir"]: t for t in curves.get_trials(deepcopy=False) if "run_dir" in t.user_attrs}
+    return [_describe(t) for t in newest.values()]
+
+
+def _describe(curve: FrozenTrial) -> FullRun:
+    run_dir = Path(curve.user_attrs["run_dir"])
+    open_state = "running" if is_locked(run_dir) else "interrupted"
+    state = open_state if curve.state == TrialState.RUNNING else "finished"
+    attrs = curve.user_attrs
+    return FullRun(attrs["trial"], run_dir, attrs.get("step", 0), attrs["steps"], state, attrs.get("metrics", {}))
+
+
+def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
+    if number is not None:
+        return _find(study, number)
+    ranked = ranking(study)
+    if not ranked:
+        raise UserError(f"study {study.study_name} has no complete trial yet: launch it, or look at tuner status.")
+    promoted = list(dict.fromkeys(p["trial"] for p in study.user_attrs.get(PROMOTIONS, [])))
+    if promoted and promoted[-1] != ranked[0].number:
+        raise UserError(
+            f"a full run of trial {promoted[-1]} was started, and trial {ranked[0].number} is better since: choose "
+            f"with --trial {promoted[-1]} (continue) or --trial {ranked[0].number} (start anew)."
+        )
+    return ranked[0]
+
+
+def _find(study: optuna.Study, number: int) -> FrozenTrial:
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        raise UserError(f"study {study.study_name} has no trial {number}: it has {len(trials)}, counted from 0.")
+    chosen = trials[number]
+    if chosen not in ranking(study, trials):
+        raise UserError(
+            f"trial {number} of {study.study_name} is {chosen.state.name.lower()}, not complete and feasible: "
+            "choose another."
+        )
+    return chosen
+
+
+def _copy_checkpoints(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Link where the file system can: a full checkpoint may have 10 GB. Checkpoints are never written in place."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in [source / name for name in names]:
+        for one in (path, digest_path(path)):
+            if not one.is_file():
+                continue
+            try:
+                os.link(one, target / one.name)
+            except OSError:
+                shutil.copyfile(one, target / one.name)
+
+
+def _remember(study: optuna.Study, chosen: FrozenTrial, run_dir: Path) -> None:
+    """A finished trial can't be written to, so its promotion is recorded with the study, once."""
+    promotions = study.user_attrs.get(PROMOTIONS, [])
+    if any(promotion["run_dir"] == str(run_dir) for promotion in promotions):
+        return
+    record: dict[str, Any] = {
+        "trial": chosen.number,
+        "value": chosen.value,
+        "params": chosen.params,
+        "run_dir": str(run_dir),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": code_version(),
+    }
+    study.set_user_attr(PROMOTIONS, [*promotions, record])
+
+
+def _curves(study: optuna.Study) -> optuna.Study | None:
+    name = f"{study.study_name}.full"
+    storage = study._storage
+    return optuna.load_study(study_name=name, storage=storage) if name in optuna.get_all_study_names(storage) else None
+
+
+def _open_curve(study: optuna.Study, chosen: FrozenTrial, run_dir: Path, steps: int | None) -> optuna.Trial | None:
+    """The open trial of `<study>.full` that draws this run: the one left open, or a new one with its curve so far.
+
+    None where the run has already finished at this length.
+    """
+    curves = _curves(study)
+    if curves is None:
+        curves = optuna.create_study(
+            study_name=f"{study.study_name}.full", storage=study._storage, direction=study.direction
+        )
+        curves.set_user_attr("promoted_from", study.study_name)
+    mine = [t for t in curves.get_trials(deepcopy=False) if t.user_attrs.get("run_dir") == str(run_dir)]
+    if mine and mine[-1].state == TrialState.COMPLETE and mine[-1].user_attrs["step"] >= (steps or 0):
+        return None
+    if mine and mine[-1].state == TrialState.RUNNING:
+        curve = optuna.Trial(curves, mine[-1]._trial_id)
+    else:
+        curve = curves.ask(fixed_distributions=chosen.distributions)
+    past = (mine[-1] if mine else chosen).intermediate_values
+    for step, value in past.items():
+        curve.report(value, step=step)
+    curve.set_user_attr("run_dir", str(run_dir))
+    curve.set_user_attr("trial", chosen.number)
+    curve.set_user_attr("steps", steps)
+    return curve

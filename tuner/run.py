@@ -1,0 +1,95 @@
+"""One tracked training run: what trials, full runs and `tuner train` have in common."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trainer import Evaluation, TrainResult, train
+from trainer.tracking import AimTracker, Tracker, Trackers
+from tuner.search_space import Setup
+
+LOGGERS = ("trainer", "tuner", "studies")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where runs lie and how they are followed; nothing of it changes what is computed."""
+
+    run_root: Path = Path("runs")
+    track: bool = True
+    """Write to the Aim repository in `run_root`."""
+    stop: Callable[[], bool] = lambda: False
+    """Asked at every step boundary; True ends the run there with a checkpoint."""
+
+    def run_dir(self, study: str, name: str) -> Path:
+        return (self.run_root / study / name).resolve()
+
+
+def tracked_train(
+    setup: Setup,
+    run_dir: Path,
+    runtime: Runtime,
+    *,
+    experiment: str,
+    lineage: Mapping[str, Any],
+    trackers: Sequence[Tracker] = (),
+    on_eval: Callable[[Evaluation], None] | None = None,
+    resume: str | Path = "auto",
+    init: Path | None = None,
+) -> TrainResult:
+    """`train()` with its log kept in `run_dir/train.log` and its figures in Aim."""
+    followers = list(trackers)
+    lineage = {**lineage, "code_version": code_version()}
+    if runtime.track:
+        params = {
+            "train": setup.config.model_dump(mode="json"),
+            "workload": setup.workload.model_dump(mode="json"),
+            "lineage": lineage,
+        }
+        followers.append(AimTracker(runtime.run_root, run_dir=run_dir, experiment=experiment, params=params))
+    with log_file(run_dir):
+        return train(
+            setup.workload,
+            setup.config,
+            run_dir=run_dir,
+            tracker=Trackers(followers),
+            on_eval=on_eval,
+            stop=runtime.stop,
+            resume=resume,
+            init=init,
+            lineage=lineage,
+        )
+
+
+@contextmanager
+def log_file(run_dir: Path) -> Iterator[None]:
+    """Append what the trainer and the workload log to `run_dir/train.log`."""
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def code_version() -> str:
+    """The package's version, and the commit where it runs from a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return version("prodigy-tuner")
+    return f"{version('prodigy-tuner')}+{commit}"

@@ -1,0 +1,101 @@
+"""From a spec and suggested parameters to the configuration of a trial and of its full run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna import Trial
+
+from trainer.config import TrainConfig
+from trainer.workload import Workload
+from tuner.spec import Choices, StudySpec
+
+VALIDATION_SHARE = 0.1
+# A forward pass without gradients costs about a third of a training step.
+FORWARD_SHARE = 1 / 3
+DEFAULT_VAL_SAMPLES = 500
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `train()` is given: the workload with its options, and the configuration."""
+
+    workload: Workload
+    config: TrainConfig
+
+
+def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
+    """One value for each searched field, by its dotted name."""
+    params: dict[str, Any] = {}
+    for name, space in spec.search.items():
+        if isinstance(space, Choices):
+            params[name] = trial.suggest_categorical(name, space.choices)
+        elif isinstance(space.low, int) and isinstance(space.high, int):
+            step = int(space.step or 1)
+            params[name] = trial.suggest_int(name, space.low, space.high, step=step, log=space.log)
+        else:
+            params[name] = trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
+    return params
+
+
+def baseline(spec: StudySpec) -> dict[str, Any]:
+    """The searched fields' present values: the parameters of trial 0."""
+    config, workload = spec.build_config({**spec.train, "steps": 1}), spec.build_workload()
+    owners = {"train": config, "workload": workload}
+    return {name: getattr(owners[name.partition(".")[0]], name.partition(".")[2]) for name in spec.search}
+
+
+def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Setup:
+    """The full run under these parameters; `changes` replace fields of the configuration."""
+    train, options = _overlay(spec, params)
+    values = {
+        **train,
+        "steps": spec.full.steps,
+        "samples": spec.full.samples,
+        "val_samples": _val_samples(spec),
+        "eval_every": spec.full.eval_every or spec.trial.samples,
+        "eval_unit": "samples",
+    }
+    if values["eval_every"] is None:
+        # A trial in steps or seconds gives no length in samples: about a hundred validations then.
+        probe = spec.build_config({**train, "steps": 1})
+        samples = spec.full.samples or (spec.full.steps or 0) * probe.effective_batch_size
+        values["eval_every"] = max(1, samples // 100)
+    return Setup(spec.build_workload(options), spec.build_config({**values, **changes}))
+
+
+def trial_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Setup:
+    """The short run: a prefix of the full run (same seed, batches and schedule), on the study's grid."""
+    full = full_setup(spec, params)
+    values = {
+        **full.config.model_dump(exclude_unset=True),
+        "schedule_steps": full.config.horizon,
+        "steps": spec.trial.steps,
+        "samples": spec.trial.samples,
+        "seconds": spec.trial.seconds,
+        "eval_every": spec.trial.budget / spec.trial.evaluations,
+        "eval_unit": spec.trial.unit,
+        "keep_checkpoints": 1,
+    }
+    return Setup(full.workload, spec.build_config({**values, **changes}))
+
+
+def _overlay(spec: StudySpec, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    sections = {"train": dict(spec.train), "workload": dict(spec.workload)}
+    for key, value in params.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = value
+    return sections["train"], sections["workload"]
+
+
+def _val_samples(spec: StudySpec) -> int:
+    """The validation set's size: as set, else what keeps validation under a tenth of a trial."""
+    if "val_samples" in spec.train:
+        return int(spec.train["val_samples"])
+    if spec.trial.samples is None:
+        return DEFAULT_VAL_SAMPLES
+    affordable = VALIDATION_SHARE / FORWARD_SHARE * spec.trial.samples / spec.trial.evaluations
+    return max(1, math.floor(affordable))

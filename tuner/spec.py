@@ -1,0 +1,359 @@
+"""A study's spec: what study.toml says, checked before anything is spent.
+
+Every mistake is one line that names the key, the value and the remedy; an unknown key names the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import sys
+import tomllib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from trainer.config import Role, TrainConfig, Unit, differences, role_of
+from trainer.errors import UserError
+from trainer.workload import Workload
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StudySection(_Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    workload: str = Field(pattern=r"^[\w.]+:\w+$")
+    """"module:Class"; the module may lie beside the study.toml."""
+    metric: str = Field("val/loss", pattern=r"^val/\w+$")
+    direction: Literal["minimize", "maximize"] = "minimize"
+    seed: NonNegativeInt = 0
+    """The sampler's. The training seed is `train.seed`."""
+
+
+class Choices(_Section):
+    choices: tuple[int | float | str | bool, ...] = Field(min_length=1)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
+
+
+class Range(_Section):
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Range:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}; exchange them")
+        if self.log and (self.low <= 0 or self.step):
+            raise ValueError("log = true needs low above 0 and no step")
+        return self
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+class TrialSection(_Section):
+    """The short run. Its budget is exactly one of samples, steps and seconds."""
+
+    samples: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    seconds: PositiveFloat | None = None
+    evaluations: PositiveInt = 8
+    num_trials: PositiveInt = 20
+    """The study's total, over all launches."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrialSection:
+        if sum(value is not None for value in (self.samples, self.steps, self.seconds)) != 1:
+            raise ValueError("give exactly one of samples, steps and seconds")
+        return self
+
+    @property
+    def unit(self) -> Unit:
+        return "samples" if self.samples else "steps" if self.steps else "seconds"
+
+    @property
+    def budget(self) -> float:
+        return self.samples or self.steps or self.seconds or 0
+
+
+class Choice(BaseModel):
+    """A sampler or a pruner: its name, and the arguments that Optuna's class of that name takes."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class FullSection(_Section):
+    """The full run. Its length is exactly one of steps and samples."""
+
+    steps: PositiveInt | None = None
+    samples: PositiveInt | None = None
+    eval_every: PositiveInt | None = None
+    """Samples between validations. Default: a trial's length, so that the first one meets the trial's last."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FullSection:
+        if (self.steps is None) == (self.samples is None):
+            raise ValueError("give exactly one of steps and samples")
+        return self
+
+
+class StudySpec(_Section):
+    """A whole study.toml."""
+
+    study: StudySection
+    workload: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    search: dict[str, Choices | Range]
+    trial: TrialSection
+    sampler: Choice = Choice(name="tpe")
+    pruner: Choice = Choice(name="percentile")
+    full: FullSection
+    base_dir: Path = Path()
+    """Folder of the study.toml: relative paths and the workload's module are looked for here."""
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> StudySpec:
+        """Read and check a study.toml.
+
+        Args:
+            overrides: Values by dotted key, such as {"train.batch_size": 16}, that replace the file's.
+
+        Raises:
+            UserError: The file is missing, no TOML, or says something that can't be.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"{path}: no such study spec; give the path of a study.toml.") from None
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{path}: not valid TOML: {error}.") from error
+        for key, value in (overrides or {}).items():
+            _set(values, key, value)
+        return cls.build(values, base_dir=path.resolve().parent, source=str(path))
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], *, base_dir: Path, source: str = "spec") -> StudySpec:
+        """Check the contents of a study.toml.
+
+        Raises:
+            UserError: They say something that can't be; the message starts with `source`.
+        """
+        values = {**values, "base_dir": base_dir}
+        if isinstance(values.get("search"), dict):
+            values["search"] = _flatten(values["search"])
+        try:
+            spec = cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{source}: {_explain(error, cls)}") from None
+        spec._check(source)
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain values with absolute paths: what is stored with the study. `build` reads it."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        # Paths are absolute after validation; what the user left out stays out, to follow the defaults.
+        resolved = self.build_workload().model_dump(mode="json")
+        values["workload"] = {key: resolved[key] for key in self.workload}
+        return values
+
+    @cached_property
+    def workload_class(self) -> type[Workload]:
+        """The class that `study.workload` names, imported.
+
+        Raises:
+            UserError: There is no such module or class, or it is no Workload.
+        """
+        return load_workload_class(self.study.workload, self.base_dir)
+
+    def build_workload(self, options: Mapping[str, Any] | None = None) -> Workload:
+        """The workload with `[workload]`'s options, or with others.
+
+        Raises:
+            UserError: An option is unknown or out of range.
+        """
+        try:
+            return self.workload_class.model_validate(
+                dict(self.workload if options is None else options), context={"base_dir": self.base_dir}
+            )
+        except ValidationError as error:
+            raise UserError(_explain(error, self.workload_class, prefix="workload")) from None
+
+    def build_config(self, values: Mapping[str, Any]) -> TrainConfig:
+        """A TrainConfig from `values`.
+
+        Raises:
+            UserError: A key is unknown or out of range.
+        """
+        try:
+            return TrainConfig.model_validate(dict(values))
+        except ValidationError as error:
+            raise UserError(_explain(error, TrainConfig, prefix="train")) from None
+
+    def _check(self, source: str) -> None:
+        """What pydantic can't see: keys of [train] and [workload], and how [search] relates to them."""
+        try:
+            for key in self.train:
+                if key in TrainConfig.model_fields and role_of(TrainConfig, key) is Role.BUDGET:
+                    raise UserError(
+                        f"train.{key}: the length and the evaluation grid are set in [trial] and [full]; "
+                        "remove it from [train]."
+                    )
+            config = self.build_config({**self.train, "steps": 1})
+            workload = self.build_workload()
+            for key, space in self.search.items():
+                section, _, name = key.partition(".")
+                if section not in ("train", "workload") or not name:
+                    raise UserError(f'search."{key}": only train.* and workload.* fields can be searched.')
+                owner: BaseModel = config if section == "train" else workload
+                if name not in type(owner).model_fields:
+                    raise UserError(f'search."{key}": {_unknown(name, type(owner).model_fields, section)}')
+                role = role_of(type(owner), name)
+                if role in (Role.BUDGET, Role.MEASURE):
+                    raise UserError(
+                        f'search."{key}": it decides {"the budget" if role is Role.BUDGET else "what is measured"}, '
+                        "so trials would not be comparable; remove it from [search]."
+                    )
+                value = getattr(owner, name)
+                if value not in space:
+                    raise UserError(
+                        f"{key} = {value!r} lies outside its search space ({space}): it is the baseline, so widen "
+                        "the space or change it."
+                    )
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+    def differences(self, stored: StudySpec) -> list[str]:
+        """What of this spec would make its trials incomparable with those of `stored`; the data aside."""
+        return [
+            phrase
+            for part, (old, new) in _zip(stored._comparable(), self._comparable()).items()
+            for phrase in differences(part, old, new)
+        ]
+
+    def _comparable(self) -> dict[str, dict[str, Any]]:
+        values = self.to_dict()
+        config = self.build_config({**self.train, "steps": self.full.steps or 1})
+        return {
+            "study": {key: values["study"][key] for key in ("workload", "metric", "direction")},
+            "train": config.identity(),
+            "workload": {
+                key: value
+                for key, value in self.build_workload().model_dump(mode="json").items()
+                if role_of(self.workload_class, key) is not Role.FREE
+            },
+            "search": values["search"],
+            "trial": {key: value for key, value in values["trial"].items() if key != "num_trials"},
+        }
+
+
+def load_workload_class(name: str, base_dir: Path) -> type[Workload]:
+    """Import "module:Class"; the folder of the study.toml is searched first."""
+    module_name, _, class_name = name.partition(":")
+    if str(base_dir) not in sys.path:
+        sys.path.insert(0, str(base_dir))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not (module_name + ".").startswith(error.name + "."):
+            raise UserError(f"study.workload {name}: it needs the package {error.name}: install it.") from error
+        raise UserError(
+            f"study.workload {name}: no module {module_name} in {base_dir} or among the installed."
+        ) from error
+    beside = base_dir / f"{module_name.partition('.')[0]}.py"
+    origin = Path(module.__file__ or "")
+    if beside.exists() and origin.parent != base_dir:
+        raise UserError(f"study.workload {name}: {origin} has the same name as {beside}: rename the latter.")
+    workload_class = getattr(module, class_name, None)
+    if not (isinstance(workload_class, type) and issubclass(workload_class, Workload)):
+        raise UserError(f"study.workload {name}: {origin} has no class {class_name} that is a trainer.Workload.")
+    return workload_class
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`train.batch_size=8` as ("train.batch_size", 8). The value is TOML; a bare word is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        raise UserError(f"--set {text}: write it as section.key=value, such as train.batch_size=8.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    section, _, name = key.partition(".")
+    if section not in ("train", "workload", "full", "trial", "study"):
+        raise UserError(f"--set {key}: the sections are train, workload, full, trial and study.")
+    if section in ("full", "trial") and name in ("steps", "samples", "seconds"):
+        for other in ("steps", "samples", "seconds"):
+            values.get(section, {}).pop(other, None)
+    values.setdefault(section, {})[name] = value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """TOML nests an unquoted `train.d_coef`; both spellings mean the same."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not {"choices", "low", "high"} & value.keys():
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _unknown(key: str, known: Mapping[str, Any], section: str = "") -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    where = f"{section}." if section else ""
+    remedy = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(known)}."
+    return f"unknown key {where}{key}; {remedy}"
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first mistake of a ValidationError as one line."""
+    first = error.errors(include_url=False)[0]
+    where = [part for part in map(str, first["loc"]) if part not in ("Choices", "Range")]
+    if first["type"] == "extra_forbidden":
+        for part in where[:-1]:
+            nested = model.model_fields[part].annotation if part in model.model_fields else None
+            if isinstance(nested, type) and issubclass(nested, BaseModel):
+                model = nested
+        if where[0] == "search":
+            return _unknown(where[-1], {"choices": 0, "low": 0, "high": 0, "log": 0, "step": 0}, "search." + where[1])
+        return _unknown(where[-1], model.model_fields, ".".join([prefix, *where[:-1]]).strip("."))
+    name = ".".join([prefix, *where]).strip(".")
+    if first["type"] == "missing":
+        return f"{name} is missing; add it."
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict) else f" {json.dumps(first['input'], default=str)}"
+    return f"{name or 'spec'}{given}: {message[0].lower()}{message[1:].rstrip('.')}."
+
+
+def _zip(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {key: (one[key], other[key]) for key in one}

@@ -1,0 +1,72 @@
+"""Reading a study: its spec, its trials in order, their states. Shared by everything that looks at one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from trainer.errors import UserError
+from tuner.spec import StudySpec
+
+# Attributes of a study, and of its trials.
+SPEC = "spec"
+BASE_DIR = "base_dir"
+DATA_DIGEST = "data_digest"
+BASELINE = "baseline"
+INFEASIBLE = "infeasible"
+
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """complete, pruned, infeasible, failed, running or waiting."""
+    return "infeasible" if INFEASIBLE in trial.user_attrs else STATES[trial.state]
+
+
+def last_value(trial: FrozenTrial) -> float | None:
+    """The value at the trial's end, or where it stands."""
+    if trial.value is not None:
+        return trial.value
+    values = trial.intermediate_values
+    return values[max(values)] if values else None
+
+
+def trial_name(number: int) -> str:
+    """The name of a trial's run directory."""
+    return f"trial-{number:05d}"
+
+
+def stored_spec(study: optuna.Study) -> StudySpec:
+    """The spec that a study was launched with.
+
+    Raises:
+        UserError: It is no study of this tuner.
+    """
+    attrs = study.user_attrs
+    if SPEC not in attrs:
+        raise UserError(f"study {study.study_name} holds no spec: it was not launched by tuner; use another study.")
+    return StudySpec.build(attrs[SPEC], base_dir=Path(attrs[BASE_DIR]), source=f"study {study.study_name}")
+
+
+def ranking(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[FrozenTrial]:
+    """Complete and feasible trials, the best one first."""
+    trials = study.get_trials(deepcopy=False) if trials is None else trials
+    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
+    feasible = [t for t in complete if all(value <= 0 for value in t.constraints.values())]
+    return sorted(feasible, key=lambda t: (sign * (t.value or 0.0), t.number))
+
+
+def baseline_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The trial of the settings as given."""
+    trials = study.get_trials(deepcopy=False)
+    return next((t for t in trials if t.user_attrs.get(BASELINE) and t.state != TrialState.FAIL), None)
