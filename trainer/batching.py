@@ -1,9 +1,9 @@
 """Which samples make up which batch: a pure function of (seed, epoch, position).
 
 Padding is paid for like real tokens, so batches are formed of samples of like length. Each epoch is shuffled
-and cut into pools of `bucket_samples`; a pool is sorted by length, cut into batches, and the epoch's batches
-are shuffled. What is given up: the samples of one batch are no longer independent draws (they are alike in
-length); which samples meet still changes from epoch to epoch, because the pools do.
+and cut into pools of `bucket_samples`; a pool is sorted by length, give or take 2% by chance, cut into batches,
+and the epoch's batches are shuffled. What is given up: the samples of one batch are no longer independent
+draws, they are alike in length. Which samples meet still changes from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from trainer.errors import UserError
+
+# Of a length. In a set smaller than one pool, sorting alone would make the same batches in every epoch.
+JITTER = 0.02
 
 
 class BatchOrder:
@@ -28,7 +31,7 @@ class BatchOrder:
         batch_size: int,
         *,
         group: int = 1,
-        bucket_samples: int = 1024,
+        bucket_samples: int = 2048,
         seed: int = 0,
     ) -> None:
         if len(lengths) < batch_size * group:
@@ -47,8 +50,9 @@ class BatchOrder:
         random = np.random.default_rng((self.seed, epoch))
         samples = random.permutation(len(self.lengths))[: self.batches_per_epoch * self.batch_size]
         pools = [samples[start : start + self.pool] for start in range(0, len(samples), self.pool)]
-        # A stable sort: samples of one length stay in their random order.
-        pools = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        jitter = random.uniform(1 - JITTER, 1 + JITTER, len(samples)).astype(np.float32)
+        keys = np.split(self.lengths[samples] * jitter, range(self.pool, len(samples), self.pool))
+        pools = [pool[np.argsort(key)] for pool, key in zip(pools, keys, strict=True)]
         batches = np.concatenate(pools).reshape(self.batches_per_epoch, self.batch_size)
         return batches[random.permutation(len(batches))]
 

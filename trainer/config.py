@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
     decay_fraction: NonNegativeFloat = 0.2
     """wsd: the share of the horizon, at its end, in which the learning rate falls to zero."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    bucket_samples: PositiveInt = 1024
+    bucket_samples: PositiveInt = 2048
     """Batches of like length are formed among so many samples drawn at random; 1: no length buckets."""
 
     # What is measured.

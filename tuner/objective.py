@@ -15,7 +15,7 @@ from trainer.tracking import Tracker
 from tuner.run import Runtime, tracked_train
 from tuner.search_space import suggest, trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import BASELINE, INFEASIBLE, trial_name
+from tuner.trials import BASELINE, INFEASIBLE, report_once, trial_name
 
 
 class Interrupted(Exception):
@@ -64,7 +64,7 @@ class Objective:
             value = evaluation.metrics[metric]
             if not math.isfinite(value):
                 raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
-            trial.report(value, step=round(evaluation.point))
+            report_once(trial, value, round(evaluation.point))
             trial.set_user_attr("d", [*trial.user_attrs.get("d", []), evaluation.d])
             # The baseline is what everything is compared with, so it always runs to its end.
             if not trial.user_attrs.get(BASELINE) and trial.should_prune():

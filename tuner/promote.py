@@ -18,7 +18,7 @@ from trainer.checkpoint import LATEST, digest_path, is_locked
 from trainer.tracking import Tracker
 from tuner.run import Runtime, code_version, tracked_train
 from tuner.search_space import full_setup, trial_setup
-from tuner.trials import ranking, stored_spec, trial_name
+from tuner.trials import ranking, report_once, stored_spec, trial_name
 
 PROMOTIONS = "promotions"
 
@@ -64,16 +64,18 @@ def promote(
     run_dir = runtime.run_dir(spec.study.name, f"full-{trial_name(chosen.number)}")
     if is_locked(run_dir):
         raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
+    past: dict[int, float] = {}
     origin = Path(chosen.user_attrs["run_dir"])
     if not any(run_dir.glob("*.pth")) and (origin / LATEST).is_file():
         _copy_checkpoints(origin, run_dir, [*setup.workload.best_checkpoints().values(), LATEST])
+        past = chosen.intermediate_values if spec.trial.unit == "samples" else {}
     lineage = {"study": spec.study.name, "trial": chosen.number, "params": chosen.params}
     _remember(study, chosen, run_dir)
-    curve = _open_curve(study, chosen, run_dir, setup.config.num_steps)
+    curve = _open_curve(study, chosen, run_dir, setup.config.num_steps, past)
 
     def on_eval(evaluation: Evaluation) -> None:
         assert curve is not None, "a finished run has nothing to evaluate"
-        curve.report(evaluation.metrics[spec.study.metric], step=evaluation.samples)
+        report_once(curve, evaluation.metrics[spec.study.metric], evaluation.samples)
         curve.set_user_attr("step", evaluation.step)
         curve.set_user_attr("metrics", evaluation.metrics)
 
@@ -196,8 +198,10 @@ def _curves(study: optuna.Study) -> optuna.Study | None:
     return optuna.load_study(study_name=name, storage=storage) if name in optuna.get_all_study_names(storage) else None
 
 
-def _open_curve(study: optuna.Study, chosen: FrozenTrial, run_dir: Path, steps: int | None) -> optuna.Trial | None:
-    """The open trial of `<study>.full` that draws this run: the one left open, or a new one with its curve so far.
+def _open_curve(
+    study: optuna.Study, chosen: FrozenTrial, run_dir: Path, steps: int | None, past: dict[int, float]
+) -> optuna.Trial | None:
+    """The open trial of `<study>.full` that draws this run: the one left open, or a new one with its `past`.
 
     None where the run has already finished at this length.
     """
@@ -208,15 +212,16 @@ def _open_curve(study: optuna.Study, chosen: FrozenTrial, run_dir: Path, steps: 
         )
         curves.set_user_attr("promoted_from", study.study_name)
     mine = [t for t in curves.get_trials(deepcopy=False) if t.user_attrs.get("run_dir") == str(run_dir)]
-    if mine and mine[-1].state == TrialState.COMPLETE and mine[-1].user_attrs["step"] >= (steps or 0):
+    last = mine[-1] if mine else None
+    if last and last.state == TrialState.RUNNING:
+        curve = optuna.Trial(curves, last._trial_id)
+    elif last and last.user_attrs["step"] >= (steps or 0):
         return None
-    if mine and mine[-1].state == TrialState.RUNNING:
-        curve = optuna.Trial(curves, mine[-1]._trial_id)
     else:
+        curves.enqueue_trial(chosen.params)
         curve = curves.ask(fixed_distributions=chosen.distributions)
-    past = (mine[-1] if mine else chosen).intermediate_values
-    for step, value in past.items():
-        curve.report(value, step=step)
+        for step, value in (last.intermediate_values if last else past).items():
+            curve.report(value, step)
     curve.set_user_attr("run_dir", str(run_dir))
     curve.set_user_attr("trial", chosen.number)
     curve.set_user_attr("steps", steps)

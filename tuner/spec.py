@@ -13,15 +13,17 @@ import tomllib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -68,6 +70,14 @@ class Range(_Section):
 
     def __contains__(self, value: object) -> bool:
         return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+def _kind_of_space(value: Any) -> str:
+    named = "choices" in value if isinstance(value, Mapping) else isinstance(value, Choices)
+    return "Choices" if named else "Range"
+
+
+Space = Annotated[Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")], Discriminator(_kind_of_space)]
 
 
 class TrialSection(_Section):
@@ -127,7 +137,7 @@ class StudySpec(_Section):
     study: StudySection
     workload: dict[str, Any] = {}
     train: dict[str, Any] = {}
-    search: dict[str, Choices | Range]
+    search: dict[str, Space]
     trial: TrialSection
     sampler: Choice = Choice(name="tpe")
     pruner: Choice = Choice(name="percentile")
@@ -336,8 +346,9 @@ def _unknown(key: str, known: Mapping[str, Any], section: str = "") -> str:
 
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """The first mistake of a ValidationError as one line."""
-    first = error.errors(include_url=False)[0]
+    """One mistake of a ValidationError as one line: a misspelt key rather than the one that it leaves missing."""
+    errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     where = [part for part in map(str, first["loc"]) if part not in ("Choices", "Range")]
     if first["type"] == "extra_forbidden":
         for part in where[:-1]:

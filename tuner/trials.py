@@ -45,6 +45,12 @@ def trial_name(number: int) -> str:
     return f"trial-{number:05d}"
 
 
+def report_once(trial: optuna.Trial, value: float, step: int) -> None:
+    """Report an intermediate value, unless this step has one: after a crash a run passes some points again."""
+    if step not in trial.storage.get_trial(trial._trial_id).intermediate_values:
+        trial.report(value, step)
+
+
 def stored_spec(study: optuna.Study) -> StudySpec:
     """The spec that a study was launched with.
 

@@ -1,0 +1,25 @@
+"""Fixtures for all tests: a quiet, single place for runs, and short configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuner.run import Runtime
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    torch.manual_seed(0)
+    # These models are tiny: a second thread would cost more in waiting than it computes.
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Runtime:
+    """Runs under a temporary folder, without Aim."""
+    return Runtime(tmp_path / "runs", track=False)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import UserError
+from trainer.checkpoint import Checkpoints, is_locked, locked, read_checkpoint, write_checkpoint
+
+
+def state(step: int) -> dict[str, object]:
+    return {"step": step, "model": {"weight": torch.full((1000,), float(step))}}
+
+
+def save_all(run_dir: Path, *steps: int, keep: int = 2) -> None:
+    with Checkpoints(run_dir, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(state(step))
+
+
+def test_the_last_few_are_kept_and_latest_is_the_newest(tmp_path: Path) -> None:
+    save_all(tmp_path, 10, 20, 30)
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
+        "latest.pth",
+        "step_000000020.pth",
+        "step_000000030.pth",
+    ]
+    assert read_checkpoint(tmp_path / "latest.pth")["step"] == 30
+
+
+def test_a_snapshot_does_not_follow_later_changes(tmp_path: Path) -> None:
+    live = state(1)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        gate = threading.Event()
+        checkpoints._writer.submit(gate.wait)
+        checkpoints.save(live)
+        live["model"]["weight"].zero_()  # type: ignore[index]
+        gate.set()
+    assert read_checkpoint(tmp_path / "latest.pth")["model"]["weight"][0] == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    save_all(tmp_path, 10, 20)
+    newest = tmp_path / "step_000000020.pth"
+    content = bytearray(newest.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    else:
+        del content[len(content) // 2 :]
+    # In place, so that latest.pth, its other name, is damaged too.
+    with open(newest, "r+b") as file:
+        file.write(content)
+        file.truncate()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        found = checkpoints.find()
+    assert found is not None and found[1]["step"] == 10
+
+
+def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+    save_all(tmp_path, 10)
+    for path in tmp_path.glob("*.pth"):
+        path.write_bytes(b"nothing")
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(UserError, match="all 2 checkpoints"):
+        checkpoints.find()
+
+
+def test_a_failed_write_is_not_lost(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"could not be written .*free some space"),
+        Checkpoints(tmp_path / "run", keep=1) as checkpoints,
+    ):
+        checkpoints.save(state(1))  # The folder is not there.
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "best.pth"
+    write_checkpoint(state(1), path)
+
+    def torn(value: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(state(2), path)
+    assert read_checkpoint(path)["step"] == 1
+
+
+def test_two_best_files_are_one_write(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save_best(state(3), ["best_text.pth", "best_mel.pth"])
+    for name in ("best_text.pth", "best_mel.pth"):
+        assert read_checkpoint(tmp_path / name)["step"] == 3
+    assert (tmp_path / "best_text.pth").samefile(tmp_path / "best_mel.pth")
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("owned"),)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", pickle.dumps(Malicious(), protocol=2), "zip"])
+def test_what_is_no_checkpoint_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({"model": Malicious()}, path)
+    with pytest.raises(UserError, match="no readable checkpoint") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
+    with pytest.raises(UserError, match="holds a Tensor"):
+        read_checkpoint(tmp_path / "tensor.pth")
+
+
+def test_a_run_directory_is_held_by_one(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(UserError, match="in use"), locked(tmp_path):
+            pass
+    assert not is_locked(tmp_path)

@@ -1,0 +1,272 @@
+"""train(): continuing, refusing, stopping, and what it leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.toy import Toy
+from trainer import Diverged, Evaluation, TrainConfig, UserError, train
+from trainer.checkpoint import locked, read_checkpoint
+
+CONFIG = {"batch_size": 4, "eval_every": 40, "log_every": 5, "save_every": 10, "precision": "fp32"}
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 40, **CONFIG, **changes})
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    asked = iter(range(steps))
+    return lambda: next(asked, None) is None
+
+
+def states_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(states_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(states_equal, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
+@pytest.mark.parametrize("stopped_at", [7, 23])
+def test_a_stopped_and_continued_run_equals_one_never_stopped(tmp_path: Path, optimizer: str, stopped_at: int) -> None:
+    # 31 samples: 40 steps of 2 x 4 cross several epochs, so the sample order is continued too.
+    workload, run = Toy(num_train=70), config(optimizer=optimizer, grad_accumulation=2, schedule="cosine")
+    train(workload, run, run_dir=tmp_path / "whole")
+    first = train(workload, run, run_dir=tmp_path / "parts", stop=stop_after(stopped_at))
+    assert not first.finished and first.step == stopped_at
+    torch.manual_seed(99)
+    assert train(workload, run, run_dir=tmp_path / "parts").finished
+
+    whole, parts = (read_checkpoint(tmp_path / name / "latest.pth") for name in ("whole", "parts"))
+    for key in ("model", "optimizer", "random", "step", "metrics"):
+        assert states_equal(whole[key], parts[key]), key
+    assert whole["progress"]["best"] == parts["progress"]["best"]
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path: Path) -> None:
+    train(Toy(), config(steps=20), run_dir=tmp_path / "parts")
+    train(Toy(), config(steps=40), run_dir=tmp_path / "parts")
+    train(Toy(), config(steps=40), run_dir=tmp_path / "whole")
+    whole, parts = (read_checkpoint(tmp_path / name / "latest.pth") for name in ("whole", "parts"))
+    assert states_equal(whole["model"], parts["model"])
+
+
+def test_the_best_value_survives_a_continuation(tmp_path: Path) -> None:
+    train(Toy(), config(steps=20), run_dir=tmp_path)
+    best = read_checkpoint(tmp_path / "best_token_model.pth")
+    # From here on the weights are ruined, so no later validation is better.
+    latest = max(tmp_path.glob("step_*.pth"))
+    state = read_checkpoint(latest)
+    for value in state["model"].values():
+        value.mul_(50)
+    for path in tmp_path.glob("*.sha256"):
+        path.unlink()
+    torch.save(state, latest)
+    train(Toy(), config(steps=30), run_dir=tmp_path)
+    assert read_checkpoint(tmp_path / "best_token_model.pth")["step"] == best["step"]
+
+
+def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
+    """Sums over all tokens of the step, not a mean of means, although the batches differ in length."""
+    workload = Toy(dropout=0.0, num_train=8)
+    losses = {}
+    for name, changes in {"one": {"batch_size": 8}, "four": {"batch_size": 2, "grad_accumulation": 4}}.items():
+        # 8 samples: every step sees all of them, in whatever order.
+        train(workload, config(steps=5, **changes), run_dir=tmp_path / name)
+        losses[name] = read_checkpoint(tmp_path / name / "latest.pth")["model"]
+    for key, value in losses["one"].items():
+        torch.testing.assert_close(losses["four"][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_validation_loss_does_not_depend_on_the_training_batch_size(tmp_path: Path) -> None:
+    seen: dict[int, list[Evaluation]] = {4: [], 16: []}
+    for batch_size, evaluations in seen.items():
+        # So small a step that the weights stay what they were.
+        frozen = config(steps=1, batch_size=batch_size, optimizer="adamw", lr=1e-12, val_samples=30)
+        train(Toy(), frozen, run_dir=tmp_path / str(batch_size), on_eval=evaluations.append)
+    assert seen[4][-1].metrics["val/loss"] == pytest.approx(seen[16][-1].metrics["val/loss"], rel=1e-6)
+
+
+def test_evaluations_lie_on_the_grid_of_samples(tmp_path: Path) -> None:
+    seen: list[Evaluation] = []
+    train(Toy(), config(steps=None, samples=100, batch_size=12, eval_every=25), run_dir=tmp_path, on_eval=seen.append)
+    assert [(e.point, e.samples) for e in seen] == [(25, 36), (50, 60), (75, 84), (100, 108)]
+
+
+def test_a_run_in_seconds_ends_and_is_evaluated_on_its_grid(tmp_path: Path) -> None:
+    seen: list[Evaluation] = []
+    run = config(steps=None, seconds=0.6, eval_every=0.2, eval_unit="seconds")
+    result = train(Toy(), run, run_dir=tmp_path, on_eval=seen.append)
+    assert result.finished and result.seconds >= 0.6
+    assert [e.point for e in seen] == pytest.approx([0.2, 0.4, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"batch_size": 8}, "train.batch_size was 4 and is now 8"),
+        ({"d_coef": 2.0}, "train.d_coef was 1.0 and is now 2.0"),
+        ({"seed": 1}, "train.seed was 0 and is now 1"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], phrase: str) -> None:
+    train(Toy(), config(steps=5), run_dir=tmp_path)
+    with pytest.raises(UserError, match=phrase):
+        train(Toy(), config(**changes), run_dir=tmp_path)
+
+
+def test_another_model_or_other_data_is_refused(tmp_path: Path) -> None:
+    train(Toy(), config(steps=5), run_dir=tmp_path)
+    with pytest.raises(UserError, match=r"workload\.width was 16 and is now 8"):
+        train(Toy(width=8), config(), run_dir=tmp_path)
+    with pytest.raises(UserError, match=r"data\.contents"):
+        train(Toy(digest="other"), config(), run_dir=tmp_path)
+
+
+def test_free_fields_may_change(tmp_path: Path) -> None:
+    train(Toy(), config(steps=5), run_dir=tmp_path)
+    result = train(Toy(), config(steps=8, log_every=2, num_workers=1, eval_every=8), run_dir=tmp_path)
+    assert result.step == 8
+
+
+def test_a_checkpoint_of_the_other_optimizer_says_what_to_do(tmp_path: Path) -> None:
+    train(Toy(), config(steps=5, optimizer="adamw"), run_dir=tmp_path / "adamw")
+    with pytest.raises(UserError, match=r"checkpoint of adamw .*--set train.optimizer=adamw.*--init "):
+        train(Toy(), config(), run_dir=tmp_path / "adamw")
+
+
+def test_a_checkpoint_without_a_type_is_adamws(tmp_path: Path) -> None:
+    train(Toy(), config(steps=5), run_dir=tmp_path / "run")
+    state = read_checkpoint(tmp_path / "run" / "latest.pth")
+    del state["optimizer_type"]
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(UserError, match="checkpoint of adamw and this run uses prodigy"):
+        train(Toy(), config(), run_dir=tmp_path / "new", resume=tmp_path / "old.pth")
+
+
+def test_init_takes_the_weights_and_nothing_else(tmp_path: Path) -> None:
+    train(Toy(), config(steps=20, optimizer="adamw", lr=0.01), run_dir=tmp_path / "adamw")
+    source = tmp_path / "adamw" / "best_token_model.pth"
+    seen: list[Evaluation] = []
+    tiny = config(steps=1, optimizer="prodigy", d0=1e-12)
+    train(Toy(), tiny, run_dir=tmp_path / "new", init=source, on_eval=seen.append)
+    assert seen[0].step == 1
+    assert seen[0].metrics["val/loss"] == pytest.approx(read_checkpoint(source)["metrics"]["val/loss"], rel=1e-4)
+    # Run again it continues; from elsewhere it is refused.
+    assert train(Toy(), tiny, run_dir=tmp_path / "new", init=source).step == 1
+    with pytest.raises(UserError, match="did not start from"):
+        train(Toy(), tiny, run_dir=tmp_path / "new", init=tmp_path / "adamw" / "latest.pth")
+
+
+def test_weights_alone_can_not_be_continued(tmp_path: Path) -> None:
+    train(Toy(), config(steps=10), run_dir=tmp_path / "run")
+    best = tmp_path / "run" / "best_token_model.pth"
+    with pytest.raises(UserError, match=r"weights and no training state.*--init"):
+        train(Toy(), config(), run_dir=tmp_path / "new", resume=best)
+
+
+def test_resume_never_refuses_a_used_directory(tmp_path: Path) -> None:
+    train(Toy(), config(steps=5), run_dir=tmp_path)
+    with pytest.raises(UserError, match="holds a run at step 5"):
+        train(Toy(), config(), run_dir=tmp_path, resume="never")
+
+
+def test_a_used_directory_is_locked(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match="in use"):
+        train(Toy(), config(), run_dir=tmp_path)
+
+
+class Stop(Exception):
+    pass
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.values: list[tuple[int, Mapping[str, float]]] = []
+        self.closed = False
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        self.values.append((step, values))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_on_eval_raises_closes_everything_and_goes_on(tmp_path: Path) -> None:
+    recorder = Recorder()
+
+    def on_eval(evaluation: Evaluation) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(Toy(), config(), run_dir=tmp_path, tracker=recorder, on_eval=on_eval)
+    assert recorder.closed
+    with locked(tmp_path):
+        pass
+
+
+def test_the_tracker_gets_losses_rate_d_and_norm(tmp_path: Path) -> None:
+    recorder = Recorder()
+    train(Toy(), config(), run_dir=tmp_path, tracker=recorder)
+    names = {name for _, values in recorder.values for name in values}
+    assert {"train/loss", "train/token_loss", "train/lr", "train/d", "train/grad_norm", "val/loss"} <= names
+    last = dict(recorder.values)[40]
+    final = read_checkpoint(tmp_path / "latest.pth")
+    assert recorder.values[-2][1]["train/d"] == pytest.approx(final["optimizer"]["param_groups"][0]["d"])
+    assert last
+
+
+def test_the_log_line_has_the_promised_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "trainer"):
+        train(Toy(), config(), run_dir=tmp_path)
+    lines = [record.message for record in caplog.records if record.message.startswith("[Step 5]")]
+    pattern = r"\[Step 5\] Loss: \d+\.\d+, Token Loss: \d+\.\d+, LR: [\d.e-]+, Time: \d+\.\ds, .*samples/s, .* left"
+    assert any(re.fullmatch(pattern, line) for line in lines), lines
+
+
+class Exploding(Toy):
+    """The loss is infinite for one batch, or for all of them."""
+
+    always: bool = False
+
+    def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sums = super().loss_sums(model, inputs)
+        if model.training and (self.always or bool((inputs["tokens"][0, 0] == 3).item())):
+            return {name: value * float("inf") for name, value in sums.items()}
+        return sums
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
+def test_a_gradient_that_is_not_finite_skips_its_update_alone(tmp_path: Path, optimizer: str) -> None:
+    recorder = Recorder()
+    train(Exploding(), config(optimizer=optimizer, log_every=40), run_dir=tmp_path, tracker=recorder)
+    values = dict(recorder.values[:1])[40] if recorder.values[0][0] == 40 else recorder.values[-2][1]
+    assert 0 < values["train/skipped_updates"] < 20
+    state = read_checkpoint(tmp_path / "latest.pth")
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    if optimizer == "prodigy":
+        assert state["optimizer"]["param_groups"][0]["d"] > 10 * 1e-6
+
+
+def test_a_run_without_any_update_ends_as_diverged(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="none of the last 5 gradients was finite"):
+        train(Exploding(always=True), config(), run_dir=tmp_path)
+
+
+def test_loader_workers_change_nothing(tmp_path: Path) -> None:
+    for workers in (0, 2):
+        train(Toy(), config(steps=12, num_workers=workers), run_dir=tmp_path / str(workers))
+    one, other = (read_checkpoint(tmp_path / name / "latest.pth") for name in ("0", "2"))
+    assert states_equal(one["model"], other["model"])

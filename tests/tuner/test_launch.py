@@ -1,0 +1,204 @@
+"""launch(): the baseline first, the grid, going on after an interruption, refusing what is not comparable."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tests.tuner.studies_for_tests import TOML, build, write
+from trainer import UserError
+from trainer.checkpoint import locked, read_checkpoint
+from tuner.launch import launch
+from tuner.promote import rerun
+from tuner.report import status
+from tuner.run import Runtime
+from tuner.storage import load_study, open_storage
+from tuner.trials import INFEASIBLE, baseline_trial, ranking
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/tuner.db"
+
+
+def stop_after(questions: int) -> Callable[[], bool]:
+    asked = itertools.count()
+    return lambda: next(asked) >= questions
+
+
+def test_trial_zero_is_the_baseline_and_is_never_pruned(runtime: Runtime, url: str) -> None:
+    spec = build(**{"trial.num_trials": 6}).model_copy(
+        update={"pruner": build().pruner.model_copy(update={"name": "median"})}
+    )
+    study = launch(spec, storage=url, runtime=runtime)
+    first = study.trials[0]
+    assert first.params == {"train.batch_size": 8, "train.d_coef": 1.0}
+    assert first.state == TrialState.COMPLETE and baseline_trial(study) == first
+    assert len(study.trials) == 6
+
+
+def test_all_trials_report_on_the_same_grid(runtime: Runtime, url: str) -> None:
+    study = launch(build(**{"trial.samples": 200, "trial.num_trials": 5}), storage=url, runtime=runtime)
+    grids = [sorted(trial.intermediate_values) for trial in study.trials if trial.state == TrialState.COMPLETE]
+    assert len({trial.params["train.batch_size"] for trial in study.trials}) > 1
+    assert all(grid == [50, 100, 150, 200] for grid in grids)
+
+
+def test_a_study_that_is_complete_runs_nothing_and_a_larger_total_goes_on(runtime: Runtime, url: str) -> None:
+    launch(build(), storage=url, runtime=runtime, num_trials=2)
+    assert len(launch(build(), storage=url, runtime=runtime, num_trials=2).trials) == 2
+    assert len(launch(build(), storage=url, runtime=runtime, num_trials=3).trials) == 3
+
+
+def test_a_stopped_trial_goes_on_under_its_own_number(runtime: Runtime, url: str, tmp_path: Path) -> None:
+    # The baseline has 20 steps: stopped within them.
+    stopped = Runtime(runtime.run_root, track=False, stop=stop_after(12))
+    study = launch(build(), storage=url, runtime=stopped)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+    step = read_checkpoint(runtime.run_dir("toy", "trial-00000") / "latest.pth")["step"]
+    assert 0 < step < 20
+
+    study = launch(build(), storage=url, runtime=runtime, num_trials=2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    uninterrupted = launch(
+        build(),
+        storage=f"sqlite:///{tmp_path}/other.db",
+        runtime=Runtime(tmp_path / "other", track=False),
+        num_trials=2,
+    )
+    assert study.trials[0].intermediate_values == uninterrupted.trials[0].intermediate_values
+    # Seeded by trial number: the interruption does not change what is proposed.
+    assert study.trials[1].params == uninterrupted.trials[1].params
+
+
+def test_a_timeout_stops_the_study_with_its_trial_open(runtime: Runtime, url: str) -> None:
+    study = launch(build(**{"trial.samples": 100_000}), storage=url, runtime=runtime, timeout=1.0)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+
+
+def test_a_trial_held_by_another_process_is_left_to_it(runtime: Runtime, url: str) -> None:
+    launch(build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=stop_after(6)))
+    with locked(runtime.run_dir("toy", "trial-00000"), ".claim"):
+        study = launch(build(), storage=url, runtime=runtime, num_trials=3)
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE", "COMPLETE"]
+
+
+def test_a_failed_baseline_is_tried_again_as_the_baseline(
+    runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.toy.Toy.loss_sums", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        launch(build(), storage=url, runtime=runtime)
+    monkeypatch.undo()
+    study = launch(build(), storage=url, runtime=runtime, num_trials=1)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    baseline = baseline_trial(study)
+    assert baseline is not None and baseline.number == 1
+    assert study.trials[0].params == study.trials[1].params
+
+
+def test_out_of_memory_is_infeasible_and_the_study_goes_on(runtime: Runtime, url: str) -> None:
+    study = launch(build(**{"workload.explode_at_batch_size": 16, "trial.num_trials": 8}), storage=url, runtime=runtime)
+    infeasible = [trial for trial in study.trials if INFEASIBLE in trial.user_attrs]
+    assert infeasible and all(trial.params["train.batch_size"] == 16 for trial in infeasible)
+    assert all(trial.constraints == {"memory": 1.0} for trial in infeasible)
+    assert "CUDA out of memory" in infeasible[0].user_attrs[INFEASIBLE]
+    counts = status(study)["trials"]
+    assert counts["infeasible"] == len(infeasible) and sum(counts.values()) == 8
+    assert ranking(study)[0].params["train.batch_size"] != 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"train.weight_decay": 0.1}, r"train\.weight_decay was 0\.01 and is now 0\.1"),
+        ({"trial.samples": 320}, r"trial\.samples was 160 and is now 320"),
+        ({"study.direction": "maximize"}, r"study\.direction"),
+        ({"search.train.batch_size": {"choices": [4, 8]}}, r"search\.train\.batch_size"),
+        ({"workload.width": 8}, r"workload\.width was 16 and is now 8"),
+        ({"workload.digest": "new"}, "the data has changed"),
+    ],
+)
+def test_another_spec_under_the_same_name_is_refused(
+    runtime: Runtime, url: str, changes: dict[str, object], phrase: str
+) -> None:
+    launch(build(), storage=url, runtime=runtime, num_trials=1)
+    with pytest.raises(UserError, match=phrase):
+        launch(build(**changes), storage=url, runtime=runtime)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ('[sampler]\nname = "tpee"', "known are tpe, random, qmc"),
+        ('[sampler]\nname = "tpe"\nn_startup = 3', r"\[sampler\] tpe"),
+        ('[pruner]\nname = "percentile"\npercentile = 300', r"\[pruner\] percentile"),
+    ],
+)
+def test_an_unknown_sampler_or_pruner_is_refused(tmp_path: Path, url: str, section: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch(write(tmp_path, TOML + section), storage=url, runtime=Runtime(tmp_path, track=False))
+
+
+def test_only_the_best_trials_and_the_baseline_keep_their_checkpoints(runtime: Runtime, url: str) -> None:
+    study = launch(build(**{"trial.num_trials": 8}), storage=url, runtime=runtime)
+    kept = {int(path.parent.name[6:]) for path in runtime.run_root.glob("toy/trial-*/latest.pth")}
+    assert kept == {0, *(trial.number for trial in ranking(study)[:3])}
+    assert {int(path.parent.name[6:]) for path in runtime.run_root.glob("toy/trial-*/*.sha256")} == kept
+
+
+def test_a_study_of_another_program_is_refused(runtime: Runtime, url: str) -> None:
+    optuna.create_study(study_name="toy", storage=url)
+    with pytest.raises(UserError, match="holds no spec"):
+        launch(build(), storage=url, runtime=runtime)
+
+
+def test_a_rerun_differs_in_its_seed_alone(runtime: Runtime, url: str) -> None:
+    study = launch(build(), storage=url, runtime=runtime, num_trials=1)
+    result = rerun(study, 0, seed=7, runtime=runtime)
+    assert result.samples == 160
+    assert result.metrics["val/loss"] != study.trials[0].value
+    one, other = (
+        read_checkpoint(runtime.run_dir("toy", name) / "latest.pth")["identity"]["train"]
+        for name in ("trial-00000", "trial-00000-seed-7")
+    )
+    assert {key for key in one if one[key] != other[key]} == {"seed"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_launch_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
+    """As a user does it: the command is interrupted or killed, and given again."""
+    spec = write(tmp_path, TOML.replace("samples = 160", "samples = 4000\n").replace("log_every = 5", "save_every = 5"))
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--trials", "2"]
+    command += ["--run-root", str(tmp_path / "runs")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    checkpoint = tmp_path / "runs/toy/trial-00000/latest.pth"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "The same command goes on" in output
+    study = load_study("toy", open_storage(url))
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    assert "trial 0 (baseline) continues from its checkpoint" in again.stdout
+    assert [trial.state for trial in study.trials][:1] == [TrialState.COMPLETE]
+    assert len(study.trials) == 2
+    log = (tmp_path / "runs/toy/trial-00000/train.log").read_text()
+    assert "continuing from" in log

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tests.tuner.studies_for_tests import build
+from trainer import UserError
+from trainer.checkpoint import read_checkpoint
+from tuner.launch import launch
+from tuner.promote import PROMOTIONS, full_runs, promote
+from tuner.report import status
+from tuner.run import Runtime
+from tuner.trials import ranking
+
+
+@pytest.fixture
+def study(runtime: Runtime, tmp_path: Path) -> optuna.Study:
+    return launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+
+
+def curves(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="toy.full", storage=study._storage).trials
+
+
+def test_the_best_trial_becomes_the_full_run_with_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
+    best = ranking(study)[0]
+    result = promote(study, runtime=runtime)
+    assert result.finished and result.samples == 480
+    assert result.run_dir == runtime.run_dir("toy", f"full-trial-{best.number:05d}")
+    checkpoint = read_checkpoint(result.run_dir / "latest.pth")
+    assert checkpoint["lineage"]["trial"] == best.number
+    assert checkpoint["lineage"]["params"] == best.params
+    (record,) = study.user_attrs[PROMOTIONS]
+    assert record["trial"] == best.number and record["run_dir"] == str(result.run_dir) and record["code_version"]
+
+
+def test_the_full_run_goes_on_from_the_trials_checkpoint(study: optuna.Study, runtime: Runtime) -> None:
+    best = ranking(study)[0]
+    promote(study, runtime=runtime)
+    (curve,) = curves(study)
+    assert curve.params == best.params
+    trial_curve = best.intermediate_values
+    assert {step: curve.intermediate_values[step] for step in trial_curve} == trial_curve
+    assert sorted(curve.intermediate_values) == [40, 80, 120, 160, 320, 480]
+    log = (runtime.run_dir("toy", f"full-trial-{best.number:05d}") / "train.log").read_text()
+    assert f"at step {160 // best.params['train.batch_size']}" in log
+
+
+def test_promotion_from_the_checkpoint_equals_the_run_from_the_start(study: optuna.Study, runtime: Runtime) -> None:
+    """A trial is a prefix of its full run."""
+    best = ranking(study)[0]
+    promoted = promote(study, runtime=runtime)
+    for path in runtime.run_dir("toy", f"trial-{best.number:05d}").glob("*.pth"):
+        path.unlink()
+    fresh = promote(study, runtime=Runtime(runtime.run_root / "fresh", track=False))
+    assert fresh.metrics == promoted.metrics
+
+
+def test_run_again_it_continues_and_then_says_finished(study: optuna.Study, runtime: Runtime) -> None:
+    asked = itertools.count()
+    stopped = promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
+    assert not stopped.finished
+    assert status(study)["full_runs"][0]["state"] == "interrupted"
+    assert promote(study, runtime=runtime).finished
+    assert promote(study, runtime=runtime).finished
+    assert [curve.state for curve in curves(study)] == [TrialState.COMPLETE]
+    assert len(study.user_attrs[PROMOTIONS]) == 1
+    (run,) = full_runs(study)
+    assert (run.state, run.step, run.steps) == (
+        "finished",
+        480 // ranking(study)[0].params["train.batch_size"],
+        run.step,
+    )
+
+
+def test_a_finished_full_run_can_be_made_longer(study: optuna.Study, runtime: Runtime) -> None:
+    steps = promote(study, runtime=runtime).step
+    longer = promote(study, runtime=runtime, steps=2 * steps)
+    assert longer.step == 2 * steps
+    (run,) = full_runs(study)
+    assert run.steps == 2 * steps
+
+
+def test_a_better_trial_since_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
+    worse = ranking(study)[1].number
+    promote(study, trial=worse, runtime=runtime)
+    best = ranking(study)[0].number
+    with pytest.raises(UserError, match=rf"--trial {worse} \(continue\) or --trial {best}"):
+        promote(study, runtime=runtime)
+    assert promote(study, trial=best, runtime=runtime).finished
+    assert {run.trial for run in full_runs(study)} == {worse, best}
+
+
+def test_what_can_not_be_promoted_is_said(study: optuna.Study, runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no trial 99: it has 4"):
+        promote(study, trial=99, runtime=runtime)
+    study.ask()
+    with pytest.raises(UserError, match="trial 4 of toy is running"):
+        promote(study, trial=4, runtime=runtime)
+    empty = launch(build(), storage=f"sqlite:///{tmp_path}/empty.db", runtime=runtime, timeout=0.0)
+    with pytest.raises(UserError, match="no complete trial yet"):
+        promote(empty, runtime=runtime)
+
+
+def test_status_has_the_promised_form(study: optuna.Study, runtime: Runtime) -> None:
+    promote(study, runtime=runtime)
+    found = status(study)
+    assert list(found) == ["study", "direction", "metric", "trials", "baseline", "best", "full_runs"]
+    assert list(found["trials"]) == ["complete", "pruned", "infeasible", "failed", "running", "waiting"]
+    assert found["baseline"]["number"] == 0 and found["best"]["value"] == study.best_value
+    assert list(found["full_runs"][0]) == ["run_dir", "trial", "step", "steps", "state", "metrics"]
+
+
+def test_the_best_checkpoints_of_the_trial_come_along(study: optuna.Study, runtime: Runtime) -> None:
+    """Else a full run that never beats its first samples would have none."""
+    asked = itertools.count()
+    run_dir = promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 0)).run_dir
+    assert read_checkpoint(run_dir / "best_token_model.pth")["metrics"]
