@@ -13,7 +13,10 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +32,9 @@ from trainer.errors import UserError
 log = logging.getLogger(__name__)
 
 LATEST = "latest.pth"
+
+# What torch.load raises for files that are cut off or something else altogether.
+_DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error)
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -88,24 +94,35 @@ def write_checkpoint(state: Any, path: Path) -> None:
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint, after checking its digest where there is one. Never runs code from the file.
 
+    Args:
+        mmap: Map the tensors from the file, so that they cost no memory until they are read.
+
     Raises:
         UserError: The file is missing, damaged, or no checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint.")
+        raise UserError(f"checkpoint {path} does not exist: check the path.")
     if digest_path(path).is_file():
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != digest_path(path).read_text().split()[0]:
-            raise UserError(f"{path} is damaged (its digest is not the one it was written with): use another.")
+            raise UserError(f"checkpoint {path} is damaged (its digest is not the one it was written with).")
+    # Only the zip form can be mapped; torch's older form has to be read as a whole.
+    mmap = mmap and zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no readable checkpoint ({reason}): use another.") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint's dictionary: use another.")
-    return state
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path} is damaged, or holds code or objects besides tensors; it was refused and nothing in "
+            "it was run: save the state dict alone."
+        ) from error
+    except _DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint {path} is damaged or no checkpoint ({reason}).") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"checkpoint {path} holds no weights by name but a {type(state).__name__}.")
+    return dict(state)
 
 
 @contextmanager

@@ -81,12 +81,14 @@ class AimTracker:
                     run.track(value, name=metric, step=step, context={"subset": subset})
                 run.track(samples, name="samples", step=step)
             run.close()
+            _index(run)
         # Whatever a tracker meets (a locked repository, a full disk, a version it can't read) is no reason to
         # lose a run of days.
         except Exception as error:
             log.warning("Aim stopped tracking (%s: %s); training goes on without it", type(error).__name__, error)
 
     def _open(self) -> Any:
+        """The run to write to: the one that the run directory remembers, else a new one."""
         from aim.sdk.run import Run
 
         remembered = self._run_dir / "aim_run"
@@ -105,3 +107,11 @@ class AimTracker:
             run[key] = value
         remembered.write_text(run.hash)
         return run
+
+
+def _index(run: Any) -> None:
+    """Enter a closed run into the repository's index. `aim up` does it too, but until somebody opens it, Aim's own
+    API would not find the run."""
+    from aim.sdk.index_manager import RepoIndexManager
+
+    RepoIndexManager.get_index_manager(run.repo).index(run.hash)

@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from filelock import FileLock
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy import event
 
@@ -36,20 +37,30 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStor
         parsed = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
         raise UserError(f"storage {url}: not a database URL; use for example {DEFAULT_URL}.") from None
-    sqlite = parsed.get_backend_name() == "sqlite"
-    if sqlite and parsed.database:
-        if must_exist and not Path(parsed.database).is_file():
-            raise UserError(f"storage {url}: no such database; launch a study first, or give --storage.")
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     # Optuna's own lines about studies and trials would stand between ours.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {}
     try:
-        storage = RDBStorage(url, engine_kwargs=options)
-    except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if parsed.get_backend_name() == "sqlite" and parsed.database:
+            return _open_sqlite(url, Path(parsed.database), must_exist)
+        return RDBStorage(url)
+    except (
+        OSError,
+        ImportError,
+        RuntimeError,
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+    ) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"storage {url}: can't be opened ({reason}); check the URL and the server.") from error
-    if sqlite:
+
+
+def _open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
+    if must_exist and not path.is_file():
+        raise UserError(f"storage {url}: no such database; launch a study first, or give --storage.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Optuna makes its schema table by table: two processes that start at once would do it twice.
+    with FileLock(path.with_name(path.name + ".lock"), timeout=BUSY_TIMEOUT_S):
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}})
         _use_wal(storage)
     return storage
 
@@ -76,3 +87,5 @@ def _use_wal(storage: RDBStorage) -> None:
     event.listen(storage.engine, "connect", set_pragmas)
     # Connections made before the listener was there.
     storage.engine.dispose()
+    with storage.engine.connect():
+        """The first one switches the file over."""

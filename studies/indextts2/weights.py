@@ -7,10 +7,6 @@ All of that is undone here; what remains must fit the model key for key.
 from __future__ import annotations
 
 import logging
-import pickle
-import struct
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +16,7 @@ import torch
 from torch import Tensor
 
 from studies.indextts2.model import IndexTTS2GPT
+from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,9 +32,6 @@ ENCODERS = (
 """Parts of `gpt.pth` that this training does not touch."""
 TEXT_ROWS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
 """Tables with one row for each piece of the text tokenizer, and one more."""
-
-_DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error)
-"""What torch.load raises for files that are cut off or something else altogether."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +71,8 @@ class _RowMoves(NamedTuple):
 
 def read_weights(path: Path) -> CheckpointWeights:
     """Open a checkpoint in any of its forms. Raises UserError where it is none; code in it is never run."""
-    content = _load(path)
-    state = content.get("model", content) if isinstance(content, Mapping) else content
+    content = read_checkpoint(path, mmap=True)
+    state = content.get("model", content)
     if not isinstance(state, Mapping) or not state or not all(_is_weight(*item) for item in state.items()):
         raise UserError(f"checkpoint {path} holds no weights: give a gpt.pth or a checkpoint of this trainer")
     tensors: dict[str, Tensor] = {}
@@ -133,27 +127,6 @@ def load_base_checkpoint(
 def num_pieces(tokenizer: Path) -> int:
     """Size of a SentencePiece model. Raises UserError where it can't be read."""
     return len(_pieces(tokenizer))
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    # Only the zip form can be mapped; torch's older form has to be read as a whole.
-    mapped = zipfile.is_zipfile(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"checkpoint {path} is damaged, or holds code or objects besides tensors; it was refused and "
-            "nothing in it was run: save the state dict alone"
-        ) from None
-    except _DAMAGE as error:
-        raise UserError(f"checkpoint {path} is damaged or no checkpoint: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _is_weight(key: Any, value: Any) -> bool:

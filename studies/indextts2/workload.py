@@ -47,7 +47,7 @@ class IndexTTS2(Workload):
     tokenizer: Annotated[DataPath | None, Role.FREE] = None
     """The SentencePiece model that made the text ids; its size is the model's `number_text_tokens`."""
     base_tokenizer: Annotated[DataPath | None, Role.FREE] = None
-    """The SentencePiece model of `base_checkpoint`, where it is another one."""
+    """The SentencePiece model of `base_checkpoint` or of other weights to start from, where it is another one."""
     text_loss_weight: Annotated[NonNegativeFloat, Role.MEASURE] = 0.2
     mel_loss_weight: Annotated[NonNegativeFloat, Role.MEASURE] = 0.8
     duration: Literal["binary", "length"] = "binary"
@@ -61,8 +61,8 @@ class IndexTTS2(Workload):
     def _check(self) -> IndexTTS2:
         if (self.config is None) == (self.gpt is None):
             raise ValueError("give exactly one of 'config' (a config.yaml) and 'gpt' (its gpt section, inline)")
-        if self.base_tokenizer and not (self.tokenizer and self.base_checkpoint):
-            raise ValueError("'base_tokenizer' is only of use with 'tokenizer' and 'base_checkpoint'")
+        if self.base_tokenizer and not self.tokenizer:
+            raise ValueError("'base_tokenizer' is only of use with 'tokenizer'")
         if self.text_loss_weight + self.mel_loss_weight == 0:
             raise ValueError("'text_loss_weight' and 'mel_loss_weight' can't both be 0")
         return self

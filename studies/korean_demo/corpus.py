@@ -20,15 +20,15 @@ import hashlib
 import importlib.util
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
+
+from trainer.errors import UserError
 
 RECIPE = 1  # raise it with every change that changes a byte: older corpora are then made again
 SEED = 2024
@@ -54,11 +56,6 @@ FOLDERS = ("codes", "condition", "emo_vec", "text_ids")
 FILES = ("tokenizer.model", "train_pairs.jsonl", "val_pairs.jsonl")
 
 Progressed = Callable[[], None]
-
-# What a speaking process speaks with; see `speak`.
-_espeak: ctypes.CDLL
-_collect: Any
-_samples: list[bytes] = []
 
 
 class Speaker(NamedTuple):
@@ -177,41 +174,42 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
     return np.log(power.astype(np.float32) @ _mel_filters(size) + np.float32(1e-5))
 
 
-def _start_espeak(speaker: Speaker) -> None:
-    """Makes this process a speaker: see `speak`."""
-    global _espeak, _collect  # the library keeps the address of the callback: it must outlive this function
+def _speak_as() -> None:
+    """All that a speaking process does (see `speak`): a speaker and texts from stdin, their log-mels to stdout."""
     import espeakng_loader
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)  # the speakers fill the cores; threads for such small products would only fight
-    _collect = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(_keep_samples)
-    _espeak = ctypes.CDLL(espeakng_loader.get_library_path())
+    speaker, texts = json.load(sys.stdin)
+    _, voice, pitch, words_a_minute = Speaker(*speaker)
+    samples: list[bytes] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+    def collect(wave: int | None, num_samples: int, _events: int | None) -> int:
+        if wave and num_samples > 0:
+            samples.append(ctypes.string_at(wave, 2 * num_samples))
+        return 0
+
+    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
     synchronous = 2  # audio by callback without a thread in between: three times as fast as asynchronous
-    rate = _espeak.espeak_Initialize(synchronous, 0, os.fsencode(espeakng_loader.get_data_path()), 0)
+    rate = espeak.espeak_Initialize(synchronous, 0, os.fsencode(espeakng_loader.get_data_path()), 0)
     if rate != SAMPLE_RATE:
         raise RuntimeError(f"espeak_Initialize returned {rate} instead of the sample rate {SAMPLE_RATE}")
-    _espeak.espeak_SetSynthCallback(_collect)
-    _espeak.espeak_ng_SetRandSeed(ctypes.c_long(SEED))  # else the time of day
-    if _espeak.espeak_SetVoiceByName(speaker.voice.encode()) != 0:
-        raise RuntimeError(f"espeak-ng has no voice {speaker.voice}")
-    for parameter, value in ((1, speaker.rate), (3, speaker.pitch)):
-        _espeak.espeak_SetParameter(parameter, value, 0)
-
-
-def _keep_samples(wave: int | None, num_samples: int, _events: int | None) -> int:
-    if wave and num_samples > 0:
-        _samples.append(ctypes.string_at(wave, 2 * num_samples))
-    return 0
-
-
-def _say(text: str) -> np.ndarray:
-    """The log-mel of a text as this process's speaker says it."""
-    _samples.clear()
-    data, utf8 = text.encode() + b"\0", 1
-    status = _espeak.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 0, 0, utf8, None, None)
-    if status != 0 or not _samples:
-        raise RuntimeError(f"espeak_Synth returned {status} and {len(_samples)} pieces of speech for: {text}")
-    return log_mel(np.frombuffer(b"".join(_samples), np.int16))
+    espeak.espeak_SetSynthCallback(collect)
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(SEED))  # else the time of day
+    if espeak.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise RuntimeError(f"espeak-ng has no voice {voice}")
+    for parameter, value in ((1, words_a_minute), (3, pitch)):
+        espeak.espeak_SetParameter(parameter, value, 0)
+    for text in texts:
+        samples.clear()
+        data, utf8 = text.encode() + b"\0", 1
+        status = espeak.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 0, 0, utf8, None, None)
+        if status != 0 or not samples:
+            raise RuntimeError(f"espeak_Synth returned {status} and {len(samples)} pieces of speech for: {text}")
+        spoken = log_mel(np.frombuffer(b"".join(samples), np.int16)).tobytes()
+        sys.stdout.buffer.write(len(spoken).to_bytes(4) + spoken)
+        sys.stdout.flush()
 
 
 def speak(utterances: list[Utterance], num_workers: int, progressed: Progressed) -> dict[str, np.ndarray]:
@@ -221,21 +219,41 @@ def speak(utterances: list[Utterance], num_workers: int, progressed: Progressed)
     it resets that: only a fresh process that says the same things in the same order repeats its samples.
     """
     log_mels: dict[str, np.ndarray] = {}
+    processes: list[subprocess.Popen[bytes]] = []
+    # Not by multiprocessing, which would run the caller's main module again in each process.
+    command = [sys.executable, "-c", f"from studies.korean_demo import corpus; corpus.{_speak_as.__name__}()"]
 
     def run_speaker(number: int) -> None:
         mine = [one for one in utterances if one.speaker == number]
-        with ProcessPoolExecutor(
-            max_workers=1,  # more would share the utterances out by chance
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_espeak,
-            initargs=(SPEAKERS[number],),
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],  # where `studies` is
+            start_new_session=True,  # an interrupt from the terminal is this process's to handle
         ) as process:
-            for one, spoken in zip(mine, process.map(_say, [one.text for one in mine]), strict=True):
-                log_mels[one.id] = spoken
-                progressed()
+            processes.append(process)
+            assert process.stdin and process.stdout
+            try:
+                process.stdin.write(json.dumps([SPEAKERS[number], [one.text for one in mine]]).encode())
+                process.stdin.close()
+                for one in mine:
+                    size = int.from_bytes(process.stdout.read(4))
+                    spoken = process.stdout.read(size)
+                    if not size or len(spoken) < size:
+                        raise BrokenPipeError("the end of the pipe")
+                    log_mels[one.id] = np.frombuffer(spoken, np.float32).reshape(-1, NUM_BANDS)
+                    progressed()
+            except BrokenPipeError as error:
+                name = SPEAKERS[number].name
+                raise RuntimeError(f"the process that speaks as {name} failed; its error stands above") from error
 
     with ThreadPoolExecutor(num_workers) as threads:
-        list(threads.map(run_speaker, range(len(SPEAKERS))))
+        try:
+            list(threads.map(run_speaker, range(len(SPEAKERS))))
+        finally:
+            for process in processes:
+                process.kill()  # nothing where it has ended
     return log_mels
 
 
@@ -400,12 +418,6 @@ def _read_whole(folder: Path, parameters: dict[str, Any]) -> dict[str, Any] | No
     return about if same else None
 
 
-def _user_error(text: str) -> Exception:
-    from trainer.errors import UserError  # here: it imports torch, seconds for each speaking process
-
-    return UserError(text)
-
-
 def _check(folder: Path, width: int, num_sentences: int | None, num_workers: int | None) -> None:
     for name, value, least in (
         ("width", width, 1),
@@ -413,12 +425,12 @@ def _check(folder: Path, width: int, num_sentences: int | None, num_workers: int
         ("num_workers", num_workers, 1),
     ):
         if value is not None and value < least:
-            raise _user_error(f"{name} {value} is too small; use at least {least}.")
+            raise UserError(f"{name} {value} is too small; use at least {least}.")
     if folder.exists() and not folder.is_dir():
-        raise _user_error(f"{folder} is a file; choose another folder for the corpus.")
+        raise UserError(f"{folder} is a file; choose another folder for the corpus.")
     foreign = set(os.listdir(folder)) - {*FOLDERS, *FILES, "corpus.json"} if folder.exists() else set()
     if foreign:
-        raise _user_error(f"{folder} holds {min(foreign)}, which is no part of a corpus; choose another folder.")
+        raise UserError(f"{folder} holds {min(foreign)}, which is no part of a corpus; choose another folder.")
 
 
 @contextmanager
@@ -428,7 +440,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
     except OSError as error:
-        raise _user_error(f"{folder} can't be made: {error}; choose another folder.") from error
+        raise UserError(f"{folder} can't be made: {error}; choose another folder.") from error
     with lock:  # the file stays: removing it would let two processes hold two of them
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -451,7 +463,7 @@ def make_corpus(
         return {**about, "reused": True}
     _check(folder, width, num_sentences, num_workers)
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise _user_error(
+        raise UserError(
             f"the Korean demo corpus needs {', '.join(missing)}; install with: pip install 'prodigy-tuner[demo]'"
         )
     making, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("making", "replaced"))
@@ -474,18 +486,20 @@ def make_corpus(
     return {**about, "reused": False}
 
 
-def main() -> int:
-    from trainer.errors import UserError
-
+def main(command_line: list[str] | None = None) -> int:
+    """The command; returns its exit status: 2 with one line on a user's mistake."""
     parser = argparse.ArgumentParser(description="Makes the Korean demo corpus.")
     parser.add_argument("--folder", type=Path, default=Path("data/korean_demo"))
     parser.add_argument("--width", type=int, default=128, help="of the condition and emotion vectors")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     try:
         about = make_corpus(arguments.folder, width=arguments.width)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {arguments.folder} is as it was", file=sys.stderr)
+        return 130
     print(
         f"{arguments.folder}: {about['num_train']:,} training and {about['num_val']:,} validation pairs, "
         f"{about['hours']:.2f} hours of speech, {about['num_speakers']} speakers"

@@ -1,0 +1,135 @@
+"""The commands as a user gives them: in a process of their own, with good and with wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.studies_for_tests import TOML, write
+from trainer import UserError
+from trainer.checkpoint import read_checkpoint
+from tuner.cli import main, parse_duration
+
+NO_TRACK = {command: ["--no-track"] for command in ("launch", "promote", "train")}
+
+
+def tuner(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder`, where its runs/ then lie."""
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "COLUMNS": "200"}
+    environment.pop("TUNER_STORAGE", None)
+    command = [sys.executable, "-m", "tuner.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_path_from_launch_to_promotion(tmp_path: Path) -> None:
+    write(tmp_path)
+    launched = tuner(tmp_path, "launch", "study.toml", "--no-track")
+    assert launched.returncode == 0, launched.stderr
+    assert "trial 0 (baseline) starts" in launched.stdout
+    assert "[3/3 trials]" in launched.stdout
+    assert "tuner promote toy" in launched.stdout
+
+    promoted = tuner(tmp_path, "promote", "toy", "--no-track")
+    assert promoted.returncode == 0, promoted.stderr
+    assert "480 samples: val/loss" in promoted.stdout
+
+    found = json.loads(tuner(tmp_path, "status", "toy", "--json").stdout)
+    assert found["full_runs"][0]["state"] == "finished"
+    assert sum(found["trials"].values()) == 3
+    table = tuner(tmp_path, "status", "toy").stdout
+    assert "baseline" in table and "best" in table and "full run of trial" in table
+    assert "toy: " in tuner(tmp_path, "status").stdout
+
+
+def test_train_takes_overrides_and_continues(tmp_path: Path) -> None:
+    write(tmp_path)
+    command = ("train", "study.toml", "--no-track", "--set", "train.optimizer=adamw", "--run-dir", "out")
+    first = tuner(tmp_path, *command, "--set", "full.steps=5")
+    assert first.returncode == 0 and "[Step 5] Loss: " in first.stdout, first.stderr
+    again = tuner(tmp_path, *command, "--set", "full.steps=10")
+    assert "at step 5" in again.stdout
+    assert read_checkpoint(tmp_path / "out/latest.pth")["step"] == 10
+
+    other = tuner(tmp_path, "train", "study.toml", "--no-track", "--run-dir", "out")
+    assert other.returncode == 2 and "--set train.optimizer=adamw" in other.stderr
+    fresh = tuner(tmp_path, "train", "study.toml", "--no-track", "--set", "full.steps=2", "--init", "out/latest.pth")
+    assert fresh.returncode == 0 and "step 2" in fresh.stdout, fresh.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["launch", "none.toml"], "none.toml: no such study spec"),
+        (["launch", "typo.toml"], "did you mean train.d_coef?"),
+        (["launch", "study.toml", "--timeout", "soon"], "--timeout soon: write it as 8h"),
+        (["launch", "study.toml", "--storage", "nonsense"], "storage nonsense: not a database URL"),
+        (["launch", "study.toml", "--storage", "sqlite:////proc/no/t.db"], "storage sqlite:////proc/no/t.db"),
+        (["launch", "study.toml", "--storage", "postgresql://u:p@127.0.0.1:1/x"], "can't be opened"),
+        (["launch", "study.toml", "--storage", "sqlite:///text.db"], "can't be opened"),
+        (["status", "none"], "no such database"),
+        (["dashboard"], "no such database"),
+        (["promote", "none"], "no such database"),
+        (["train", "study.toml", "--set", "batch_size=3"], "--set batch_size=3: write it as section.key=value"),
+        (["train", "study.toml", "--set", "train.batch_size=many"], "train.batch_size"),
+        (["train", "study.toml", "--resume", "none.pth"], "none.pth does not exist"),
+        (["train", "study.toml", "--init", "text.db"], "text.db is damaged"),
+        (["train", "study.toml", "--set", "train.device=cuda"], "no CUDA device"),
+        (["train", "study.toml", "--set", "train.batch_size=16", "--set", "workload.num_train=4"], "do not fill"),
+        (["train", "study.toml", "--set", "workload.damaged=[1,2,3]"], "missing or damaged"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    write(tmp_path)
+    (tmp_path / "typo.toml").write_text(TOML.replace("[train]", "[train]\nd_ceof = 2.0"))
+    (tmp_path / "text.db").write_text("this is text and neither a database nor a checkpoint\n" * 100)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNER_STORAGE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["tuner", *arguments, *NO_TRACK.get(arguments[0], [])])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in errors
+    assert "Traceback" not in errors and len(errors.strip().splitlines()) == 1, errors
+
+
+def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
+    (tmp_path / "broken_workload.py").write_text(
+        "from tests.toy import Toy\nclass Broken(Toy):\n    def build_model(self):\n        return 1 / 0\n"
+    )
+    write(tmp_path, TOML.replace("tests.toy:Toy", "broken_workload:Broken"))
+    result = tuner(tmp_path, "train", "study.toml", "--no-track")
+    assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
+
+
+def test_help_is_quick_because_it_imports_no_torch(tmp_path: Path) -> None:
+    code = "import sys, tuner.cli; assert not {'torch', 'optuna', 'aim'} & sys.modules.keys(), 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    started = time.monotonic()
+    result = tuner(tmp_path, "launch", "--help")
+    assert result.returncode == 0 and "Example: tuner launch" in result.stdout
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("8h", 28800), ("30m", 1800), ("90s", 90), ("1h30m", 5400), ("5", 5)])
+def test_durations(text: str, seconds: int) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "-5m", "8 hours"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(UserError, match="8h, 30m, 90s"):
+        parse_duration(text)

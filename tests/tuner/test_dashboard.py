@@ -1,0 +1,95 @@
+"""The dashboard as a browser's requests meet it: the token, and the read-only mode."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import optuna
+import pytest
+
+from trainer import UserError
+from tuner.dashboard import make_dashboard
+from tuner.storage import open_storage
+
+
+class Client:
+    def __init__(self, address: str) -> None:
+        self.parts = urlsplit(address)
+        self.cookie = ""
+
+    def request(self, method: str, path: str) -> tuple[int, str]:
+        connection = HTTPConnection(self.parts.hostname or "", self.parts.port or 0, timeout=20)
+        connection.request(method, path, headers={"Cookie": self.cookie} if self.cookie else {})
+        response = connection.getresponse()
+        body = response.read().decode(errors="replace")
+        connection.close()
+        if given := response.headers.get("Set-Cookie"):
+            self.cookie = given.partition(";")[0]
+        return response.status, body
+
+    def log_in(self) -> None:
+        status, _ = self.request("GET", f"/?{self.parts.query}")
+        assert status == 303
+
+
+def serve(tmp_path: Path, *, read_only: bool) -> Iterator[Client]:
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    optuna.create_study(study_name="toy", storage=storage)
+    server, address = make_dashboard(storage, port=0, read_only=read_only)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield Client(address)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    storage.remove_session()
+    storage._backend.engine.dispose() if hasattr(storage, "_backend") else storage.engine.dispose()
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Client]:
+    yield from serve(tmp_path, read_only=False)
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Client]:
+    yield from serve(tmp_path, read_only=True)
+
+
+def test_without_the_token_nothing_is_shown_and_nothing_changed(client: Client) -> None:
+    for method, path in (("GET", "/"), ("GET", "/api/studies"), ("DELETE", "/api/studies/1"), ("GET", "/?token=no")):
+        status, body = client.request(method, path)
+        assert status == 403 and "toy" not in body
+    client.cookie = "tuner_token=wrong"
+    assert client.request("GET", "/api/studies")[0] == 403
+
+
+def test_with_the_token_the_study_is_there(client: Client) -> None:
+    client.log_in()
+    status, body = client.request("GET", "/api/studies")
+    assert status == 200 and "toy" in body
+    assert client.request("GET", "/dashboard/")[0] == 200
+
+
+def test_with_the_token_a_study_can_be_deleted(client: Client) -> None:
+    client.log_in()
+    assert client.request("DELETE", "/api/studies/1")[0] == 204
+    assert "toy" not in client.request("GET", "/api/studies")[1]
+
+
+def test_read_only_refuses_every_change_and_shows_all(reader: Client) -> None:
+    reader.log_in()
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        assert reader.request(method, "/api/studies/1")[0] == 403
+    assert "toy" in reader.request("GET", "/api/studies")[1]
+
+
+def test_a_taken_port_is_a_user_error(client: Client, tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    with pytest.raises(UserError, match="choose another port"):
+        make_dashboard(storage, port=client.parts.port or 0)
+    storage.engine.dispose()
