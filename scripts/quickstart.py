@@ -19,8 +19,8 @@ from trainer import TrainResult, UserError
 from trainer.metrics import clock
 from tuner.cli import stoppable
 from tuner.display import RunDisplay, StudyDisplay, format_params, trial_table
-from tuner.launch import launch, open_study
-from tuner.promote import promote, rerun
+from tuner.launcher import launch, open_study
+from tuner.promotion import promote, rerun
 from tuner.run import Runtime
 from tuner.spec import StudySpec
 from tuner.trials import baseline_trial, ranking

@@ -4,7 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuner.launch import launch as launch
-    from tuner.promote import promote as promote
-    from tuner.run import Runtime as Runtime
-    from tuner.spec import StudySpec as StudySpec
+    from tuner.launcher import launch
+    from tuner.promotion import promote
+    from tuner.run import Runtime
+    from tuner.spec import StudySpec
+
+# Imported on first use: the command line must not wait for torch to print its help.
+_HOMES = {"Runtime": "run", "StudySpec": "spec", "launch": "launcher", "promote": "promotion"}
+
+__all__ = ["Runtime", "StudySpec", "launch", "promote"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tuner' has no attribute {name!r}")
+    return getattr(import_module(f"tuner.{_HOMES[name]}"), name)

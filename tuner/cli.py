@@ -57,7 +57,7 @@ def launch(
     from rich.console import Console
 
     from tuner.display import StudyDisplay
-    from tuner.launch import launch, open_study
+    from tuner.launcher import launch, open_study
     from tuner.run import Runtime
     from tuner.spec import StudySpec
 
@@ -141,7 +141,7 @@ def promote(
 
     Example: tuner promote indextts2-ko
     """
-    from tuner.promote import promote
+    from tuner.promotion import promote
     from tuner.run import Runtime
     from tuner.storage import load_study, open_storage
 

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from tuner.display import trial_table
-from tuner.promote import full_runs
+from tuner.promotion import full_runs
 from tuner.trials import SPEC, baseline_trial, last_value, ranking, state_of, stored_spec
 
 

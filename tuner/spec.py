@@ -5,10 +5,6 @@ Every mistake is one line that names the key, the value and the remedy; an unkno
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import json
-import sys
 import tomllib
 from collections.abc import Mapping
 from functools import cached_property
@@ -31,6 +27,8 @@ from pydantic import (
 from trainer.config import Role, TrainConfig, Unit, differences, role_of
 from trainer.errors import UserError
 from trainer.workload import Workload
+from tuner.explain import explain, unknown_key
+from tuner.workloads import load_workload_class
 
 
 class _Section(BaseModel):
@@ -181,7 +179,7 @@ class StudySpec(_Section):
         try:
             spec = cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{source}: {_explain(error, cls)}") from None
+            raise UserError(f"{source}: {explain(error, cls)}") from None
         spec._check(source)
         return spec
 
@@ -213,7 +211,7 @@ class StudySpec(_Section):
                 dict(self.workload if options is None else options), context={"base_dir": self.base_dir}
             )
         except ValidationError as error:
-            raise UserError(_explain(error, self.workload_class, prefix="workload")) from None
+            raise UserError(explain(error, self.workload_class, prefix="workload")) from None
 
     def build_config(self, values: Mapping[str, Any]) -> TrainConfig:
         """A TrainConfig from `values`.
@@ -224,7 +222,7 @@ class StudySpec(_Section):
         try:
             return TrainConfig.model_validate(dict(values))
         except ValidationError as error:
-            raise UserError(_explain(error, TrainConfig, prefix="train")) from None
+            raise UserError(explain(error, TrainConfig, prefix="train")) from None
 
     def _check(self, source: str) -> None:
         """What pydantic can't see: keys of [train] and [workload], and how [search] relates to them."""
@@ -243,7 +241,7 @@ class StudySpec(_Section):
                     raise UserError(f'search."{key}": only train.* and workload.* fields can be searched.')
                 owner: BaseModel = config if section == "train" else workload
                 if name not in type(owner).model_fields:
-                    raise UserError(f'search."{key}": {_unknown(name, type(owner).model_fields, section)}')
+                    raise UserError(f'search."{key}": {unknown_key(name, type(owner).model_fields, section)}')
                 role = role_of(type(owner), name)
                 if role in (Role.BUDGET, Role.MEASURE):
                     raise UserError(
@@ -263,8 +261,8 @@ class StudySpec(_Section):
         """What of this spec would make its trials incomparable with those of `stored`; the data aside."""
         return [
             phrase
-            for part, (old, new) in _zip(stored._comparable(), self._comparable()).items()
-            for phrase in differences(part, old, new)
+            for part, values in self._comparable().items()
+            for phrase in differences(part, stored._comparable()[part], values)
         ]
 
     def _comparable(self) -> dict[str, dict[str, Any]]:
@@ -281,29 +279,6 @@ class StudySpec(_Section):
             "search": values["search"],
             "trial": {key: value for key, value in values["trial"].items() if key != "num_trials"},
         }
-
-
-def load_workload_class(name: str, base_dir: Path) -> type[Workload]:
-    """Import "module:Class"; the folder of the study.toml is searched first."""
-    module_name, _, class_name = name.partition(":")
-    if str(base_dir) not in sys.path:
-        sys.path.insert(0, str(base_dir))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not (module_name + ".").startswith(error.name + "."):
-            raise UserError(f"study.workload {name}: it needs the package {error.name}: install it.") from error
-        raise UserError(
-            f"study.workload {name}: no module {module_name} in {base_dir} or among the installed."
-        ) from error
-    beside = base_dir / f"{module_name.partition('.')[0]}.py"
-    origin = Path(module.__file__ or "")
-    if beside.exists() and origin.parent != base_dir:
-        raise UserError(f"study.workload {name}: {origin} has the same name as {beside}: rename the latter.")
-    workload_class = getattr(module, class_name, None)
-    if not (isinstance(workload_class, type) and issubclass(workload_class, Workload)):
-        raise UserError(f"study.workload {name}: {origin} has no class {class_name} that is a trainer.Workload.")
-    return workload_class
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -336,35 +311,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _unknown(key: str, known: Mapping[str, Any], section: str = "") -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    where = f"{section}." if section else ""
-    remedy = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(known)}."
-    return f"unknown key {where}{key}; {remedy}"
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One mistake of a ValidationError as one line: a misspelt key rather than the one that it leaves missing."""
-    errors = error.errors(include_url=False)
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    where = [part for part in map(str, first["loc"]) if part not in ("Choices", "Range")]
-    if first["type"] == "extra_forbidden":
-        for part in where[:-1]:
-            nested = model.model_fields[part].annotation if part in model.model_fields else None
-            if isinstance(nested, type) and issubclass(nested, BaseModel):
-                model = nested
-        if where[0] == "search":
-            return _unknown(where[-1], {"choices": 0, "low": 0, "high": 0, "log": 0, "step": 0}, "search." + where[1])
-        return _unknown(where[-1], model.model_fields, ".".join([prefix, *where[:-1]]).strip("."))
-    name = ".".join([prefix, *where]).strip(".")
-    if first["type"] == "missing":
-        return f"{name} is missing; add it."
-    message = first["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(first["input"], dict) else f" {json.dumps(first['input'], default=str)}"
-    return f"{name or 'spec'}{given}: {message[0].lower()}{message[1:].rstrip('.')}."
-
-
-def _zip(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (one[key], other[key]) for key in one}

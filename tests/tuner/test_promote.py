@@ -10,8 +10,8 @@ from optuna.trial import TrialState
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.launch import launch
-from tuner.promote import PROMOTIONS, full_runs, promote
+from tuner.launcher import launch
+from tuner.promotion import PROMOTIONS, full_runs, promote
 from tuner.report import status
 from tuner.run import Runtime
 from tuner.trials import ranking
