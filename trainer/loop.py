@@ -164,7 +164,7 @@ def _step(run: Run, batches: Iterator[Batch], meter: IntervalMeter) -> None:
         with autocast(run.device, run.plan.precision):
             sums = run.workload.loss_sums(run.model, batch.inputs)
         terms = [weight * sums[name] / totals[name] for name, weight in weights.items() if totals[name]]
-        torch.stack(terms).sum().backward()
+        torch.autograd.backward(torch.stack(terms).sum())
         meter.add_batch(sums, batch)
     lr = config.base_lr * schedule_factor(config, run.progress.step)
     if group:

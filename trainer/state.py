@@ -201,5 +201,9 @@ def prepare(
         run.load(state, path)
         if init is not None and state["lineage"].get("init") != str(init):
             raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")
+        # A best value counts only with its weights: continued from elsewhere, the next validation writes them anew.
+        names = workload.best_checkpoints()
+        kept = {m: v for m, v in run.progress.best.items() if (checkpoints.run_dir / names[m]).is_file()}
+        run.progress.best = kept
         log.info("continuing from %s at step %d", path, run.progress.step)
     return run

@@ -122,5 +122,5 @@ class Workload(BaseModel, ABC):
         return ""
 
     def best_checkpoints(self) -> Mapping[str, str]:
-        """Which validation metric keeps its best weights in which file: {"val/loss": "best_model.pth"}."""
+        """Which validation metric (the lower, the better) keeps its best weights in which file."""
         return {"val/loss": "best_model.pth"}

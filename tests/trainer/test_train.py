@@ -156,6 +156,13 @@ def test_a_checkpoint_without_a_type_is_adamws(tmp_path: Path) -> None:
         train(Toy(), config(), run_dir=tmp_path / "new", resume=tmp_path / "old.pth")
 
 
+def test_continued_elsewhere_a_run_has_its_best_checkpoint_there(tmp_path: Path) -> None:
+    train(Toy(), config(steps=20), run_dir=tmp_path / "one")
+    train(Toy(), config(steps=30), run_dir=tmp_path / "other", resume=tmp_path / "one" / "latest.pth")
+    assert read_checkpoint(tmp_path / "other" / "latest.pth")["step"] == 30
+    assert read_checkpoint(tmp_path / "other" / "best_token_model.pth")["step"] in (20, 30)
+
+
 def test_init_takes_the_weights_and_nothing_else(tmp_path: Path) -> None:
     train(Toy(), config(steps=20, optimizer="adamw", lr=0.01), run_dir=tmp_path / "adamw")
     source = tmp_path / "adamw" / "best_token_model.pth"
