@@ -7,8 +7,8 @@ stamp=.venv/installed-$1
 if ! [ -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     echo "installing prodigy-tuner[$1] into .venv (once, a few minutes)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "torch~=2.13.0"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "torch~=2.13.0"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$1]"
     touch "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

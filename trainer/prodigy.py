@@ -432,6 +432,8 @@ class _Part:
         if any(plain) and not _has_kernels(rows[0][1].device):
             plain = [False] * len(rows)
         by_kernel = [row for row, yes in zip(rows, plain, strict=True) if yes]
+        for row in by_kernel:
+            _check_fit(row, const.slice_p)
         self.kernel = _Kernel(by_kernel) if by_kernel else None
         self.operations = [_Operations(row) for row, yes in zip(rows, plain, strict=True) if not yes]
 
@@ -632,12 +634,27 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
         self._last_learning = None
         for p, state in self.state.items():
             state["step"] = _on_device(state["step"], p.device)
+            if p.is_contiguous():  # so must its state be, for the kernels
+                state.update({key: t.contiguous() for key, t in state.items() if isinstance(t, Tensor)})
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a kernel can read it. A subclass (FakeTensor, DTensor) has no memory of that size at its address."""
     plain_type = type(tensor) in (Tensor, torch.nn.Parameter)
     return plain_type and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _check_fit(row: tuple[Tensor, ...], slice_p: int) -> None:
+    """A kernel goes by addresses: with state of another size, type or device it would write elsewhere."""
+    grad, param, p0, exp_avg, exp_avg_sq, s = row
+    whole, sliced = param.nbytes, 4 * -(-param.numel() // slice_p)
+    fits = grad.nbytes == exp_avg.nbytes == exp_avg_sq.nbytes == whole and s.nbytes == sliced
+    if not (fits and p0.nbytes in (4, sliced) and exp_avg_sq.device == param.device):
+        shape, device = tuple(param.shape), param.device
+        raise ValueError(
+            f"the optimizer's state doesn't fit a parameter of shape {shape} on {device} with slice_p {slice_p}; "
+            "load a checkpoint of this model and slice_p, and move the model before its first step"
+        )
 
 
 def _has_kernels(device: torch.device) -> bool:

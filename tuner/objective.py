@@ -66,8 +66,9 @@ class Objective:
                 raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
             report_once(trial, value, round(evaluation.point))
             trial.set_user_attr("d", [*trial.user_attrs.get("d", []), evaluation.d])
-            # The baseline is what everything is compared with, so it always runs to its end.
-            if not trial.user_attrs.get(BASELINE) and trial.should_prune():
+            # The baseline is what everything is compared with, so it runs to its end; and at its end nothing is saved.
+            spared = trial.user_attrs.get(BASELINE) or evaluation.point >= self.spec.trial.budget
+            if not spared and trial.should_prune():
                 raise optuna.TrialPruned(f"{metric} {value:.4f} after {evaluation.samples} samples")
 
         lineage = {"study": self.spec.study.name, "trial": trial.number, "params": params}

@@ -13,122 +13,52 @@ as it is. What is in it:
 """
 
 import argparse
-import ctypes
 import fcntl
-import functools
 import hashlib
 import importlib.util
 import io
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
-import textwrap
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from studies.korean_demo import speech
 from trainer.errors import UserError
 
-RECIPE = 1  # raise it with every change that changes a byte: older corpora are then made again
-SEED = 2024
-SAMPLE_RATE = 22_050
-CODES_PER_SECOND = 25
-NUM_BANDS = 40
-NUM_CODES = 256
-CONDITION_LEN = 32
+RECIPE = 2  # raise it with every change that changes a byte: older corpora are then made again
 VOCAB_SIZE = 600
-MAX_CHARACTERS = 100  # longer sentences are cut; some 15 seconds of speech
 MAX_TEXT_LEN = 120  # what is longer in text ids or codes is dropped: the model has no position for it
 MAX_CODE_LEN = 400
 MIN_SENTENCES = 40  # each speaker then has the two validation utterances that make a pair
 PACKAGES = ("espeakng_loader", "konlpy", "sentencepiece", "sklearn")
 FOLDERS = ("codes", "condition", "emo_vec", "text_ids")
 FILES = ("tokenizer.model", "train_pairs.jsonl", "val_pairs.jsonl")
-
-Progressed = Callable[[], None]
-
-
-class Speaker(NamedTuple):
-    """One espeak-ng voice: its variant, pitch (0 to 100) and rate (words a minute)."""
-
-    name: str
-    voice: str
-    pitch: int
-    rate: int
+READERS_INDEX = ".tuner-index"  # what reading the manifests leaves here
 
 
-SPEAKERS = (
-    Speaker("ko-base", "ko", 50, 175),
-    Speaker("ko-m7", "ko+m7", 35, 165),
-    Speaker("ko-f2", "ko+f2", 55, 185),
-    Speaker("ko-shelby", "ko+shelby", 50, 175),
-)
-
-
-class Utterance(NamedTuple):
-    """One sentence as one speaker says it; `speaker` counts in SPEAKERS, `split` is train or val."""
-
-    id: str
-    text: str
-    speaker: int
-    split: str
-
-
-def _paragraphs(text: str) -> list[str]:
-    """Joins lines that were wrapped for print, also inside a word; drops ruled table lines and page numbers."""
-    starts_anew = re.compile(r"\s{2}|\s*(제\s*\d+\s*[조장절항]|[①-⑳]|[가-하]\.\s|\d+[.)]|[-○◦ㅇ□*※])")
-    paragraphs: list[str] = []
-    previous = ""
-    for line in text.split("\n"):
-        if not re.search("[가-힣]", line) or "---" in line:
-            continue
-        if len(previous) >= 15 and not starts_anew.match(line):
-            paragraphs[-1] += line
-        else:
-            paragraphs.append(line)
-        previous = line
-    return paragraphs
-
-
-def read_sentences() -> list[str]:
-    """Korean sentences of 6 to MAX_CHARACTERS characters from konlpy's law texts, each once, in a fixed order."""
-    spec = importlib.util.find_spec("konlpy")  # importing it would ask for Java
-    assert spec is not None and spec.submodule_search_locations
-    root = Path(spec.submodule_search_locations[0]) / "data" / "corpus"
-    sentences: dict[str, None] = {}
-    for path in [*sorted(root.glob("kolaw/*.txt")), *sorted(root.glob("kobill/*.txt"))]:
-        for paragraph in _paragraphs(path.read_text(encoding="utf-8")):
-            for raw in re.split(r"(?<=[.!?:;])\s+|[①-⑳]", paragraph):
-                clean = re.sub(r"\s+", " ", re.sub(r"[^가-힣0-9 .,·%]+", " ", raw)).strip(" ,·")
-                for piece in textwrap.wrap(clean, MAX_CHARACTERS):
-                    if len(piece) >= 6 and len(re.findall("[가-힣]", piece)) >= 0.6 * len(piece):
-                        sentences[piece] = None
-    return list(sentences)
-
-
-def plan_utterances(sentences: list[str], num_sentences: int | None = None) -> list[Utterance]:
+def plan_utterances(sentences: list[str], num_sentences: int | None = None) -> list[speech.Utterance]:
     """Gives each sentence (or `num_sentences` of them) to one split, a tenth to val, and to two speakers."""
-    order = np.random.default_rng([SEED, 1]).permutation(len(sentences))[:num_sentences]
-    num_val = max(2 * len(SPEAKERS), len(order) // 10)
+    order = np.random.default_rng([speech.SEED, 1]).permutation(len(sentences))[:num_sentences]
+    speakers = speech.SPEAKERS
+    num_val = max(2 * len(speakers), len(order) // 10)
     return [
-        Utterance(
-            id=f"{SPEAKERS[speaker].name}-{index:05d}",
+        speech.Utterance(
+            id=f"{speaker.name}-{index:05d}",
             text=sentences[index],
             speaker=speaker,
             split="val" if position < num_val else "train",
         )
         for position, index in enumerate(order)
-        for speaker in (position % len(SPEAKERS), (position + 1) % len(SPEAKERS))
+        for speaker in (speakers[position % len(speakers)], speakers[(position + 1) % len(speakers)])
     ]
 
 
@@ -153,162 +83,15 @@ def train_tokenizer(sentences: list[str]) -> bytes:
     return model.getvalue()
 
 
-@functools.cache
-def _mel_filters(size: int) -> np.ndarray:
-    """Triangular filters, float32 [size // 2 + 1, NUM_BANDS], evenly spaced in mel from 50 to 8,000 Hz."""
-    mels = np.linspace(*(2595 * np.log10(1 + np.array([50, 8000]) / 700)), NUM_BANDS + 2)
-    low, centre, high = np.lib.stride_tricks.sliding_window_view(700 * (10 ** (mels / 2595) - 1), NUM_BANDS)
-    frequency = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)[:, None]
-    rise, fall = (frequency - low) / (centre - low), (high - frequency) / (high - centre)
-    return np.maximum(0, np.minimum(rise, fall)).astype(np.float32)
-
-
-def log_mel(wave: np.ndarray) -> np.ndarray:
-    """Log energy by mel band of int16 samples at SAMPLE_RATE: float32 [frames, NUM_BANDS]."""
-    size, hop = 1024, SAMPLE_RATE // CODES_PER_SECOND
-    padded = np.pad(wave.astype(np.float32) / 32768, (0, size))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[: len(wave) : hop]
-    window = np.hanning(size).astype(np.float32)
-    spectrum = np.fft.rfft(frames * window)
-    power = (spectrum.real**2 + spectrum.imag**2) / np.sum(window**2)  # abs() takes as long as the transform
-    return np.log(power.astype(np.float32) @ _mel_filters(size) + np.float32(1e-5))
-
-
-def _speak_as() -> None:
-    """All that a speaking process does (see `speak`): a speaker and texts from stdin, their log-mels to stdout."""
-    import espeakng_loader
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1)  # the speakers fill the cores; threads for such small products would only fight
-    speaker, texts = json.load(sys.stdin)
-    _, voice, pitch, words_a_minute = Speaker(*speaker)
-    samples: list[bytes] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-    def collect(wave: int | None, num_samples: int, _events: int | None) -> int:
-        if wave and num_samples > 0:
-            samples.append(ctypes.string_at(wave, 2 * num_samples))
-        return 0
-
-    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
-    synchronous = 2  # audio by callback without a thread in between: three times as fast as asynchronous
-    rate = espeak.espeak_Initialize(synchronous, 0, os.fsencode(espeakng_loader.get_data_path()), 0)
-    if rate != SAMPLE_RATE:
-        raise RuntimeError(f"espeak_Initialize returned {rate} instead of the sample rate {SAMPLE_RATE}")
-    espeak.espeak_SetSynthCallback(collect)
-    espeak.espeak_ng_SetRandSeed(ctypes.c_long(SEED))  # else the time of day
-    if espeak.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise RuntimeError(f"espeak-ng has no voice {voice}")
-    for parameter, value in ((1, words_a_minute), (3, pitch)):
-        espeak.espeak_SetParameter(parameter, value, 0)
-    for text in texts:
-        samples.clear()
-        data, utf8 = text.encode() + b"\0", 1
-        status = espeak.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 0, 0, utf8, None, None)
-        if status != 0 or not samples:
-            raise RuntimeError(f"espeak_Synth returned {status} and {len(samples)} pieces of speech for: {text}")
-        spoken = log_mel(np.frombuffer(b"".join(samples), np.int16)).tobytes()
-        sys.stdout.buffer.write(len(spoken).to_bytes(4) + spoken)
-        sys.stdout.flush()
-
-
-def speak(utterances: list[Utterance], num_workers: int, progressed: Progressed) -> dict[str, np.ndarray]:
-    """The log-mel of each utterance by its id. Each speaker is one fresh process that speaks in a fixed order.
-
-    espeak-ng carries state from one utterance to the next (the flutter of the pitch, its noise), and nothing in
-    it resets that: only a fresh process that says the same things in the same order repeats its samples.
-    """
-    log_mels: dict[str, np.ndarray] = {}
-    processes: list[subprocess.Popen[bytes]] = []
-    # Not by multiprocessing, which would run the caller's main module again in each process.
-    command = [sys.executable, "-c", f"from studies.korean_demo import corpus; corpus.{_speak_as.__name__}()"]
-
-    def run_speaker(number: int) -> None:
-        mine = [one for one in utterances if one.speaker == number]
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[2],  # where `studies` is
-            start_new_session=True,  # an interrupt from the terminal is this process's to handle
-        ) as process:
-            processes.append(process)
-            assert process.stdin and process.stdout
-            try:
-                process.stdin.write(json.dumps([SPEAKERS[number], [one.text for one in mine]]).encode())
-                process.stdin.close()
-                for one in mine:
-                    size = int.from_bytes(process.stdout.read(4))
-                    spoken = process.stdout.read(size)
-                    if not size or len(spoken) < size:
-                        raise BrokenPipeError("the end of the pipe")
-                    log_mels[one.id] = np.frombuffer(spoken, np.float32).reshape(-1, NUM_BANDS)
-                    progressed()
-            except BrokenPipeError as error:
-                name = SPEAKERS[number].name
-                raise RuntimeError(f"the process that speaks as {name} failed; its error stands above") from error
-
-    with ThreadPoolExecutor(num_workers) as threads:
-        try:
-            list(threads.map(run_speaker, range(len(SPEAKERS))))
-        finally:
-            for process in processes:
-                process.kill()  # nothing where it has ended
-    return log_mels
-
-
-def quantize(utterances: list[Utterance], log_mels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each utterance's frames as int32 codes [frames]: k-means, its centres from the training split alone."""
-    from sklearn.cluster import MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
-
-    frames = np.concatenate([log_mels[one.id] for one in utterances if one.split == "train"])
-    with threadpool_limits(1):  # sums over threads differ in their last bit from run to run
-        kmeans = MiniBatchKMeans(NUM_CODES, batch_size=4096, n_init=1, random_state=SEED)
-        kmeans.fit(frames[::3])  # a third of them finds as good centres in a third of the time
-        codes = kmeans.predict(np.concatenate([log_mels[one.id] for one in utterances])).astype(np.int32)
-    ends = np.cumsum([len(log_mels[one.id]) for one in utterances])
-    return {one.id: own for one, own in zip(utterances, np.split(codes, ends[:-1]), strict=True)}
-
-
-def voice_vectors(
-    utterances: list[Utterance], log_mels: dict[str, np.ndarray], width: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Conditions [CONDITION_LEN, width] by speaker and emotion vectors [width] by utterance, float32.
-
-    Both are fixed random projections, of standard deviation 0.3, of statistics of the log-mel: mean and
-    deviation of each band and deciles of the energy. The condition takes a speaker's mean over its training
-    utterances, the emotion vector the utterance's own.
-    """
-    deciles = np.linspace(0.1, 0.9, 9)
-    mels = [log_mels[one.id].astype(np.float64) for one in utterances]
-    statistics = np.stack(
-        [np.concatenate([mel.mean(0), mel.std(0), np.quantile(mel.mean(1), deciles)]) for mel in mels]
-    )
-    is_train = np.array([one.split == "train" for one in utterances])
-    speaker = np.array([one.speaker for one in utterances])
-    statistics = (statistics - statistics[is_train].mean(0)) / statistics[is_train].std(0)
-
-    def project(values: np.ndarray, shape: tuple[int, ...], stream: int) -> np.ndarray:
-        matrix = np.random.default_rng([SEED, stream]).standard_normal((values.size, *shape))
-        projected = np.tensordot(values, matrix, 1)
-        return (0.3 * projected / projected.std()).astype(np.float32)
-
-    voices = {one.name: statistics[is_train & (speaker == i)].mean(0) for i, one in enumerate(SPEAKERS)}
-    conditions = {name: project(voice, (CONDITION_LEN, width), 2) for name, voice in voices.items()}
-    owns = zip(utterances, statistics, strict=True)
-    return conditions, {one.id: project(own, (width,), 3) for one, own in owns}
-
-
-def pair(utterances: list[Utterance], lengths: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def pair(utterances: list[speech.Utterance], lengths: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
     """One manifest record an utterance of a split: itself as target, another of its speaker as prompt.
 
     `lengths` has the numbers of text ids and codes. An utterance that is its speaker's only one has no record.
     """
-    random = np.random.default_rng([SEED, 4])
+    random = np.random.default_rng([speech.SEED, 4])
     records = []
-    for speaker_number, speaker in enumerate(SPEAKERS):
-        mine = [one.id for one in utterances if one.speaker == speaker_number]
+    for speaker in speech.SPEAKERS:
+        mine = [one.id for one in utterances if one.speaker == speaker]
         for index, target in enumerate(mine if len(mine) > 1 else []):
             prompt = mine[(index + random.integers(1, len(mine))) % len(mine)]
             text_len, code_len = lengths[target]
@@ -321,7 +104,7 @@ def pair(utterances: list[Utterance], lengths: dict[str, tuple[int, int]]) -> li
                     "prompt_emo_vec_path": f"emo_vec/{prompt}.npy",
                     "target_text_len": text_len,
                     "target_code_len": code_len,
-                    "prompt_condition_len": CONDITION_LEN,
+                    "prompt_condition_len": speech.CONDITION_LEN,
                     "prompt_id": prompt,
                     "target_id": target,
                     "language": "ko",
@@ -336,18 +119,18 @@ def _write(folder: Path, parameters: dict[str, Any], num_workers: int) -> dict[s
     import sentencepiece
 
     console = Console(stderr=True, highlight=False)
-    sentences = read_sentences()
+    sentences = speech.read_sentences()
     tokenizer = train_tokenizer(sentences)
     planned = plan_utterances(sentences, parameters["num_sentences"])
     with _progress(console, len(planned)) as progressed:
-        log_mels = speak(planned, num_workers, progressed)
-    console.print(f"clustering the speech into {NUM_CODES} codes and writing the files")
+        log_mels = speech.speak(planned, num_workers, progressed)
+    console.print(f"clustering the speech into {speech.NUM_CODES} codes and writing the files")
     encode = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).encode
     text_ids = {one.id: np.array(encode(one.text), np.int32) for one in planned}
     lengths = {one.id: (len(text_ids[one.id]), len(log_mels[one.id])) for one in planned}
     utterances = [one for one in planned if lengths[one.id][0] <= MAX_TEXT_LEN and lengths[one.id][1] <= MAX_CODE_LEN]
-    codes = quantize(utterances, log_mels)
-    conditions, emotions = voice_vectors(utterances, log_mels, parameters["width"])
+    codes = speech.quantize(utterances, log_mels)
+    conditions, emotions = speech.voice_vectors(utterances, log_mels, parameters["width"])
 
     for name, arrays in zip(FOLDERS, (codes, conditions, emotions, text_ids), strict=True):
         (folder / name).mkdir()
@@ -359,15 +142,15 @@ def _write(folder: Path, parameters: dict[str, Any], num_workers: int) -> dict[s
         pairs[split] = pair([one for one in utterances if one.split == split], lengths)
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in pairs[split]]
         (folder / f"{split}_pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    seconds = sum(record["target_code_len"] for split in pairs.values() for record in split) / CODES_PER_SECOND
+    seconds = sum(record["target_code_len"] for split in pairs.values() for record in split) / speech.CODES_PER_SECOND
     about = {
         "recipe": RECIPE,
         "parameters": parameters,
         "num_train": len(pairs["train"]),
         "num_val": len(pairs["val"]),
         "num_dropped": len(planned) - len(pairs["train"]) - len(pairs["val"]),
-        "num_speakers": len(SPEAKERS),
-        "num_codes": NUM_CODES,
+        "num_speakers": len(speech.SPEAKERS),
+        "num_codes": speech.NUM_CODES,
         "vocab_size": VOCAB_SIZE,
         "seconds": seconds,
         "hours": round(seconds / 3600, 3),
@@ -378,7 +161,7 @@ def _write(folder: Path, parameters: dict[str, Any], num_workers: int) -> dict[s
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Progressed]:
+def _progress(console: Console, total: int) -> Iterator[speech.Progressed]:
     """Counts spoken utterances: a bar on a terminal, a line for every tenth elsewhere. May be called by threads."""
     what = "speaking Korean sentences"
     if console.is_terminal:
@@ -428,7 +211,7 @@ def _check(folder: Path, width: int, num_sentences: int | None, num_workers: int
             raise UserError(f"{name} {value} is too small; use at least {least}.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another folder for the corpus.")
-    foreign = set(os.listdir(folder)) - {*FOLDERS, *FILES, "corpus.json"} if folder.exists() else set()
+    foreign = set(os.listdir(folder)) - {*FOLDERS, *FILES, "corpus.json", READERS_INDEX} if folder.exists() else set()
     if foreign:
         raise UserError(f"{folder} holds {min(foreign)}, which is no part of a corpus; choose another folder.")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from studies.korean_demo import corpus
+from studies.korean_demo import corpus, speech
 from trainer.errors import UserError
 
 for package in ("espeakng_loader", "sentencepiece", "sklearn"):
@@ -49,15 +49,15 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short noise for speech: enough for what does not depend on the voices, and much faster."""
 
     def speak(
-        utterances: list[corpus.Utterance], num_workers: int, progressed: corpus.Progressed
+        utterances: list[speech.Utterance], num_workers: int, progressed: speech.Progressed
     ) -> dict[str, np.ndarray]:
         random = np.random.default_rng(0)
         return {
-            one.id: random.normal(size=(random.integers(10, 60), corpus.NUM_BANDS)).astype(np.float32)
+            one.id: random.normal(size=(random.integers(10, 60), speech.NUM_BANDS)).astype(np.float32)
             for one in utterances
         }
 
-    monkeypatch.setattr(corpus, "speak", speak)
+    monkeypatch.setattr(speech, "speak", speak)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -97,7 +97,7 @@ def test_text_ids_are_a_sentence_and_codes_are_centres(made: Path) -> None:
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(made / "tokenizer.model"))
     specials = tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()
     assert (tokenizer.vocab_size(), *specials) == (corpus.VOCAB_SIZE, 0, 1, 2)
-    sentences, all_codes = set(corpus.read_sentences()), []
+    sentences, all_codes = set(speech.read_sentences()), []
     for pair in read_pairs(made, "train") + read_pairs(made, "val"):
         ids = np.load(made / pair["target_text_ids_path"])
         assert ids.min() > 2 and ids.max() < corpus.VOCAB_SIZE
@@ -191,7 +191,7 @@ def test_an_interruption_leaves_the_corpus_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(corpus, "quantize", interrupted)
+        patch.setattr(speech, "quantize", interrupted)
         make(folder, width=8)
     assert contents(folder) == contents(made)
     assert sorted(os.listdir(tmp_path)) == [".korean_demo.lock", "korean_demo"]
@@ -219,7 +219,7 @@ def test_what_exceeds_the_limits_is_dropped(noise: None, tmp_path: Path, monkeyp
 
 
 def test_sentences_are_korean_distinct_and_of_bounded_length() -> None:
-    sentences = corpus.read_sentences()
+    sentences = speech.read_sentences()
     assert len(sentences) == len(set(sentences)) >= 800
     assert all(6 <= len(sentence) <= 120 for sentence in sentences)
     assert "대한민국의 주권은 국민에게 있고, 모든 권력은 국민으로부터 나온다." in sentences
@@ -270,8 +270,8 @@ def test_the_command_says_what_is_there(made: Path, capsys: pytest.CaptureFixtur
 def test_a_speaking_process_that_fails_ends_the_making(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    mute = corpus.Speaker("mute", "xx-no-such-voice", 50, 175)
-    monkeypatch.setattr(corpus, "SPEAKERS", (*corpus.SPEAKERS[:3], mute))
+    mute = speech.Speaker("mute", "xx-no-such-voice", 50, 175)
+    monkeypatch.setattr(speech, "SPEAKERS", (*speech.SPEAKERS[:3], mute))
     with pytest.raises(RuntimeError, match="speaks as mute failed"):
         make(tmp_path / "korean_demo")
     assert "espeak-ng has no voice xx-no-such-voice" in capfd.readouterr().err
