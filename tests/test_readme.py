@@ -59,5 +59,5 @@ def test_every_file_of_the_tree_is_there() -> None:
         if not line.startswith(" "):
             folder = line.partition(" ")[0]
             assert (root / folder).is_dir(), folder
-        for name in re.findall(r"\b[\w/]+\.(?:py|toml)\b", line):
+        for name in re.findall(r"\b[\w/]+\.py\b", line):
             assert (root / folder / name).exists() or list((root / folder).rglob(name)), f"{folder}{name}"

@@ -25,8 +25,8 @@ def values(repo: Path, name: str, subset: str) -> list[tuple[int, float]]:
     (run,) = opened.iter_runs()
     for metric in run.metrics():
         if metric.name == name and metric.context.to_dict() == {"subset": subset}:
-            steps, found = metric.values.sparse_numpy()
-            return list(zip(steps.tolist(), found.tolist(), strict=True))
+            steps, (found, *_) = metric.data.items_list()
+            return list(zip(steps, found, strict=True))
     return []
 
 
