@@ -16,7 +16,7 @@ from rich.table import Table
 from trainer.metrics import clock
 from tuner.search_space import trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import BASELINE, INFEASIBLE, last_value, ranking, state_of
+from tuner.trials import BASELINE, INFEASIBLE, is_interrupted, last_value, ranking, state_of
 
 
 def format_params(params: Mapping[str, Any]) -> str:
@@ -44,7 +44,7 @@ def trial_table(study: optuna.Study, title: str | None = None) -> Table:
     ):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     for trial in trials:
-        notes = [state_of(trial)]
+        notes = ["interrupted" if is_interrupted(trial) else state_of(trial)]
         notes += ["baseline"] if trial.user_attrs.get(BASELINE) else []
         notes += ["best"] if ranked and trial.number == ranked[0].number else []
         value, values = last_value(trial), trial.intermediate_values
@@ -134,7 +134,7 @@ class StudyDisplay:
             parts.append(f"trial {self._trial.number}: {format_params(self._trial.params)} | {self._line}")
         done = self._num_done() + self._share_of_trial()
         parts.append(ProgressBar(total=self.total, completed=done, width=60))
-        parts.append(f"{self._num_done()} of {self.total} trials{self._remaining()}")
+        parts.append(f" {self._num_done()} of {self.total} trials{self._remaining()}")
         return Group(*parts)
 
     def _share_of_trial(self) -> float:

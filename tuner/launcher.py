@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,11 +24,10 @@ from tuner.samplers import build_pruner, build_sampler
 from tuner.search_space import baseline
 from tuner.spec import StudySpec
 from tuner.storage import open_storage
-from tuner.trials import BASE_DIR, BASELINE, DATA_DIGEST, SPEC, ranking, stored_spec, trial_name
+from tuner.trials import BASE_DIR, BASELINE, CLAIM, DATA_DIGEST, SPEC, ranking, stored_spec, trial_name
 
 log = logging.getLogger(__name__)
 
-CLAIM = ".claim"
 KEEP_TRIALS = 3
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -89,7 +89,8 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     storage = storage if isinstance(storage, BaseStorage) else open_storage(storage)
     name = spec.study.name
     sampler, pruner = build_sampler(spec), build_pruner(spec)
-    known = name in optuna.get_all_study_names(storage)
+    # Before anything is made: the data may be missing or broken.
+    digest = spec.build_workload().data_digest()
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -98,8 +99,7 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
         direction=spec.study.direction,
         load_if_exists=True,
     )
-    digest = spec.build_workload().data_digest()
-    if known:
+    if study.user_attrs or study.get_trials(deepcopy=False):
         changed = spec.differences(stored_spec(study))
         changed += ["the data has changed"] if study.user_attrs.get(DATA_DIGEST, digest) != digest else []
         if changed:
@@ -110,6 +110,8 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     study.set_user_attr(SPEC, spec.to_dict())
     study.set_user_attr(DATA_DIGEST, digest)
     study.set_user_attr(BASE_DIR, str(spec.base_dir))
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        study.set_metric_names([spec.study.metric])
     return study
 
 

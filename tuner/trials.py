@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from trainer.checkpoint import is_locked
 from trainer.errors import UserError
 from tuner.spec import StudySpec
 
@@ -17,6 +18,9 @@ BASE_DIR = "base_dir"
 DATA_DIGEST = "data_digest"
 BASELINE = "baseline"
 INFEASIBLE = "infeasible"
+
+CLAIM = ".claim"
+"""Lock in a trial's run directory, held by the process that works on the trial."""
 
 STATES = {
     TrialState.COMPLETE: "complete",
@@ -30,6 +34,12 @@ STATES = {
 def state_of(trial: FrozenTrial) -> str:
     """complete, pruned, infeasible, failed, running or waiting."""
     return "infeasible" if INFEASIBLE in trial.user_attrs else STATES[trial.state]
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Whether an open trial of this machine has no process that trains it; the next launch continues it."""
+    run_dir = Path(trial.user_attrs.get("run_dir", ""))
+    return trial.state == TrialState.RUNNING and run_dir.is_absolute() and not is_locked(run_dir, CLAIM)
 
 
 def last_value(trial: FrozenTrial) -> float | None:

@@ -158,9 +158,20 @@ def test_only_the_best_trials_and_the_baseline_keep_their_checkpoints(runtime: R
 
 
 def test_a_study_of_another_program_is_refused(runtime: Runtime, url: str) -> None:
-    optuna.create_study(study_name="toy", storage=url)
+    optuna.create_study(study_name="toy", storage=url).ask()
     with pytest.raises(UserError, match="holds no spec"):
         launch(build(), storage=url, runtime=runtime)
+
+
+def test_missing_data_leaves_no_half_made_study(runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: object) -> str:
+        raise UserError("manifest train.jsonl can't be read")
+
+    monkeypatch.setattr("tests.toy.Toy.data_digest", missing)
+    with pytest.raises(UserError, match="manifest"):
+        launch(build(), storage=url, runtime=runtime)
+    monkeypatch.undo()
+    assert len(launch(build(), storage=url, runtime=runtime, num_trials=1).trials) == 1
 
 
 def test_a_rerun_differs_in_its_seed_alone(runtime: Runtime, url: str) -> None:
