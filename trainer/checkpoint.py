@@ -102,10 +102,12 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: check the path.")
-    if digest_path(path).is_file():
+    # An empty digest is what a power cut may leave: no digest, then.
+    written = digest_path(path).read_text(errors="replace").split() if digest_path(path).is_file() else []
+    if written:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != digest_path(path).read_text().split()[0]:
+        if digest != written[0]:
             raise UserError(f"checkpoint {path} is damaged (its digest is not the one it was written with).")
     # Only the zip form can be mapped; torch's older form has to be read as a whole.
     mmap = mmap and zipfile.is_zipfile(path)
@@ -162,6 +164,8 @@ class Checkpoints:
         self.run_dir, self.keep = run_dir, keep
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
+        for torn in run_dir.glob("*.tmp"):
+            torn.unlink()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -245,11 +249,14 @@ def _name_again(path: Path, alias: Path) -> None:
         os.link(path, temporary)
     except OSError:
         shutil.copyfile(path, temporary)
-    _put(temporary, alias, digest_path(path).read_text().split()[0])
+    _put(temporary, alias, digest_path(path).read_text(encoding="utf-8").split()[0])
 
 
 def _put(temporary: Path, path: Path, digest: str) -> None:
     # A file without its digest is taken as it is; with another's it would count as damaged.
     digest_path(path).unlink(missing_ok=True)
     os.replace(temporary, path)
-    digest_path(path).write_text(f"{digest}  {path.name}\n")
+    with open(digest_path(path), "w", encoding="utf-8") as file:
+        file.write(f"{digest}  {path.name}\n")
+        file.flush()
+        os.fsync(file.fileno())

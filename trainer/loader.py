@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,8 +18,9 @@ from trainer.workload import Batch, Dataset, Workload
 log = logging.getLogger(__name__)
 
 MAX_DAMAGED = 0.01
-# So many reads that fail tell a share above MAX_DAMAGED for certain long before the whole set was read.
-EARLY_READS, EARLY_DAMAGED = 500, 0.05
+# Standard deviations above MAX_DAMAGED of the samples read so far: more than that is no chance, and there is no need
+# to read millions before saying so.
+CERTAIN = 5.0
 
 
 class BatchReader(torch.utils.data.Dataset[Batch]):
@@ -52,9 +55,9 @@ class DamageCount:
             if message not in self.seen:
                 self.seen.add(message)
                 log.warning("skipped: %s", message)
-        share = len(self.seen) / max(1, min(self.num_samples, self.num_reads))
-        certain = len(self.seen) > MAX_DAMAGED * self.num_samples
-        if certain or (self.num_reads >= EARLY_READS and share > EARLY_DAMAGED):
+        expected = MAX_DAMAGED * min(self.num_samples, self.num_reads)
+        chance = CERTAIN * (1 + math.sqrt(expected))
+        if len(self.seen) > min(MAX_DAMAGED * self.num_samples, expected + chance):
             raise UserError(
                 f"{len(self.seen)} of {min(self.num_reads, self.num_samples)} samples read are missing or damaged "
                 f"(the data has {self.num_samples}; at most 1% may be): repair the data, or leave them out of "
@@ -90,11 +93,18 @@ def train_batches(
         # Its own generator: the loader must not draw from the random state that a checkpoint restores.
         generator=torch.Generator(),
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_signals,
     )
     damage = DamageCount(len(data))
     for batch in loader:
         damage.add(batch.num_samples + len(batch.damaged), batch.damaged)
         yield batch.to(device)
+
+
+def _leave_signals(_: int) -> None:
+    """A worker inherits the handlers of its parent, which alone answers Ctrl-C and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fixed_batches(workload: Workload, data: Dataset, batches: Sequence[np.ndarray]) -> list[Batch]:

@@ -13,7 +13,8 @@ from trainer.workload import Batch
 def means(sums: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
     """Mean of each loss, and their weighted sum as "loss"."""
     values = {name: sums[name] / counts[name] for name in sums if counts[name]}
-    return {"loss": sum(weight * values[name] for name, weight in weights.items() if name in values)} | values
+    total = sum(weight * values[name] for name, weight in weights.items() if name in values)
+    return {"loss": total, **{name: value for name, value in values.items() if name != "loss"}}
 
 
 class LossMeter:

@@ -124,13 +124,19 @@ class Run:
             UserError: The checkpoint is of another run; the message names what differs.
         """
         optimizer_type = state.get("optimizer_type", "adamw")
-        remedy = f"or take its weights with a new optimizer from step 0: --init {source}"
-        if "optimizer" not in state or "progress" not in state:
+        remedy = (
+            f"or take its weights with a new optimizer from step 0 into a new folder: --init {source} --run-dir NEW"
+        )
+        if "optimizer" not in state:
             raise UserError(f"{source} holds weights and no training state: take them with --init {source}.")
         if optimizer_type != self.config.optimizer:
             raise UserError(
                 f"{source} is a checkpoint of {optimizer_type} and this run uses {self.config.optimizer}: "
                 f"continue with --set train.optimizer={optimizer_type}, {remedy}."
+            )
+        if "progress" not in state:
+            raise UserError(
+                f"{source} is of another trainer and can't be continued: take its weights, --init {source}."
             )
         mine, its = self.identity(), state["identity"]
         changed = [phrase for part in mine for phrase in differences(part, its[part], mine[part])]
@@ -175,9 +181,13 @@ def prepare(
             "choose another run directory, or continue with --resume auto."
         )
     if resume not in ("auto", "never"):
-        if found:
+        if found and found[1].get("lineage", {}).get("resumed_from") == str(resume):
+            resume = "auto"
+        elif found:
             raise UserError(f"{checkpoints.run_dir} holds a run of its own: choose another run directory for {resume}.")
-        found = Path(resume), read_checkpoint(Path(resume))
+        else:
+            found = Path(resume), read_checkpoint(Path(resume))
+            lineage = {**(lineage or {}), "resumed_from": str(resume)}
 
     torch.manual_seed(config.seed)
     model = workload.build_model()
@@ -199,6 +209,7 @@ def prepare(
     if found:
         path, state = found
         run.load(state, path)
+        run.lineage = {**state["lineage"], **run.lineage}
         if init is not None and state["lineage"].get("init") != str(init):
             raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")
         # A best value counts only with its weights: continued from elsewhere, the next validation writes them anew.

@@ -56,13 +56,19 @@ class AimTracker:
         self._queue: queue.Queue[tuple[Mapping[str, float], int, int] | None] = queue.Queue(self.CAPACITY)
         # A daemon: Aim's close can hang on a damaged repository, and must not keep the process.
         self._thread = threading.Thread(target=self._work, name="aim", daemon=True)
-        self._thread.start()
+        self._started = False
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        if not self._started:
+            # Not before there is something to write: a run that is refused leaves no trace in Aim.
+            self._thread.start()
+            self._started = True
         with suppress(queue.Full):
             self._queue.put_nowait((values, step, samples))
 
     def close(self) -> None:
+        if not self._started:
+            return
         try:
             self._queue.put_nowait(None)
         except queue.Full:

@@ -78,7 +78,7 @@ def launch(
             )
         name = study_spec.study.name
         if stop():
-            console.print(f"Stopped. The same command goes on: tuner launch {spec}", highlight=False)
+            console.print("Stopped with a checkpoint. The same command goes on.", highlight=False)
             raise typer.Exit(STOPPED)
     console.print(f"Next: tuner status {name} | tuner dashboard | tuner promote {name}", highlight=False)
 
@@ -147,9 +147,9 @@ def promote(
 
     show_log()
     opened = load_study(study, open_storage(storage, must_exist=True))
-    with stoppable(print) as stop:
+    with stoppable(print) as stop, explained():
         result = promote(opened, trial=trial, steps=steps, runtime=Runtime(run_root, track, stop))
-    _finish(result, f"tuner promote {study}")
+    _finish(result, "the same command")
 
 
 @app.command()
@@ -175,7 +175,7 @@ def train(
     show_log()
     study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []))
     name = study_spec.study.name
-    with stoppable(print) as stop:
+    with stoppable(print) as stop, explained():
         runtime = Runtime(run_root, track, stop)
         result = tracked_train(
             full_setup(study_spec, {}),
@@ -186,7 +186,7 @@ def train(
             resume=resume,
             init=init.resolve() if init else None,
         )
-    _finish(result, "the same command")
+    _finish(result, "with --resume auto it" if resume == "never" else "the same command")
 
 
 def _finish(result: TrainResult, again: str) -> None:
@@ -217,6 +217,24 @@ def show_log() -> None:
 
 
 @contextmanager
+def explained() -> Iterator[None]:
+    """A run that can't go on with these settings ends with one line, not with a traceback."""
+    from trainer import Diverged
+    from tuner.objective import is_out_of_memory
+
+    try:
+        yield
+    except Diverged as error:
+        raise UserError(f"{error}: the loss diverged; lower train.d_coef or train.lr.") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        remedy = "use a smaller train.batch_size, with train.grad_accumulation for the same effective one"
+        raise UserError(f"out of memory ({reason}): {remedy}.") from error
+
+
+@contextmanager
 def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
     """Ctrl-C or SIGTERM asks the run to stop at the next step with a checkpoint; a second one stops at once."""
     asked: list[int] = []
@@ -238,7 +256,7 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
 def main() -> None:
     try:
         app()
-    except UserError as error:
+    except (UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
         print(f"tuner: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import hmac
 import secrets
 from collections.abc import Callable, Iterable
 from http.cookies import CookieError, SimpleCookie
+from socketserver import ThreadingMixIn
 from typing import Any
 from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -67,10 +68,16 @@ def make_dashboard(
     token = token or secrets.token_urlsafe(16)
     app = guarded(wsgi(storage), token=token, read_only=read_only)
     try:
-        server = make_server(host, port, app, handler_class=_QuietHandler)
+        server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port} on {host}: {error}; choose another port.") from error
     return server, f"http://{host}:{server.server_port}/?token={token}"
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    """A browser opens connections that it does not use yet; one thread alone would wait on them."""
+
+    daemon_threads = True
 
 
 class _QuietHandler(WSGIRequestHandler):

@@ -28,8 +28,8 @@ def format_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def trial_table(study: optuna.Study, title: str | None = None) -> Table:
-    """All trials of a study, the baseline and the best one marked in words."""
+def trial_table(study: optuna.Study, title: str | None = None, last: int = 1000) -> Table:
+    """The `last` trials of a study, the baseline and the best one marked in words."""
     trials = study.get_trials(deepcopy=False)
     ranked = ranking(study, trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
@@ -43,7 +43,7 @@ def trial_table(study: optuna.Study, title: str | None = None) -> Table:
         "time",
     ):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
-    for trial in trials:
+    for trial in trials[-last:]:
         notes = ["interrupted" if is_interrupted(trial) else state_of(trial)]
         notes += ["baseline"] if trial.user_attrs.get(BASELINE) else []
         notes += ["best"] if ranked and trial.number == ranked[0].number else []
@@ -129,7 +129,8 @@ class StudyDisplay:
             self._live.update(self._render())
 
     def _render(self) -> Group:
-        parts: list[Any] = [trial_table(self.study)]
+        # What does not fit on the screen would push the progress out of sight.
+        parts: list[Any] = [trial_table(self.study, last=max(1, self.console.height - 9))]
         if self._trial is not None:
             parts.append(f"trial {self._trial.number}: {format_params(self._trial.params)} | {self._line}")
         done = self._num_done() + self._share_of_trial()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +16,16 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer import UserError
+from trainer import DamagedSample, UserError
 from trainer.checkpoint import digest_path, is_locked, locked
 from trainer.tracking import Tracker
 from tuner.objective import Interrupted, Objective
 from tuner.run import Runtime
 from tuner.samplers import build_pruner, build_sampler
-from tuner.search_space import baseline
+from tuner.search_space import baseline, largest_step
 from tuner.spec import StudySpec
 from tuner.storage import open_storage
-from tuner.trials import BASE_DIR, BASELINE, CLAIM, DATA_DIGEST, SPEC, ranking, stored_spec, trial_name
+from tuner.trials import BASE_DIR, BASELINE, CLAIM, DATA_DIGEST, HOST, SPEC, ranking, stored_spec, trial_name
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     storage = storage if isinstance(storage, BaseStorage) else open_storage(storage)
     name = spec.study.name
     sampler, pruner = build_sampler(spec), build_pruner(spec)
-    # Before anything is made: the data may be missing or broken.
-    digest = spec.build_workload().data_digest()
+    # Before anything is made: the data may be missing, broken, or too small for what is searched.
+    digest = _check_data(spec)
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -115,6 +116,29 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     return study
 
 
+def _check_data(spec: StudySpec) -> str:
+    """Hold the spec against its data; returns the data's digest.
+
+    Raises:
+        UserError: No validation gives the study's metric, or some batch size searched can't be filled.
+    """
+    workload = spec.build_workload()
+    digest = workload.data_digest()
+    names = {"loss", *workload.loss_weights}
+    with suppress(DamagedSample):
+        names |= workload.collate([workload.val_data()[0]]).counts.keys()
+    if spec.study.metric.removeprefix("val/") not in names:
+        known = ", ".join(f"val/{name}" for name in sorted(names))
+        raise UserError(f"study.metric {spec.study.metric}: the workload's metrics are {known}.")
+    num_samples, largest = len(workload.train_data()), largest_step(spec)
+    if num_samples < largest:
+        raise UserError(
+            f"the search may take {largest} samples a step (train.batch_size x train.grad_accumulation), and the data "
+            f"has {num_samples}: search smaller ones or use more data."
+        )
+    return digest
+
+
 def _claim_trial(
     study: optuna.Study, spec: StudySpec, runtime: Runtime, total: int, claim: ExitStack
 ) -> tuple[optuna.Trial, bool] | None:
@@ -125,8 +149,11 @@ def _claim_trial(
         trials = study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         for frozen in running:
-            run_dir = Path(frozen.user_attrs.get("run_dir", study_dir / trial_name(frozen.number)))
-            if run_dir.parent == study_dir and not is_locked(run_dir, CLAIM):
+            # Found by its number, so that a folder of runs may be moved; where it was, somebody may still work.
+            run_dir = study_dir / trial_name(frozen.number)
+            before = Path(frozen.user_attrs.get("run_dir", run_dir))
+            ours = frozen.user_attrs.get(HOST, platform.node()) == platform.node()
+            if ours and not is_locked(before, CLAIM) and not is_locked(run_dir, CLAIM):
                 claim.enter_context(locked(run_dir, CLAIM))
                 return optuna.Trial(study, frozen._trial_id), True
         if sum(trial.state in COUNTED for trial in trials) + len(running) >= total:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from trainer.tracking import Tracker
 from tuner.run import Runtime, tracked_train
 from tuner.search_space import suggest, trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import BASELINE, INFEASIBLE, report_once, trial_name
+from tuner.trials import BASELINE, HOST, INFEASIBLE, report_once, trial_name
 
 
 class Interrupted(Exception):
@@ -50,6 +51,7 @@ class Objective:
         params = suggest(trial, self.spec)
         run_dir = self.runtime.run_dir(self.spec.study.name, trial_name(trial.number))
         trial.set_user_attr("run_dir", str(run_dir))
+        trial.set_user_attr(HOST, platform.node())
         try:
             return self._train(trial, params, run_dir)
         except Infeasible as error:
@@ -64,8 +66,8 @@ class Objective:
             value = evaluation.metrics[metric]
             if not math.isfinite(value):
                 raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
-            report_once(trial, value, round(evaluation.point))
-            trial.set_user_attr("d", [*trial.user_attrs.get("d", []), evaluation.d])
+            if report_once(trial, value, round(min(evaluation.point, self.spec.trial.budget))):
+                trial.set_user_attr("d", [*trial.user_attrs.get("d", []), evaluation.d])
             # The baseline is what everything is compared with, so it runs to its end; and at its end nothing is saved.
             spared = trial.user_attrs.get(BASELINE) or evaluation.point >= self.spec.trial.budget
             if not spared and trial.should_prune():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer import Evaluation, TrainResult, UserError
-from trainer.checkpoint import LATEST, digest_path, is_locked
+from trainer.checkpoint import LATEST, digest_path, is_locked, read_checkpoint
 from trainer.tracking import Tracker
 from tuner.run import Runtime, code_version, tracked_train
 from tuner.search_space import full_setup, trial_setup
+from tuner.spec import StudySpec
 from tuner.trials import ranking, report_once, stored_spec, trial_name
+
+log = logging.getLogger(__name__)
 
 PROMOTIONS = "promotions"
 
@@ -59,19 +63,19 @@ def promote(
     runtime = runtime or Runtime()
     spec = stored_spec(study)
     chosen = _choose(study, trial)
-    changes = {} if steps is None else {"steps": steps, "samples": None}
-    setup = full_setup(spec, chosen.params, **changes)
+    setup = full_setup(spec, chosen.params, **_length(study, spec, chosen, steps))
     run_dir = runtime.run_dir(spec.study.name, f"full-{trial_name(chosen.number)}")
     if is_locked(run_dir):
         raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
     past: dict[int, float] = {}
     origin = Path(chosen.user_attrs["run_dir"])
-    if not any(run_dir.glob("*.pth")) and (origin / LATEST).is_file():
+    started = any(run_dir.glob("*.pth"))
+    if not started and _is_whole(origin / LATEST):
         _copy_checkpoints(origin, run_dir, [*setup.workload.best_checkpoints().values(), LATEST])
         past = chosen.intermediate_values if spec.trial.unit == "samples" else {}
     lineage = {"study": spec.study.name, "trial": chosen.number, "params": chosen.params}
     _remember(study, chosen, run_dir)
-    curve = _open_curve(study, chosen, run_dir, setup.config.num_steps, past)
+    curve = _open_curve(study, chosen, run_dir, setup.config.num_steps, None if started else past)
 
     def on_eval(evaluation: Evaluation) -> None:
         assert curve is not None, "a finished run has nothing to evaluate"
@@ -123,8 +127,34 @@ def full_runs(study: optuna.Study) -> list[FullRun]:
     curves = _curves(study)
     if curves is None:
         return []
-    newest = {t.user_attrs["run_dir"]: t for t in curves.get_trials(deepcopy=False) if "run_dir" in t.user_attrs}
+    newest = {t.user_attrs["trial"]: t for t in curves.get_trials(deepcopy=False) if "trial" in t.user_attrs}
     return [_describe(t) for t in newest.values()]
+
+
+def _length(study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, steps: int | None) -> dict[str, Any]:
+    """The full run's length where it is not the spec's: as asked for, now or when it was started."""
+    horizon = full_setup(spec, chosen.params).config
+    mine = _curves_of(study, chosen)
+    if steps is None and mine:
+        steps = mine[-1].user_attrs["steps"]
+    if steps is None or steps == horizon.num_steps:
+        return {}
+    if horizon.schedule != "none":
+        raise UserError(
+            f"--steps {steps}: the trials followed schedule {horizon.schedule} over {horizon.num_steps} steps, and the "
+            "full run goes on from there; leave --steps out, or tune with another [full] length."
+        )
+    return {"steps": steps, "samples": None}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a trial's checkpoint can be gone on from; the log says why not."""
+    try:
+        read_checkpoint(checkpoint, mmap=True)
+    except UserError as error:
+        log.warning("the full run starts at step 0: %s", error)
+        return False
+    return True
 
 
 def _describe(curve: FrozenTrial) -> FullRun:
@@ -141,13 +171,16 @@ def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     ranked = ranking(study)
     if not ranked:
         raise UserError(f"study {study.study_name} has no complete trial yet: launch it, or look at tuner status.")
-    promoted = list(dict.fromkeys(p["trial"] for p in study.user_attrs.get(PROMOTIONS, [])))
-    if promoted and promoted[-1] != ranked[0].number:
+    promotions = study.user_attrs.get(PROMOTIONS, [])
+    if not promotions:
+        return ranked[0]
+    started, best = promotions[-1]["trial"], ranked[0].number
+    if best not in (started, promotions[-1]["best"]):
         raise UserError(
-            f"a full run of trial {promoted[-1]} was started, and trial {ranked[0].number} is better since: choose "
-            f"with --trial {promoted[-1]} (continue) or --trial {ranked[0].number} (start anew)."
+            f"a full run of trial {started} was started, and trial {best} is better since: choose with "
+            f"--trial {started} (continue) or --trial {best} (start anew)."
         )
-    return ranked[0]
+    return _find(study, started)
 
 
 def _find(study: optuna.Study, number: int) -> FrozenTrial:
@@ -170,6 +203,7 @@ def _copy_checkpoints(source: Path, target: Path, names: Sequence[str]) -> None:
         for one in (path, digest_path(path)):
             if not one.is_file():
                 continue
+            (target / one.name).unlink(missing_ok=True)
             try:
                 os.link(one, target / one.name)
             except OSError:
@@ -185,6 +219,7 @@ def _remember(study: optuna.Study, chosen: FrozenTrial, run_dir: Path) -> None:
         "trial": chosen.number,
         "value": chosen.value,
         "params": chosen.params,
+        "best": ranking(study)[0].number,
         "run_dir": str(run_dir),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_version": code_version(),
@@ -198,12 +233,20 @@ def _curves(study: optuna.Study) -> optuna.Study | None:
     return optuna.load_study(study_name=name, storage=storage) if name in optuna.get_all_study_names(storage) else None
 
 
-def _open_curve(
-    study: optuna.Study, chosen: FrozenTrial, run_dir: Path, steps: int | None, past: dict[int, float]
-) -> optuna.Trial | None:
-    """The open trial of `<study>.full` that draws this run: the one left open, or a new one with its `past`.
+def _curves_of(study: optuna.Study, chosen: FrozenTrial) -> list[FrozenTrial]:
+    """The trials of `<study>.full` that drew full runs of this trial, the newest last."""
+    curves = _curves(study)
+    trials = curves.get_trials(deepcopy=False) if curves else []
+    return [trial for trial in trials if trial.user_attrs.get("trial") == chosen.number]
 
-    None where the run has already finished at this length.
+
+def _open_curve(
+    study: optuna.Study, chosen: FrozenTrial, run_dir: Path, steps: int | None, past: dict[int, float] | None
+) -> optuna.Trial | None:
+    """The open trial of `<study>.full` that draws this run: the one left open, or a new one.
+
+    A run that begins now (also because its folder is gone) has the `past` of its trial; one that was under way
+    (`past` None) has the curve that was drawn. Returns None where it has already finished at this length.
     """
     curves = _curves(study)
     if curves is None:
@@ -211,16 +254,17 @@ def _open_curve(
             study_name=f"{study.study_name}.full", storage=study._storage, direction=study.direction
         )
         curves.set_user_attr("promoted_from", study.study_name)
-    mine = [t for t in curves.get_trials(deepcopy=False) if t.user_attrs.get("run_dir") == str(run_dir)]
+    mine = _curves_of(study, chosen)
     last = mine[-1] if mine else None
     if last and last.state == TrialState.RUNNING:
         curve = optuna.Trial(curves, last._trial_id)
-    elif last and last.user_attrs["step"] >= (steps or 0):
+    elif last and past is None and last.user_attrs["step"] >= (steps or 0):
         return None
     else:
         curves.enqueue_trial(chosen.params)
         curve = curves.ask(fixed_distributions=chosen.distributions)
-        for step, value in (last.intermediate_values if last else past).items():
+        drawn = last.intermediate_values if last and past is None else past or {}
+        for step, value in drawn.items():
             curve.report(value, step)
     curve.set_user_attr("run_dir", str(run_dir))
     curve.set_user_attr("trial", chosen.number)

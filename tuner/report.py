@@ -12,12 +12,13 @@ from rich.console import Console
 
 from tuner.display import trial_table
 from tuner.promotion import full_runs
-from tuner.trials import SPEC, baseline_trial, last_value, ranking, state_of, stored_spec
+from tuner.trials import SPEC, baseline_trial, last_value, ranking, state_of, stored_values
 
 
 def status(study: optuna.Study) -> dict[str, Any]:
     """A study's state as plain values: the contract of `tuner status STUDY --json`."""
-    spec = stored_spec(study)
+    # Not the whole spec: looking must not need the workload's module.
+    spec = stored_values(study)["study"]
     trials = study.get_trials(deepcopy=False)
     counts = dict.fromkeys(("complete", "pruned", "infeasible", "failed", "running", "waiting"), 0)
     for trial in trials:
@@ -25,8 +26,8 @@ def status(study: optuna.Study) -> dict[str, Any]:
     ranked = ranking(study, trials)
     return {
         "study": study.study_name,
-        "direction": spec.study.direction,
-        "metric": spec.study.metric,
+        "direction": spec["direction"],
+        "metric": spec["metric"],
         "trials": counts,
         "baseline": _brief(baseline_trial(study)),
         "best": _brief(ranked[0] if ranked else None),
@@ -69,6 +70,8 @@ def print_studies(storage: BaseStorage, *, as_json: bool) -> None:
 def print_status(study: optuna.Study) -> None:
     """A study's trials as a table, and its full runs."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     console.print(trial_table(study))
     for run in full_runs(study):
         losses = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())

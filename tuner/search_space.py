@@ -16,7 +16,8 @@ from tuner.spec import Choices, StudySpec
 VALIDATION_SHARE = 0.1
 # A forward pass without gradients costs about a third of a training step.
 FORWARD_SHARE = 1 / 3
-DEFAULT_VAL_SAMPLES = 500
+# Where the budget is in seconds, nobody knows beforehand how many samples that is.
+DEFAULT_VAL_SAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
     for name, space in spec.search.items():
         if isinstance(space, Choices):
             params[name] = trial.suggest_categorical(name, space.choices)
-        elif isinstance(space.low, int) and isinstance(space.high, int):
+        elif spec.is_integer(name):
             step = int(space.step or 1)
-            params[name] = trial.suggest_int(name, space.low, space.high, step=step, log=space.log)
+            params[name] = trial.suggest_int(name, int(space.low), int(space.high), step=step, log=space.log)
         else:
             params[name] = trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
     return params
@@ -46,6 +47,16 @@ def baseline(spec: StudySpec) -> dict[str, Any]:
     config, workload = spec.build_config({**spec.train, "steps": 1}), spec.build_workload()
     owners = {"train": config, "workload": workload}
     return {name: getattr(owners[name.partition(".")[0]], name.partition(".")[2]) for name in spec.search}
+
+
+def largest_step(spec: StudySpec) -> int:
+    """Most samples that one optimizer update may take anywhere in the search space."""
+    config = spec.build_config({**spec.train, "steps": 1})
+    largest = 1
+    for name in ("batch_size", "grad_accumulation"):
+        space = spec.search.get(f"train.{name}")
+        largest *= int(max(space.corners)) if space else getattr(config, name)
+    return largest
 
 
 def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Setup:
@@ -95,7 +106,11 @@ def _val_samples(spec: StudySpec) -> int:
     """The validation set's size: as set, else what keeps validation under a tenth of a trial."""
     if "val_samples" in spec.train:
         return int(spec.train["val_samples"])
-    if spec.trial.samples is None:
+    if spec.trial.seconds is not None:
         return DEFAULT_VAL_SAMPLES
-    affordable = VALIDATION_SHARE / FORWARD_SHARE * spec.trial.samples / spec.trial.evaluations
+    # In steps, batch sizes differ in samples; the smallest decides, since the set is the same for all.
+    smallest = min(spec.search["train.batch_size"].corners) if "train.batch_size" in spec.search else None
+    batch_size = smallest or spec.build_config({**spec.train, "steps": 1}).batch_size
+    samples = spec.trial.samples or (spec.trial.steps or 0) * int(batch_size)
+    affordable = VALIDATION_SHARE / FORWARD_SHARE * samples / spec.trial.evaluations
     return max(1, math.floor(affordable))

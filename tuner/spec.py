@@ -5,11 +5,12 @@ Every mistake is one line that names the key, the value and the remedy; an unkno
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -51,6 +52,11 @@ class Choices(_Section):
     def __contains__(self, value: object) -> bool:
         return value in self.choices
 
+    @property
+    def corners(self) -> tuple[Any, ...]:
+        """Values that stand for all: what holds for them holds for the others."""
+        return self.choices
+
 
 class Range(_Section):
     low: int | float
@@ -62,12 +68,21 @@ class Range(_Section):
     def _check(self) -> Range:
         if self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}; exchange them")
-        if self.log and (self.low <= 0 or self.step):
+        if not all(map(math.isfinite, (self.low, self.high))):
+            raise ValueError(f"low {self.low} and high {self.high} must be finite")
+        if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError("log = true needs low above 0 and no step")
+        if self.step is not None and self.step <= 0:
+            raise ValueError(f"step {self.step} must be above 0")
         return self
 
     def __contains__(self, value: object) -> bool:
         return isinstance(value, int | float) and self.low <= value <= self.high
+
+    @property
+    def corners(self) -> tuple[Any, ...]:
+        """Values that stand for all: what holds for them holds for the others."""
+        return (self.low, self.high)
 
 
 def _kind_of_space(value: Any) -> str:
@@ -92,6 +107,8 @@ class TrialSection(_Section):
     def _check(self) -> TrialSection:
         if sum(value is not None for value in (self.samples, self.steps, self.seconds)) != 1:
             raise ValueError("give exactly one of samples, steps and seconds")
+        if self.budget < self.evaluations:
+            raise ValueError(f"{self.evaluations} evaluations in {self.budget:g} {self.unit}: use fewer")
         return self
 
     @property
@@ -156,8 +173,10 @@ class StudySpec(_Section):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-        except (FileNotFoundError, IsADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise UserError(f"{path}: no such study spec; give the path of a study.toml.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: can't be read as UTF-8 text ({error}).") from None
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -248,6 +267,14 @@ class StudySpec(_Section):
                         f'search."{key}": it decides {"the budget" if role is Role.BUDGET else "what is measured"}, '
                         "so trials would not be comparable; remove it from [search]."
                     )
+                if self.is_integer(key) and any(corner != int(corner) for corner in space.corners):
+                    raise UserError(f'search."{key}": it takes whole numbers, not {space}.')
+                for corner in space.corners:
+                    corner = int(corner) if self.is_integer(key) else corner
+                    if section == "train":
+                        self.build_config({**self.train, "steps": 1, name: corner})
+                    else:
+                        self.build_workload({**self.workload, name: corner})
                 value = getattr(owner, name)
                 if value not in space:
                     raise UserError(
@@ -256,6 +283,13 @@ class StudySpec(_Section):
                     )
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
+
+    def is_integer(self, key: str) -> bool:
+        """Whether a searched field takes whole numbers only."""
+        section, _, name = key.partition(".")
+        fields = (TrainConfig if section == "train" else self.workload_class).model_fields
+        kinds = {fields[name].annotation, *get_args(fields[name].annotation)}
+        return int in kinds and float not in kinds
 
     def differences(self, stored: StudySpec) -> list[str]:
         """What of this spec would make its trials incomparable with those of `stored`; the data aside."""
@@ -267,7 +301,7 @@ class StudySpec(_Section):
 
     def _comparable(self) -> dict[str, dict[str, Any]]:
         values = self.to_dict()
-        config = self.build_config({**self.train, "steps": self.full.steps or 1})
+        config = self.build_config({**self.train, "steps": self.full.steps, "samples": self.full.samples})
         return {
             "study": {key: values["study"][key] for key in ("workload", "metric", "direction")},
             "train": config.identity(),
@@ -299,7 +333,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     if section in ("full", "trial") and name in ("steps", "samples", "seconds"):
         for other in ("steps", "samples", "seconds"):
             values.get(section, {}).pop(other, None)
-    values.setdefault(section, {})[name] = value
+    if not isinstance(values.setdefault(section, {}), dict):
+        raise UserError(f"--set {key}: {section} is not a table in the spec.")
+    values[section][name] = value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

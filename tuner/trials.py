@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -18,6 +19,7 @@ BASE_DIR = "base_dir"
 DATA_DIGEST = "data_digest"
 BASELINE = "baseline"
 INFEASIBLE = "infeasible"
+HOST = "host"
 
 CLAIM = ".claim"
 """Lock in a trial's run directory, held by the process that works on the trial."""
@@ -55,10 +57,15 @@ def trial_name(number: int) -> str:
     return f"trial-{number:05d}"
 
 
-def report_once(trial: optuna.Trial, value: float, step: int) -> None:
-    """Report an intermediate value, unless this step has one: after a crash a run passes some points again."""
-    if step not in trial.storage.get_trial(trial._trial_id).intermediate_values:
-        trial.report(value, step)
+def report_once(trial: optuna.Trial, value: float, step: int) -> bool:
+    """Report an intermediate value, unless this step has one: after a crash a run passes some points again.
+
+    Returns whether it was new.
+    """
+    if step in trial.storage.get_trial(trial._trial_id).intermediate_values:
+        return False
+    trial.report(value, step)
+    return True
 
 
 def stored_spec(study: optuna.Study) -> StudySpec:
@@ -67,10 +74,22 @@ def stored_spec(study: optuna.Study) -> StudySpec:
     Raises:
         UserError: It is no study of this tuner.
     """
+    values = stored_values(study)
+    base_dir = Path(study.user_attrs[BASE_DIR])
+    return StudySpec.build(values, base_dir=base_dir, source=f"study {study.study_name}")
+
+
+def stored_values(study: optuna.Study) -> dict[str, Any]:
+    """The spec that a study was launched with, as plain values; its workload is not imported.
+
+    Raises:
+        UserError: It is no study of this tuner.
+    """
     attrs = study.user_attrs
     if SPEC not in attrs:
         raise UserError(f"study {study.study_name} holds no spec: it was not launched by tuner; use another study.")
-    return StudySpec.build(attrs[SPEC], base_dir=Path(attrs[BASE_DIR]), source=f"study {study.study_name}")
+    values: dict[str, Any] = attrs[SPEC]
+    return values
 
 
 def ranking(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[FrozenTrial]:

@@ -126,6 +126,7 @@ class IndexTTS2(Workload):
 
     def data_digest(self) -> str:
         digests = ["train", *self._train.digests, "val", *self._val.digests, self.gpt_config.model_dump_json()]
+        digests += [_fingerprint(path) for path in (self.base_checkpoint, self.tokenizer, self.base_tokenizer)]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def best_checkpoints(self) -> Mapping[str, str]:
@@ -185,6 +186,21 @@ def collate(samples: Sequence[Utterance], config: GPTConfig, pad_multiple: int =
         num_tokens=sum(lengths),
         num_slots=len(samples) * length,
     )
+
+
+def _fingerprint(path: Path | None, edge: int = 1 << 20) -> str:
+    """Size, first and last megabyte: the end of a `.pth` holds the checksum of each tensor in it."""
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            content = file.read(edge)
+            file.seek(max(0, size - edge))
+            return hashlib.sha256(b"%d" % size + content + file.read()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; check the path in [workload]") from None
 
 
 def _round_up(number: int, multiple: int) -> int:

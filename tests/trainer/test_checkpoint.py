@@ -132,3 +132,15 @@ def test_a_run_directory_is_held_by_one(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="in use"), locked(tmp_path):
             pass
     assert not is_locked(tmp_path)
+
+
+def test_an_empty_digest_counts_as_none(tmp_path: Path) -> None:
+    write_checkpoint(state(1), tmp_path / "a.pth")
+    (tmp_path / "a.pth.sha256").write_text("")
+    assert read_checkpoint(tmp_path / "a.pth")["step"] == 1
+
+
+def test_what_a_killed_write_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "step_000000007.pth.tmp").write_bytes(b"half")
+    save_all(tmp_path, 8)
+    assert not list(tmp_path.glob("*.tmp"))

@@ -147,6 +147,24 @@ def test_a_checkpoint_of_the_other_optimizer_says_what_to_do(tmp_path: Path) -> 
         train(Toy(), config(), run_dir=tmp_path / "adamw")
 
 
+def test_resuming_from_a_path_goes_on_when_given_again(tmp_path: Path) -> None:
+    train(Toy(), config(steps=10), run_dir=tmp_path / "one")
+    source = tmp_path / "one" / "latest.pth"
+    stopped = train(Toy(), config(), run_dir=tmp_path / "two", resume=source, stop=stop_after(5))
+    assert not stopped.finished
+    assert train(Toy(), config(), run_dir=tmp_path / "two", resume=source).finished
+    with pytest.raises(UserError, match="holds a run of its own"):
+        train(Toy(), config(), run_dir=tmp_path / "one", resume=tmp_path / "two" / "latest.pth")
+
+
+def test_a_checkpoint_of_another_trainer_is_adamws_and_not_continued(tmp_path: Path) -> None:
+    torch.save({"model": {}, "optimizer": {}, "step": 5}, tmp_path / "theirs.pth")
+    with pytest.raises(UserError, match="checkpoint of adamw and this run uses prodigy"):
+        train(Toy(), config(), run_dir=tmp_path / "new", resume=tmp_path / "theirs.pth")
+    with pytest.raises(UserError, match="of another trainer"):
+        train(Toy(), config(optimizer="adamw"), run_dir=tmp_path / "new", resume=tmp_path / "theirs.pth")
+
+
 def test_a_checkpoint_without_a_type_is_adamws(tmp_path: Path) -> None:
     train(Toy(), config(steps=5), run_dir=tmp_path / "run")
     state = read_checkpoint(tmp_path / "run" / "latest.pth")

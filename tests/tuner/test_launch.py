@@ -36,15 +36,62 @@ def stop_after(questions: int) -> Callable[[], bool]:
     return lambda: next(asked) >= questions
 
 
-def test_trial_zero_is_the_baseline_and_is_never_pruned(runtime: Runtime, url: str) -> None:
-    spec = build(**{"trial.num_trials": 6}).model_copy(
-        update={"pruner": build().pruner.model_copy(update={"name": "median"})}
-    )
-    study = launch(spec, storage=url, runtime=runtime)
+def test_trial_zero_is_the_baseline(runtime: Runtime, url: str) -> None:
+    study = launch(build(**{"trial.num_trials": 6}), storage=url, runtime=runtime)
     first = study.trials[0]
     assert first.params == {"train.batch_size": 8, "train.d_coef": 1.0}
     assert first.state == TrialState.COMPLETE and baseline_trial(study) == first
     assert len(study.trials) == 6
+
+
+def always(_: object) -> bool:
+    return True
+
+
+def test_a_trial_is_pruned_at_a_point_of_the_grid_but_not_at_its_end_and_never_the_baseline(
+    runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna.Trial, "should_prune", always)
+    study = launch(build(), storage=url, runtime=runtime, num_trials=2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert sorted(study.trials[1].intermediate_values) == [40]
+    alone = build(**{"study.name": "one-point", "trial.evaluations": 1})
+    study = launch(alone, storage=url, runtime=runtime, num_trials=2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+
+
+def test_the_default_pruner_ends_the_worst_trials(runtime: Runtime, url: str) -> None:
+    study = launch(build(**{"trial.num_trials": 14, "trial.samples": 320}), storage=url, runtime=runtime)
+    pruned = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
+    assert pruned and all(max(trial.intermediate_values) < 320 for trial in pruned)
+
+
+def test_each_trial_has_a_seed_of_its_own(runtime: Runtime, url: str) -> None:
+    """One seed would propose the same for every trial of a random search that is launched anew."""
+    spec = build().model_copy(update={"sampler": build().sampler.model_copy(update={"name": "random"})})
+    for total in (2, 3, 4):
+        study = launch(spec, storage=url, runtime=runtime, num_trials=total)
+    proposals = [trial.params["train.d_coef"] for trial in study.trials[1:]]
+    assert len(set(proposals)) == 3
+
+
+def test_a_batch_size_that_the_data_can_not_fill_is_refused_before_anything_runs(runtime: Runtime, url: str) -> None:
+    spec = build(**{"search.train.batch_size": {"choices": [8, 500]}})
+    with pytest.raises(UserError, match=r"may take 500 samples a step .* has 128"):
+        launch(spec, storage=url, runtime=runtime)
+
+
+def test_an_unknown_metric_is_refused_before_anything_runs(runtime: Runtime, url: str) -> None:
+    with pytest.raises(UserError, match="metrics are val/loss, val/token_loss"):
+        launch(build(**{"study.metric": "val/los"}), storage=url, runtime=runtime)
+
+
+def test_moved_runs_go_on_where_they_were(runtime: Runtime, url: str, tmp_path: Path) -> None:
+    launch(build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=stop_after(12)))
+    runtime.run_root.rename(tmp_path / "moved")
+    study = launch(build(), storage=url, runtime=Runtime(tmp_path / "moved", track=False), num_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
+    assert "continuing from" in (tmp_path / "moved/toy/trial-00000/train.log").read_text()
 
 
 def test_all_trials_report_on_the_same_grid(runtime: Runtime, url: str) -> None:
@@ -127,6 +174,7 @@ def test_out_of_memory_is_infeasible_and_the_study_goes_on(runtime: Runtime, url
         ({"search.train.batch_size": {"choices": [4, 8]}}, r"search\.train\.batch_size"),
         ({"workload.width": 8}, r"workload\.width was 16 and is now 8"),
         ({"workload.digest": "new"}, "the data has changed"),
+        ({"train.schedule": "cosine"}, r"train\.schedule was 'none' and is now 'cosine'"),
     ],
 )
 def test_another_spec_under_the_same_name_is_refused(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import optuna
@@ -85,10 +86,57 @@ def test_a_finished_full_run_can_be_made_longer(study: optuna.Study, runtime: Ru
     assert run.steps == 2 * steps
 
 
+def test_a_length_once_asked_for_is_remembered(study: optuna.Study, runtime: Runtime) -> None:
+    shorter = ranking(study)[0].intermediate_values and 160 // ranking(study)[0].params["train.batch_size"] + 3
+    asked = itertools.count()
+    stopped = Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 0)
+    promote(study, steps=shorter, runtime=stopped)
+    assert promote(study, runtime=runtime).step == shorter
+
+
+def test_a_chosen_trial_goes_on_without_asking_until_a_better_one_appears(
+    study: optuna.Study, runtime: Runtime
+) -> None:
+    worse = ranking(study)[1].number
+    promote(study, trial=worse, runtime=runtime)
+    assert promote(study, runtime=runtime).run_dir.name == f"full-trial-{worse:05d}"
+
+
+def test_a_finished_run_whose_folder_is_gone_is_run_again(study: optuna.Study, runtime: Runtime) -> None:
+    first = promote(study, runtime=runtime)
+    shutil.rmtree(first.run_dir)
+    again = promote(study, runtime=runtime)
+    assert again.finished and again.metrics == first.metrics
+
+
+def test_a_damaged_trial_checkpoint_means_from_step_zero(
+    study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = ranking(study)[0]
+    for path in runtime.run_dir("toy", f"trial-{best.number:05d}").glob("*.pth"):
+        path.write_bytes(b"damaged")
+    assert promote(study, runtime=runtime).finished
+    assert "the full run starts at step 0" in caplog.text
+
+
+def test_another_length_than_the_schedules_is_refused_without_a_trace(runtime: Runtime, tmp_path: Path) -> None:
+    spec = build(**{"train.schedule": "cosine", "study.name": "cosine"})
+    study = launch(spec, storage=f"sqlite:///{tmp_path}/cosine.db", runtime=runtime, num_trials=1)
+    with pytest.raises(UserError, match="--steps 500: the trials followed schedule cosine over 60 steps"):
+        promote(study, steps=500, runtime=runtime)
+    assert PROMOTIONS not in study.user_attrs and full_runs(study) == []
+    longer = build(**{"train.schedule": "cosine", "study.name": "cosine", "full.samples": 960})
+    with pytest.raises(UserError, match=r"train\.schedule_steps was 60 and is now 120"):
+        launch(longer, storage=f"sqlite:///{tmp_path}/cosine.db", runtime=runtime)
+
+
 def test_a_better_trial_since_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
     worse = ranking(study)[1].number
     promote(study, trial=worse, runtime=runtime)
-    best = ranking(study)[0].number
+    best = study.ask(fixed_distributions=study.trials[0].distributions)
+    best.set_user_attr("run_dir", str(runtime.run_dir("toy", "trial-00004")))
+    study.tell(best, 0.0)
+    best = best.number
     with pytest.raises(UserError, match=rf"--trial {worse} \(continue\) or --trial {best}"):
         promote(study, runtime=runtime)
     assert promote(study, trial=best, runtime=runtime).finished

@@ -3,11 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from tests.tuner.studies_for_tests import TOML, build, values, write
 from trainer import UserError
-from tuner.search_space import baseline, full_setup, trial_setup
+from tuner.search_space import baseline, full_setup, suggest, trial_setup
 from tuner.spec import StudySpec, parse_override
 
 
@@ -49,6 +50,11 @@ def test_a_spec_survives_being_stored() -> None:
             {"search.train.d_coef": {"low": 0.1, "hihg": 1}},
             r"unknown key search\.train\.d_coef\.hihg; did you mean search\.train\.d_coef\.high\?",
         ),
+        ({"search.train.d_coef": {"low": 0.1, "high": float("inf")}}, r"must be finite"),
+        ({"search.train.d_coef": {"low": 0.1, "high": 1, "step": 0}}, r"step 0 must be above 0"),
+        ({"search.train.batch_size": {"low": 4.5, "high": 16}}, r"takes whole numbers"),
+        ({"search.train.batch_size": {"choices": [8, -2]}}, r"train\.batch_size -2"),
+        ({"trial.samples": 3}, r"4 evaluations in 3 samples: use fewer"),
         ({"study.metric": "loss"}, r"study\.metric"),
         ({"study.workload": "tests.toy:Toys"}, r"no class Toys"),
         ({"study.workload": "tests.toyy:Toy"}, r"no module tests\.toyy"),
@@ -79,6 +85,15 @@ def test_a_broken_file_is_one_line_with_its_name(tmp_path: Path, text: str, mess
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such study spec"):
         StudySpec.load(tmp_path / "none.toml")
+
+
+def test_a_field_that_takes_fractions_is_searched_in_fractions(tmp_path: Path) -> None:
+    spec = build(**{"train.d_coef": 1.5, "search.train.d_coef": {"low": 1, "high": 10}})
+    trial = optuna.create_study().ask()
+    suggest(trial, spec)
+    assert isinstance(trial.distributions["train.d_coef"], optuna.distributions.FloatDistribution)
+    whole = build(**{"search.train.batch_size": {"low": 4.0, "high": 16.0}})
+    assert isinstance(suggest(optuna.create_study().ask(), whole)["train.batch_size"], int)
 
 
 def test_overrides_replace_values_and_lengths(tmp_path: Path) -> None:
