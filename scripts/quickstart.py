@@ -23,7 +23,7 @@ from tuner.launcher import launch, open_study
 from tuner.promotion import promote, rerun
 from tuner.run import Runtime
 from tuner.spec import StudySpec
-from tuner.trials import baseline_trial, ranking
+from tuner.trials import baseline_trial, ranking, trial_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "studies/korean_demo/study.toml"
@@ -52,7 +52,9 @@ def main() -> None:
         heading(console, 2, f"the study: {total} trials of {spec.trial.samples:,} samples")
         before = len(study.get_trials(deepcopy=False))
         if before:
-            console.print(f"the study is there with {before} trials; continuing it up to {total}")
+            console.print(
+                f"the study is there with {before} trials: continuing it up to {total}, or reusing it if complete"
+            )
         with StudyDisplay(study, spec, total=total, console=console) as display:
             launch(spec, storage=study._storage, runtime=runtime, num_trials=total, display=display)
         leave_if(stop, console)
@@ -62,11 +64,13 @@ def main() -> None:
         assert base is not None
         reruns: dict[int, TrainResult] = {}
         for number in dict.fromkeys((base.number, best.number)):
+            announce(console, runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{FRESH_SEED}"))
             with RunDisplay(f"trial {number}, seed {FRESH_SEED}", console) as follower:
                 reruns[number] = rerun(study, number, seed=FRESH_SEED, runtime=runtime, trackers=[follower])
             leave_if(stop, console)
 
         heading(console, 4, f"promotion: the full run with trial {best.number}, {format_params(best.params)}")
+        announce(console, runtime.run_dir(spec.study.name, f"full-{trial_name(best.number)}"))
         with RunDisplay("full run", console) as follower:
             full = promote(study, trial=best.number, runtime=runtime, trackers=[follower])
         leave_if(stop, console)
@@ -79,6 +83,11 @@ def main() -> None:
 
 def heading(console: Console, number: int, text: str) -> None:
     console.print(f"\n[bold]{number}. {text}[/bold]")
+
+
+def announce(console: Console, run_dir: Path) -> None:
+    if run_dir.exists():
+        console.print(f"{run_dir.name} is there: continuing it, or reusing it if it has finished")
 
 
 def leave_if(stop: object, console: Console) -> None:

@@ -80,7 +80,13 @@ def launch(
         if stop():
             console.print("Stopped with a checkpoint. The same command goes on.", highlight=False)
             raise typer.Exit(STOPPED)
-    console.print(f"Next: tuner status {name} | tuner dashboard | tuner promote {name}", highlight=False)
+    at = f" --storage {storage}" if storage else ""
+    root = f" --run-root {run_root}" if run_root != Path("runs") else ""
+    console.print(
+        f"Next: tuner status {name}{at} | tuner dashboard{at} | tuner promote {name}{at}{root}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

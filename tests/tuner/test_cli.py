@@ -83,6 +83,10 @@ def test_train_takes_overrides_and_continues(tmp_path: Path) -> None:
         (["train", "study.toml", "--set", "train.device=cuda"], "no CUDA device"),
         (["train", "study.toml", "--set", "train.batch_size=16", "--set", "workload.num_train=4"], "do not fill"),
         (["train", "study.toml", "--set", "workload.damaged=[1,2,3]"], "missing or damaged"),
+        (["train", "study.toml", "--set", "workload.explode_at_batch_size=8"], "out of memory (CUDA out of memory"),
+        (["train", "study.toml", "--run-root", "text.db"], "text.db"),
+        (["launch", "study.toml/x"], "no such study spec"),
+        (["launch", "cp949.toml"], "can't be read as UTF-8 text"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -94,6 +98,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     write(tmp_path)
     (tmp_path / "typo.toml").write_text(TOML.replace("[train]", "[train]\nd_ceof = 2.0"))
+    (tmp_path / "cp949.toml").write_bytes("# 한국어".encode("cp949"))
     (tmp_path / "text.db").write_text("this is text and neither a database nor a checkpoint\n" * 100)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TUNER_STORAGE", raising=False)
