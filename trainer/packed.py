@@ -1,0 +1,222 @@
+"""Thousands of small files as one store that is mapped into memory, made on first use.
+
+    data = packed(data, path, digest=..., build=MySample._make)
+
+Reading a sample from a store opens no file, copies nothing and checks nothing: its arrays are read-only views of the
+mapped files, and the operating system's page cache is shared by all processes. `trainer.packing` writes the stores.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from trainer.errors import DamagedSample, UserError
+from trainer.packed_store import Header, map_field, map_places
+from trainer.packing import CannotPack, Estimate, between_samples, duration, estimate, pack, size
+from trainer.workload import Dataset
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["auto"] | bool
+
+AUTO_BYTES = 20e9
+AUTO_SHARE = 1 / 4
+"""Of the free disk: checkpoints need some too."""
+NUM_COMPARED = 16
+
+
+class PackedDataset:
+    """The samples of `data`, read from the store at `path`. A sample that was damaged when it was packed is read from
+    `data`: it raises `DamagedSample`, or is there if it was mended since.
+
+    Raises:
+        UserError: The store is not that of `digest`.
+    """
+
+    mapped = True
+    """Reading costs no more than the memory's pages: no loader worker would be faster."""
+
+    def __init__(self, data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]], Any]) -> None:
+        self._data, self._path, self._digest, self._build = data, path, digest, build
+        header = Header.read(path, digest, len(data))
+        if header is None or header.num_done < header.num_samples:
+            raise UserError(f"the packed store {path} was replaced or removed under the run; start again.")
+        self.header = header
+        self._fields = [map_field(path, number, field) for number, field in enumerate(header.fields)]
+        self._places = map_places(path, header)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A spawned loader worker maps the store again; pickling the arrays would copy them.
+        return type(self), (self._data, self._path, self._digest, self._build)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._data.lengths
+
+    def __getitem__(self, index: int, /) -> Any:
+        places = self._places[index].tolist()
+        if places[0] < 0:
+            return self._data[index]
+        ends = places[len(self._fields) :]
+        # The ends are as many as the fields, and so bound the zip.
+        return self._build([field[start:end] for field, start, end in zip(self._fields, places, ends, strict=False)])
+
+
+def packed(
+    data: Dataset,
+    path: Path,
+    *,
+    digest: str,
+    build: Callable[[Iterable[Any]], Any] = tuple,
+    mode: Mode = "auto",
+) -> Dataset:
+    """`data` from a packed store at `path`, which is made first where there is none of this digest.
+
+    Args:
+        data: Samples that are tuples of arrays, each field of one dtype and one shape but for the first dimension.
+        path: The store's folder. Beside it lie `.partial` while it is made, and a lock.
+        digest: Identifies the contents of `data`, and how they are checked; a store of another one is replaced.
+        build: Makes a sample of its arrays: `MySample._make` for a NamedTuple.
+        mode: "auto" packs what needs no more than 20 GB and a quarter of the free disk, else returns `data` as it is
+            and says why. True packs whatever the disk can hold. False returns `data`.
+
+    Raises:
+        UserError: `mode` is True, and the data can't be packed.
+        KeyboardInterrupt: A stop signal came; the next call goes on with the packing.
+    """
+    if mode is False:
+        return data
+    try:
+        return _open(data, path, digest, build) or _make(data, path, digest, build, mode)
+    except CannotPack as reason:
+        if mode is True:
+            remedy = "free some space and start again, or read the files as they are with pack = false"
+            raise UserError(f"the data can't be packed: {reason}; {remedy}.") from reason
+        log.info("not packed: %s; its files are read one by one", reason)
+        return data
+
+
+def _open(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]], Any]) -> PackedDataset | None:
+    """The store, or None where there is none, or it is not what the files hold."""
+    header = Header.read(path, digest, len(data))
+    if header is None or header.num_done < header.num_samples:
+        return None
+    store = PackedDataset(data, path, digest, build)
+    if not _equals(store, data):
+        log.warning("%s holds other arrays than the files do, which have changed: it is packed again", path)
+        return None
+    log.info("%s, mapped into memory: %s", path, contents(header))
+    return store
+
+
+def contents(header: Header) -> str:
+    damaged = f", {header.num_damaged:,} of them damaged and read from their files" if header.num_damaged else ""
+    return f"{header.num_samples:,} samples{damaged}, {size(header.num_bytes)}"
+
+
+def _equals(store: PackedDataset, data: Dataset) -> bool:
+    """Compare a few samples: the digest is that of a list of files, and they may be made anew under their names."""
+    for index in np.linspace(0, len(data) - 1, min(NUM_COMPARED, len(data))).astype(int).tolist():
+        try:
+            original = data[index]
+        except DamagedSample:
+            continue
+        # By their bytes: NaN equals itself there.
+        if [(a.shape, a.tobytes()) for a in original] != [(a.shape, a.tobytes()) for a in store[index]]:
+            return False
+    return True
+
+
+def _make(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]], Any], mode: Mode) -> PackedDataset:
+    partial = path.with_name(path.name + ".partial")
+    with _locked(path):
+        if store := _open(data, path, digest, build):
+            return store
+        needed = estimate(data)
+        # What an interrupted packing has written is part of what is needed.
+        written = sum(file.stat().st_size for file in partial.glob("*"))
+        free = shutil.disk_usage(path.parent).free + written
+        try:
+            ceiling = _ceiling(needed, free, path.parent, mode)
+            found = Header.read(partial, digest, len(data))
+            left = len(data) - (found.num_done if found else 0)
+            took = duration(needed.seconds * left / len(data))
+            log.info("packing into %s: %s, of %s free, and about %s", path, needs(needed), size(free), took)
+            started = time.perf_counter()
+            header = pack(data, partial, digest, needed.fields, ceiling=ceiling)
+        except CannotPack:
+            # What is in the way of "auto" must not fill the disk; for True it is where the next start goes on.
+            if mode == "auto":
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _put(partial, path)
+    seconds = time.perf_counter() - started
+    log.info("packed in %.1fs (%.0f samples/s): %s", seconds, left / seconds, contents(header))
+    return PackedDataset(data, path, digest, build)
+
+
+def needs(needed: Estimate) -> str:
+    return f"it needs about {size(needed.num_bytes)} of disk ({needed.details})"
+
+
+def _ceiling(needed: Estimate, free: float, folder: Path, mode: Mode) -> float:
+    """The bytes which the store must not exceed. Raises `CannotPack` where it needs too much."""
+    if mode is True:
+        if needed.num_bytes > free:
+            raise CannotPack(f"{needs(needed)}, and {size(free)} are free in {folder}")
+        return math.inf
+    limit = min(AUTO_BYTES, AUTO_SHARE * free)
+    if needed.num_bytes > limit:
+        bound = size(AUTO_BYTES) if limit == AUTO_BYTES else f"a quarter of the {size(free)} free"
+        raise CannotPack(f"{needs(needed)}, more than {bound} (pack = true packs it all the same)")
+    return 2 * limit
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Make the partial store the store; whoever still reads the one before keeps its files until then."""
+    before = path.with_name(path.name + ".old")
+    try:
+        shutil.rmtree(before, ignore_errors=True)
+        if path.exists():
+            path.rename(before)
+        partial.rename(path)
+    except OSError as error:
+        raise CannotPack(f"{path} can't be replaced: {error.strerror}") from error
+    shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the right to make the store; waits for another process that is making it."""
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is packing %s: waiting for it", path)
+            with between_samples() as asked:
+                while not lock.is_locked and not asked:
+                    try:
+                        lock.acquire(timeout=0.5)
+                    except Timeout:
+                        continue
+    except OSError as error:
+        raise CannotPack(f"{path.parent} can't be written to: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
