@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import shutil
 import struct
 import warnings
@@ -80,15 +81,22 @@ def write_checkpoint(state: Any, path: Path) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         _put(temporary, path, digest)
     except (OSError, RuntimeError) as error:
-        # torch.save reports a failed write as a RuntimeError of its zip writer.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
         temporary.unlink(missing_ok=True)
+        if (reason := refusal(error)) is None:
+            raise
         size = sum(t.numel() * t.element_size() for t in tensors_in(state)) / 1e9
         raise UserError(
-            f"{path} could not be written ({error}): it needs {size:.1f} GB; free some space and start again, "
+            f"{path} could not be written ({reason}): it needs {size:.1f} GB; free some space and start again, "
             "the run goes on from its last checkpoint."
         ) from error
+
+
+def refusal(error: OSError | RuntimeError) -> str | None:
+    """Why the disk refused a write; None for an error of another kind."""
+    # torch.save reports a failed write as a RuntimeError of its zip writer, of two kinds.
+    if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
+        return None
+    return str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
 
 
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -176,7 +184,8 @@ class Checkpoints:
             self._wait()
 
     def find(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+        """The newest checkpoint that is whole, its tensors mapped from the file; damaged ones are named in the log and
+        passed over.
 
         Raises:
             UserError: There are checkpoints, and all of them are damaged.
@@ -185,7 +194,7 @@ class Checkpoints:
         candidates = [path for path in candidates if path.exists()]
         for path in candidates:
             try:
-                return path, read_checkpoint(path)
+                return path, read_checkpoint(path, mmap=True)
             except UserError as error:
                 log.warning("%s", error)
         if candidates:

@@ -84,8 +84,18 @@ class TrainConfig(BaseModel):
     save_every: Annotated[PositiveInt | None, Role.FREE] = 1000
     """Steps between checkpoints. A run that ends or is stopped always leaves one."""
     keep_checkpoints: Annotated[PositiveInt, Role.FREE] = 2
-    num_workers: Annotated[NonNegativeInt | None, Role.FREE] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Role.FREE] = "auto"
+
+    # Decided by `trainer.acceleration` from the device and the run where left as they are.
+    compile: Annotated[Literal["auto", "on", "off"], Role.FREE] = "auto"
+    sdpa: Annotated[Literal["auto", "flash", "efficient", "math"], Role.FREE] = "auto"
+    """The kernel of scaled dot-product attention."""
+    tf32: Annotated[bool | None, Role.FREE] = None
+    cudnn_benchmark: Annotated[bool | None, Role.FREE] = None
+    num_workers: Annotated[NonNegativeInt | None, Role.FREE] = None
+    pin_memory: Annotated[bool | None, Role.FREE] = None
+    fused_optimizer: Annotated[bool, Role.FREE] = True
+    """False: PyTorch's own operations in place of fused kernels."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @torch.no_grad()
 def evaluate(
-    workload: Workload, model: nn.Module, batches: Sequence[Batch], *, device: torch.device, precision: str
+    workload: Workload, model: nn.Module, batches: Iterable[Batch], *, device: torch.device, precision: str
 ) -> dict[str, float]:
     """Validation metrics by name (`val/loss`, ...), dropout off. Waits for the device once, at the end."""
     meter = LossMeter(workload.loss_weights)

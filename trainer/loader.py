@@ -81,6 +81,7 @@ def train_batches(
     start: tuple[int, int],
     num_workers: int,
     device: torch.device,
+    pin_memory: bool = False,
     pad_multiple: int = 1,
 ) -> Iterator[Batch]:
     """Batches without end from `start` = (epoch, position) on; the same ones whatever `num_workers`."""
@@ -89,7 +90,7 @@ def train_batches(
         sampler=_EndlessOrder(order, *start),
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=pin_memory,
         # Its own generator: the loader must not draw from the random state that a checkpoint restores.
         generator=torch.Generator(),
         prefetch_factor=4 if num_workers else None,

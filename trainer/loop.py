@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from trainer.acceleration import apply, detect, plan
+from trainer.acceleration import AccelerationPlan, apply, detect, plan
 from trainer.batching import BatchOrder, validation_batches
 from trainer.checkpoint import Checkpoints, locked
+from trainer.compilation import TrainingLoss, compiled_before
 from trainer.config import TrainConfig
 from trainer.evaluation import Evaluation, autocast, evaluate
 from trainer.loader import fixed_batches, train_batches
@@ -80,10 +81,11 @@ def train(
         locked(run_dir),
         Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
-        acceleration = plan(detect(config.device), config)
+        capabilities = detect(config.device)
+        run = prepare(workload, config, capabilities.kind, checkpoints, resume=resume, init=init, lineage=lineage)
+        acceleration = plan(capabilities, config, run.size(compiled_before=compiled_before(run.model)))
         apply(acceleration)
-        run = prepare(workload, config, acceleration, checkpoints, resume=resume, init=init, lineage=lineage)
-        _loop(run, checkpoints, tracker, on_eval, stop)
+        _loop(run, acceleration, checkpoints, tracker, on_eval, stop)
     progress = run.progress
     return TrainResult(
         finished=run.finished,
@@ -98,13 +100,16 @@ def train(
 
 def _loop(
     run: Run,
+    acceleration: AccelerationPlan,
     checkpoints: Checkpoints,
     tracker: Tracker,
     on_eval: Callable[[Evaluation], None] | None,
     stop: Callable[[], bool],
 ) -> None:
     config, progress = run.config, run.progress
-    batches = _train_batches(run)
+    batches = _train_batches(run, acceleration)
+    compile, required = acceleration.compile, config.compile == "on"
+    loss_sums = TrainingLoss(run.workload, run.model, compile=compile, required=required)
     val_data = run.workload.val_data()
     val_indices = validation_batches(val_data.lengths, config.val_samples, seed=config.val_seed)
     val_batches = fixed_batches(run.workload, val_data, val_indices)
@@ -114,7 +119,7 @@ def _loop(
     run.model.train()
     while True:
         if (point := run.due_evaluation()) is not None:
-            evaluation, improved = _evaluate(run, val_batches, point)
+            evaluation, improved = _evaluate(run, acceleration.precision, val_batches, point)
             tracker.track(evaluation.metrics, step=progress.step, samples=run.samples)
             if improved:
                 checkpoints.save_best(run.weights(), improved)
@@ -130,7 +135,7 @@ def _loop(
             break
 
         started = time.perf_counter()
-        _step(run, batches, meter)
+        step(run, loss_sums, acceleration.precision, batches, meter)
         progress.step += 1
         values = None
         if progress.step % config.log_every == 0 or run.finished:
@@ -140,7 +145,7 @@ def _loop(
             _log(run, meter, values, tracker)
 
 
-def _train_batches(run: Run) -> Iterator[Batch]:
+def _train_batches(run: Run, acceleration: AccelerationPlan) -> Iterator[Batch]:
     config, data = run.config, run.workload.train_data()
     order = BatchOrder(
         data.lengths,
@@ -150,19 +155,28 @@ def _train_batches(run: Run) -> Iterator[Batch]:
         seed=config.seed,
     )
     start = divmod(run.progress.step * config.grad_accumulation, order.batches_per_epoch)
-    return train_batches(run.workload, data, order, start=start, num_workers=run.plan.num_workers, device=run.device)
+    return train_batches(
+        run.workload,
+        data,
+        order,
+        start=start,
+        num_workers=acceleration.num_workers,
+        device=run.device,
+        pin_memory=acceleration.pin_memory,
+        pad_multiple=acceleration.pad_multiple,
+    )
 
 
-def _step(run: Run, batches: Iterator[Batch], meter: IntervalMeter) -> None:
-    """One optimizer update over `grad_accumulation` batches, as exact as if they were one."""
+def step(run: Run, loss_sums: TrainingLoss, precision: str, batches: Iterator[Batch], meter: IntervalMeter) -> None:
+    """One optimizer update over `grad_accumulation` batches, as exact as one. Reads no value on the host."""
     config = run.config
     group = [next(batches) for _ in range(config.grad_accumulation)]
     group = [batch for batch in group if batch.num_samples]
     weights = run.workload.loss_weights
     totals = {name: sum(batch.counts[name] for batch in group) for name in weights}
     for batch in group:
-        with autocast(run.device, run.plan.precision):
-            sums = run.workload.loss_sums(run.model, batch.inputs)
+        with autocast(run.device, precision):
+            sums = loss_sums(batch.inputs)
         terms = [weight * sums[name] / totals[name] for name, weight in weights.items() if totals[name]]
         torch.autograd.backward(torch.stack(terms).sum())
         meter.add_batch(sums, batch)
@@ -173,10 +187,10 @@ def _step(run: Run, batches: Iterator[Batch], meter: IntervalMeter) -> None:
     run.optimizer.zero_grad()
 
 
-def _evaluate(run: Run, batches: list[Batch], point: float) -> tuple[Evaluation, list[str]]:
+def _evaluate(run: Run, precision: str, batches: list[Batch], point: float) -> tuple[Evaluation, list[str]]:
     """Validate; also the names of the best checkpoints that are to be written."""
     progress = run.progress
-    metrics = evaluate(run.workload, run.model, batches, device=run.device, precision=run.plan.precision)
+    metrics = evaluate(run.workload, run.model, batches, device=run.device, precision=precision)
     progress.metrics, progress.evaluated, progress.evaluated_step = metrics, point, progress.step
     improved = []
     for metric, name in run.workload.best_checkpoints().items():

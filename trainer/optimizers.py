@@ -17,8 +17,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     params = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(params, config.base_lr, betas=betas, weight_decay=config.weight_decay, fused=True)
-    return Prodigy(
+        return torch.optim.AdamW(
+            params, config.base_lr, betas=betas, weight_decay=config.weight_decay, fused=config.fused_optimizer
+        )
+    optimizer = Prodigy(
         params,
         lr=config.base_lr,
         betas=(config.beta1, config.beta2),
@@ -29,6 +31,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         d_coef=config.d_coef,
         slice_p=config.slice_p,
     )
+    optimizer.use_kernels = config.fused_optimizer
+    return optimizer
 
 
 def schedule_factor(config: TrainConfig, step: int) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.acceleration import AccelerationPlan
-from trainer.checkpoint import Checkpoints, read_checkpoint
+from trainer.acceleration import RunSize
+from trainer.checkpoint import Checkpoints, read_checkpoint, snapshot
 from trainer.config import TrainConfig, differences, identity_fields
 from trainer.errors import UserError
 from trainer.optimizers import build_optimizer
@@ -43,16 +43,12 @@ class Run:
 
     workload: Workload
     config: TrainConfig
-    plan: AccelerationPlan
+    device: torch.device
     model: nn.Module
     optimizer: torch.optim.Optimizer
     data_digest: str
     lineage: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.plan.device)
 
     @property
     def samples(self) -> int:
@@ -65,6 +61,18 @@ class Run:
             return self.progress.step >= self.config.num_steps
         assert self.config.seconds is not None
         return self.progress.seconds >= self.config.seconds
+
+    def size(self, *, compiled_before: bool = False) -> RunSize:
+        """The rest of the run, as `acceleration.plan` wants to know it."""
+        config, steps, seconds = self.config, self.config.num_steps, self.config.seconds
+        return RunSize.of(
+            self.model,
+            self.workload.train_data(),
+            samples_per_step=config.effective_batch_size,
+            remaining_steps=None if steps is None else max(0, steps - self.progress.step),
+            remaining_seconds=None if seconds is None else max(0.0, seconds - self.progress.seconds),
+            compiled_before=compiled_before,
+        )
 
     def reached(self) -> float:
         """How far the run has come, in the unit of the evaluation grid."""
@@ -106,7 +114,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything that a continuation needs to be equal bit for bit (on CPU, in float32)."""
         random = {"cpu": torch.get_rng_state()}
-        if self.plan.device == "cuda":
+        if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         return {
             **self.weights(),
@@ -147,20 +155,22 @@ class Run:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{source} does not fit the model ({reason}): use another run directory.") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A full state beside the model would not fit twice: it is mapped, and copied out tensor by tensor.
+        on_cpu = self.device.type == "cpu"
+        self.optimizer.load_state_dict(snapshot(state["optimizer"]) if on_cpu else state["optimizer"])
         self.progress = Progress(**state["progress"])
         if state["config"]["eval_unit"] != self.config.eval_unit:
             # A trial on a grid of seconds goes on as a full run on a grid of samples.
             self.progress.evaluated = self.reached()
         torch.set_rng_state(state["random"]["cpu"])
-        if self.plan.device == "cuda" and "cuda" in state["random"]:
+        if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"])
 
 
 def prepare(
     workload: Workload,
     config: TrainConfig,
-    plan: AccelerationPlan,
+    device: str,
     checkpoints: Checkpoints,
     *,
     resume: str | Path = "auto",
@@ -186,7 +196,7 @@ def prepare(
         elif found:
             raise UserError(f"{checkpoints.run_dir} holds a run of its own: choose another run directory for {resume}.")
         else:
-            found = Path(resume), read_checkpoint(Path(resume))
+            found = Path(resume), read_checkpoint(Path(resume), mmap=True)
             lineage = {**(lineage or {}), "resumed_from": str(resume)}
 
     torch.manual_seed(config.seed)
@@ -194,11 +204,12 @@ def prepare(
     if init is not None and not found:
         workload.load_weights(model, init)
         log.info("weights from %s, new %s optimizer, step 0", init, config.optimizer)
-    model.to(plan.device)
+    if device != "cpu":
+        model.to(device)
     run = Run(
         workload=workload,
         config=config,
-        plan=plan,
+        device=torch.device(device),
         model=model,
         optimizer=build_optimizer(model, config),
         data_digest=workload.data_digest(),

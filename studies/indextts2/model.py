@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.cross_entropy import cross_entropy_sum
+
 NUM_CONDITION = 32
 """Vectors that describe the speaker."""
 NUM_DURATION = 2
@@ -28,6 +30,8 @@ PREFIX = NUM_CONDITION + NUM_DURATION
 """Positions of a row before its start_text token."""
 NO_TARGET = -100
 """In the targets: this entry only fills up the shape and has no loss."""
+EVAL_ROWS = 1024
+"""Targets whose logits exist at a time where only the first-ranked code is asked for."""
 
 
 class GPTConfig(BaseModel):
@@ -200,14 +204,16 @@ class IndexTTS2GPT(nn.Module):
         num_text = inputs["text_index"].shape[0]
         index = torch.cat((inputs["text_index"], inputs["mel_index"]))
         x = self.final_norm(self.gpt.ln_f(x.flatten(0, 1).index_select(0, index)))
-        text_logits, mel_logits = self.text_head(x[:num_text]), self.mel_head(x[num_text:])
+        text, mel = x[:num_text], x[num_text:]
         sums = {
-            "text_loss": _cross_entropy_sum(text_logits, inputs["text_targets"]),
-            "mel_loss": _cross_entropy_sum(mel_logits, inputs["mel_targets"]),
+            "text_loss": cross_entropy_sum(text, self.text_head, inputs["text_targets"], ignore_index=NO_TARGET),
+            "mel_loss": cross_entropy_sum(mel, self.mel_head, inputs["mel_targets"], ignore_index=NO_TARGET),
         }
         if not self.training:
             # A filling entry's target is no code, so it never counts as a hit.
-            sums["mel_top1"] = (mel_logits.argmax(-1) == inputs["mel_targets"]).float().sum()
+            chunks = zip(mel.split(EVAL_ROWS), inputs["mel_targets"].split(EVAL_ROWS), strict=True)
+            hits = [(self.mel_head(part).argmax(-1) == target).float().sum() for part, target in chunks]
+            sums["mel_top1"] = torch.stack(hits).sum()
         return sums
 
     def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -226,8 +232,3 @@ class IndexTTS2GPT(nn.Module):
         mel = self.mel_embedding(ids * of_mel) + self.mel_pos_embedding(positions * of_mel)
         tokens = torch.where(is_mel.unsqueeze(-1), mel, text)
         return torch.cat((condition, control.unsqueeze(1), free.unsqueeze(1), tokens), dim=1)
-
-
-def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed in float32, under autocast too: bfloat16 has 8 bits for a sum of thousands of terms."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=NO_TARGET, reduction="sum")

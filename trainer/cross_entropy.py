@@ -1,0 +1,89 @@
+"""The cross-entropy of a large vocabulary, without holding all of its logits.
+
+The logits of 2,400 targets over 8,194 codes are 79 MB in float32, and as much again for their gradient. Here they are
+made, turned into gradients and dropped a chunk of targets at a time, already in the forward pass, as in Liger Kernel
+(Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training"): no product is computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_LOGITS = 1 << 21
+"""Logits that exist at a time: 8 MB in float32, and as quick as all at once."""
+
+
+def cross_entropy_sum(x: Tensor, head: nn.Linear, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Sum of the cross-entropies of `head(x)`: as `F.cross_entropy(head(x).float(), targets, reduction="sum")`.
+
+    Args:
+        x: [N, width].
+        head: With C outputs and a bias.
+        targets: [N] int64, below C; `ignore_index` where there is none.
+
+    Returns:
+        A scalar in float32, under autocast too: bfloat16 has 8 bits for a sum of thousands of terms. The gradient
+        is computed with it, for one backward pass.
+    """
+    rows = max(1, CHUNK_LOGITS // head.out_features)
+    # Compiled code fuses softmax and gradient into one pass, so the plain form costs it no such memory.
+    if len(targets) <= rows or torch.compiler.is_compiling():
+        return F.cross_entropy(head(x).float(), targets, ignore_index=ignore_index, reduction="sum")
+    loss: Tensor = _Chunked.apply(x, head.weight, head.bias, targets, ignore_index, rows)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, rows: int
+    ) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        low_x, low_weight, low_bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_x = torch.empty_like(low_x) if wants_x else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        grad_bias = torch.zeros_like(bias) if wants_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(targets), rows):
+                chunk = slice(start, start + rows)
+                target = targets[chunk].unsqueeze(1)
+                real = target != ignore_index
+                target = target.clamp(min=0)
+                logits = F.linear(low_x[chunk], low_weight, low_bias).float()
+                log_sum = logits.logsumexp(1, keepdim=True)
+                total = total + ((log_sum - logits.gather(1, target)) * real).sum()
+                # From here on the gradient, in the logits' own memory: softmax less one at the target.
+                grad = logits.sub_(log_sum).exp_()
+                grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(real)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                low_grad = grad.to(dtype)
+                if grad_x is not None:
+                    torch.mm(low_grad, low_weight, out=grad_x[chunk])
+                if grad_weight is not None and dtype == weight.dtype:
+                    grad_weight.addmm_(low_grad.t(), low_x[chunk])
+                elif grad_weight is not None:
+                    grad_weight += low_grad.t() @ low_x[chunk]
+        ctx.grads = grad_x, grad_weight, grad_bias
+        ctx.dtype = x.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = outputs
+        grad_x, grad_weight, grad_bias = ctx.grads
+        # Scaled in place: there is no second backward pass.
+        del ctx.grads
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.dtype).mul_(factor)
+        for grad in (grad_weight, grad_bias):
+            if grad is not None:
+                grad.mul_(factor)
+        return grad_x, grad_weight, grad_bias, None, None, None
