@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
+from trainer.export import WeightsFormat, write_weights
 
 
 def resolve_path(path: Path, info: ValidationInfo) -> Path:
@@ -109,12 +110,24 @@ class Workload(BaseModel, ABC):
         Raises:
             UserError: The checkpoint can't be read or is of another model.
         """
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, mmap=True)
         try:
             model.load_state_dict(state.get("model", state))
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} does not fit the model: {reason}") from error
+
+    def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
+        """Write the weights of a checkpoint for use elsewhere (`tuner export`). Override it to write the form
+        that the model is published in.
+
+        Args:
+            state: The model's state dict, mapped from the checkpoint.
+
+        Raises:
+            UserError: `path` can't be written, or what the options name besides does not fit.
+        """
+        write_weights(state, path, format=format)
 
     def data_digest(self) -> str:
         """Identifies the contents of what the options' paths name, wherever it lies: the data, and the model's

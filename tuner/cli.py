@@ -7,18 +7,26 @@ Heavy imports happen inside the commands, so that help is quick.
 from __future__ import annotations
 
 import json
-import logging
-import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.errors import UserError
+from tuner.terminal import (
+    STOPPED,
+    Overrides,
+    RunRoot,
+    Spec,
+    Storage,
+    Track,
+    explained,
+    parse_duration,
+    show_log,
+    shown_log,
+    stoppable,
+)
 
 if TYPE_CHECKING:
     from trainer import TrainResult
@@ -29,15 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Spec = Annotated[Path, typer.Argument(help="A study.toml.", show_default=False)]
-Storage = Annotated[
-    str | None, typer.Option(help="Database URL. [default: $TUNER_STORAGE, else sqlite:///runs/tuner.db]")
-]
-RunRoot = Annotated[Path, typer.Option(help="Folder of the run directories and of the Aim repository.")]
-Track = Annotated[bool, typer.Option("--track/--no-track", help="Write losses and d to Aim.")]
-
-STOPPED = 130
 
 
 @app.command()
@@ -63,7 +62,9 @@ def launch(
 
     console = Console()
     study_spec = StudySpec.load(spec)
-    study = open_study(study_spec, storage)
+    with shown_log():
+        # The first look at the data may index and pack it, which takes its time.
+        study = open_study(study_spec, storage)
     with stoppable(console.print) as stop:
         runtime = Runtime(run_root, track, stop)
         total = trials or study_spec.trial.num_trials
@@ -137,7 +138,7 @@ def dashboard(
 @app.command()
 def promote(
     study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(min=0, help="Promote this trial. [default: the best]")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help=r"Promote this trial. \[default: the best]")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in optimizer updates.")] = None,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
@@ -161,12 +162,10 @@ def promote(
 @app.command()
 def train(
     spec: Spec,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value, such as train.batch_size=16.")
-    ] = None,
+    override: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint to continue from.")] = "auto",
     init: Annotated[Path | None, typer.Option(help="Take the weights of this checkpoint for step 0.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="[default: RUN_ROOT/<study>/train]")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help=r"\[default: RUN_ROOT/<study>/train]")] = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
 ) -> None:
@@ -179,7 +178,7 @@ def train(
     from tuner.spec import StudySpec, parse_override
 
     show_log()
-    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []))
+    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
     name = study_spec.study.name
     with stoppable(print) as stop, explained():
         runtime = Runtime(run_root, track, stop)
@@ -195,6 +194,117 @@ def train(
     _finish(result, "with --resume auto it" if resume == "never" else "the same command")
 
 
+@app.command()
+def evaluate(
+    spec: Spec,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, a run directory, or a gpt.pth.", show_default=False)],
+    samples: Annotated[int | None, typer.Option(min=1, help="Only so many of the set, in place of all.")] = None,
+    override: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """A checkpoint's metrics on the spec's validation data, dropout off.
+
+    Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
+    """
+    from tuner.evaluation import evaluate_checkpoint
+    from tuner.spec import StudySpec, parse_override
+
+    if not as_json:
+        show_log()
+    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
+    with explained():
+        found = evaluate_checkpoint(study_spec, checkpoint, samples=samples)
+    values = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+    print(json.dumps(found.to_dict()) if as_json else f"{found.checkpoint}, {found.samples:,} samples: {values}")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="best_text, latest, a step or a path; left out: best_mel, else latest.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="pth or safetensors; left out: by the name of the file.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="Take the workload from this study.toml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a checkpoint's weights for inference, in the form of the base checkpoint.
+
+    Example: tuner export runs/indextts2-ko/full-trial-00007 --to gpt.pth
+    """
+    from tuner.export import export
+
+    show_log()
+    done = export(run_dir, to, checkpoint=checkpoint, format=format, spec=spec, force=force)
+    print(f"{done.path}: {done.num_bytes / 1e9:.2f} GB, from {done.checkpoint}, step {done.step}")
+
+
+@app.command()
+def bench(
+    spec: Spec,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every row is measured.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a row and round, after a warm-up.")] = 30,
+    only: Annotated[
+        list[str] | None, typer.Option(help="This row, or group of rows, and the baseline; may be repeated.")
+    ] = None,
+    override: Overrides = None,
+    chart: Annotated[Path | None, typer.Option(help="Write the chart to this .svg file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What each optimization of a training run gives on this machine.
+
+    Example: tuner bench studies/korean_demo/study.toml --chart speed.svg
+    """
+    from rich.console import Console
+
+    from tuner.bench import Bench
+    from tuner.bench_report import check_chart_path, print_table, write_chart
+    from tuner.spec import StudySpec, parse_override
+
+    if chart:
+        check_chart_path(chart)
+    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
+    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    measurement = Bench(study_spec, rounds=rounds, steps=steps, only=only or [], say=say)
+    measurement.run()
+    result = measurement.result()
+    if chart:
+        write_chart(result, chart)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_table(result, Console())
+    if measurement.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    spec: Annotated[Path | None, typer.Argument(help="A study.toml. Without it: the installation alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GB: judge for a CUDA card of this size, here or not.")
+    ] = None,
+    run_root: RunRoot = Path("runs"),
+) -> None:
+    """Say what a run needs, memory above all, and what is amiss. Exits 1 where something is.
+
+    Example: tuner doctor studies/indextts2/study.toml --gpu-memory 25.3
+    """
+    from rich.console import Console
+
+    from tuner import doctor
+
+    checks = doctor.examine(spec, run_root=run_root, gpu_memory=gpu_memory and gpu_memory * 1e9)
+    if as_json:
+        print(json.dumps(doctor.as_json(checks), indent=1))
+    else:
+        doctor.show(checks, Console())
+    if doctor.has_failed(checks):
+        raise typer.Exit(1)
+
+
 def _finish(result: TrainResult, again: str) -> None:
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     print(f"step {result.step}, {result.samples} samples: {values or 'not validated yet'}")
@@ -202,61 +312,6 @@ def _finish(result: TrainResult, again: str) -> None:
     if not result.finished:
         print(f"Stopped with a checkpoint; {again} goes on.")
         raise typer.Exit(STOPPED)
-
-
-def parse_duration(text: str) -> float:
-    """`8h`, `30m`, `90s` or `1h30m` in seconds.
-
-    Raises:
-        UserError: It is none of these.
-    """
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
-    if not text.strip() or match is None:
-        raise UserError(f"--timeout {text}: write it as 8h, 30m, 90s or 1h30m.")
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds
-
-
-def show_log() -> None:
-    """The trainer's log on stdout, a line as it stands."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """A run that can't go on with these settings ends with one line, not with a traceback."""
-    from trainer import Diverged
-    from tuner.objective import is_out_of_memory
-
-    try:
-        yield
-    except Diverged as error:
-        raise UserError(f"{error}: the loss diverged; lower train.d_coef or train.lr.") from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        remedy = "use a smaller train.batch_size, with train.grad_accumulation for the same effective one"
-        raise UserError(f"out of memory ({reason}): {remedy}.") from error
-
-
-@contextmanager
-def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM asks the run to stop at the next step with a checkpoint; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        say("Stopping at the next step with a checkpoint; once more stops at once.")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main() -> None:

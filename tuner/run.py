@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,11 @@ from typing import Any
 
 from trainer import Evaluation, TrainResult, train
 from trainer.tracking import AimTracker, Tracker, Trackers
+from trainer.workload import Workload
 from tuner.search_space import Setup
+
+WORKLOAD = "workload"
+"""In a checkpoint's lineage: what it takes to build its workload again."""
 
 LOGGERS = ("trainer", "tuner", "studies")
 
@@ -64,8 +70,24 @@ def tracked_train(
             stop=runtime.stop,
             resume=resume,
             init=init,
-            lineage=lineage,
+            lineage={**lineage, WORKLOAD: describe_workload(setup.workload)},
         )
+
+
+def describe_workload(workload: Workload) -> dict[str, Any]:
+    """Its import name ("module:Class"), the folder that the module is imported from, and its options."""
+    cls = type(workload)
+    parts = cls.__module__.split(".")
+    packages = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    # The package that offers the class, sooner than the file that defines it: files are renamed more often.
+    offered = (name for name in packages if getattr(sys.modules.get(name), cls.__name__, None) is cls)
+    source = Path(inspect.getfile(cls)).resolve()
+    folder = source.parents[len(parts) - (source.name != "__init__.py")]
+    return {
+        "class": f"{next(offered, cls.__module__)}:{cls.__name__}",
+        "folder": str(folder),
+        "options": workload.model_dump(mode="json"),
+    }
 
 
 @contextmanager

@@ -161,11 +161,12 @@ class StudySpec(_Section):
     """Folder of the study.toml: relative paths and the workload's module are looked for here."""
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> StudySpec:
+    def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None, *, search: bool = True) -> StudySpec:
         """Read and check a study.toml.
 
         Args:
             overrides: Values by dotted key, such as {"train.batch_size": 16}, that replace the file's.
+            search: False leaves [search] out: a run without a study is not bound to it.
 
         Raises:
             UserError: The file is missing, no TOML, or says something that can't be.
@@ -183,6 +184,8 @@ class StudySpec(_Section):
             raise UserError(f"{path}: not valid TOML: {error}.") from error
         for key, value in (overrides or {}).items():
             _set(values, key, value)
+        if not search:
+            values["search"] = {}
         return cls.build(values, base_dir=path.resolve().parent, source=str(path))
 
     @classmethod

@@ -40,12 +40,16 @@ class CheckpointWeights:
     they are read."""
 
     path: Path
+    published: dict[str, Tensor]
+    """All that is kept, encoders too: by the published name, in the file's order."""
     tensors: dict[str, Tensor]
-    """By the published name; shapes as in the file."""
+    """The trained ones of them; shapes as in the file."""
     encoders: tuple[str, ...]
     """Keys of the untouched encoders, which are left in the file."""
     dropped: tuple[str, ...]
     """Keys that have no place in the model: LoRA's additions, inference aliases, `gpt.wte`."""
+    is_wrapped: bool
+    """The file holds them under "model"."""
     is_training_checkpoint: bool
     """Written by a trainer, so its text rows are the new tokenizer's already."""
 
@@ -75,20 +79,35 @@ def read_weights(path: Path) -> CheckpointWeights:
     state = content.get("model", content)
     if not isinstance(state, Mapping) or not state or not all(_is_weight(*item) for item in state.items()):
         raise UserError(f"checkpoint {path} holds no weights: give a gpt.pth or a checkpoint of this trainer")
-    tensors: dict[str, Tensor] = {}
+    published: dict[str, Tensor] = {}
     encoders, dropped = [], []
     for key, tensor in state.items():
-        name = key.replace("_orig_mod.", "").replace(".base_layer.", ".")
-        if name.startswith("inference_model.") or ".lora_" in name or name == "gpt.wte.weight":
+        name = published_name(key)
+        if name is None:
             dropped.append(key)
-        elif name.startswith(ENCODERS):
-            encoders.append(key)
-        elif name in tensors:
+            continue
+        if name in published:
             raise UserError(f"checkpoint {path} holds {name} twice, the second time as {key}")
-        else:
-            tensors[name] = tensor
-    trained = state is not content and not {"optimizer", "optimizer_type"}.isdisjoint(content)
-    return CheckpointWeights(path, tensors, tuple(encoders), tuple(dropped), trained)
+        published[name] = tensor
+        if name.startswith(ENCODERS):
+            encoders.append(key)
+    tensors = {name: tensor for name, tensor in published.items() if not name.startswith(ENCODERS)}
+    is_wrapped = state is not content
+    # A best_*.pth has no optimizer, and its run's identity.
+    trained = is_wrapped and not {"optimizer", "optimizer_type", "identity"}.isdisjoint(content)
+    return CheckpointWeights(path, published, tensors, tuple(encoders), tuple(dropped), is_wrapped, trained)
+
+
+def published_name(key: str) -> str | None:
+    """The name that a key of a checkpoint has in the published file; None where it has no place there."""
+    name = key.replace("_orig_mod.", "").replace(".base_layer.", ".")
+    dropped = name.startswith("inference_model.") or ".lora_" in name or name == "gpt.wte.weight"
+    return None if dropped else name
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of many names, for one line."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def load_base_checkpoint(
@@ -103,7 +122,7 @@ def load_base_checkpoint(
     weights = read_weights(path)
     state = model.state_dict()
     moves = _row_moves(model, weights, tokenizer, base_tokenizer)
-    _check_keys(weights, state, () if moves is None else TEXT_ROWS)
+    check_keys(weights, state, () if moves is None else TEXT_ROWS)
     with torch.no_grad():
         for name, target in state.items():
             source = weights.tensors[name]
@@ -112,8 +131,7 @@ def load_base_checkpoint(
             else:
                 target[moves.rows] = source[moves.base_rows].to(target.dtype)
     if weights.dropped:
-        shown = ", ".join(weights.dropped[:5]) + (", ..." if len(weights.dropped) > 5 else "")
-        logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), shown)
+        logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), few(weights.dropped))
     if moves is not None:
         logger.info(
             "%s: %s of %s text pieces are the base tokenizer's too and took its rows; the others start fresh",
@@ -161,7 +179,9 @@ def _row_moves(
     return _RowMoves(torch.tensor(list(moves)), torch.tensor(list(moves.values())), num_shared)
 
 
-def _check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: Sequence[str]) -> None:
+def check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: Sequence[str]) -> None:
+    """Compare the trained keys and shapes of a checkpoint with the model's; the tables in `moved` may differ in
+    their number of rows. Raises UserError, listing what does not fit."""
     norm = weights.tensors.get("final_norm.weight")
     width = len(state["final_norm.weight"])
     if norm is not None and norm.ndim == 1 and len(norm) != width:

@@ -14,12 +14,14 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, ValidationError, V
 from torch import Tensor
 
 from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_length
+from studies.indextts2.export import export_gpt
 from studies.indextts2.manifest import split_language
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
 from studies.indextts2.weights import load_base_checkpoint, num_pieces
 from trainer.config import Role
 from trainer.errors import UserError
-from trainer.workload import Batch, DataPath, Workload, resolve_path
+from trainer.export import WeightsFormat
+from trainer.workload import Batch, DataPath, Dataset, Workload, resolve_path
 
 
 def _resolve_manifest(spec: str, info: ValidationInfo) -> str:
@@ -54,6 +56,9 @@ class IndexTTS2(Workload):
     """What the model is told of the utterance's duration; see `IndexTTS2GPT`."""
     freeze: tuple[str, ...] = ()
     """Parameters whose names start so are not trained: "gpt.h.0.", "text_embedding"."""
+    pack: Annotated[Literal["auto"] | bool, Role.FREE] = "auto"
+    """Make one memory-mapped store of the utterances' files on first use. "auto": where it needs no more than 20 GB
+    and a quarter of the free disk; true: wherever the disk holds it; false: never."""
     gradient_checkpointing: Annotated[bool, Role.FREE] = False
     dropout: float = Field(0.1, ge=0, lt=1)
 
@@ -101,17 +106,25 @@ class IndexTTS2(Workload):
         return model
 
     @cached_property
-    def _train(self) -> PairedUtterances:
+    def _train_files(self) -> PairedUtterances:
         return PairedUtterances(self.train_manifests, self.gpt_config)
 
     @cached_property
-    def _val(self) -> PairedUtterances:
+    def _val_files(self) -> PairedUtterances:
         return PairedUtterances(self.val_manifests, self.gpt_config)
 
-    def train_data(self) -> PairedUtterances:
+    @cached_property
+    def _train(self) -> Dataset:
+        return self._train_files.packed(self.pack)
+
+    @cached_property
+    def _val(self) -> Dataset:
+        return self._val_files.packed(self.pack)
+
+    def train_data(self) -> Dataset:
         return self._train
 
-    def val_data(self) -> PairedUtterances:
+    def val_data(self) -> Dataset:
         return self._val
 
     def collate(self, samples: Sequence[Utterance], pad_multiple: int = 1) -> Batch:
@@ -124,8 +137,12 @@ class IndexTTS2(Workload):
     def load_weights(self, model: torch.nn.Module, path: Path) -> None:
         load_base_checkpoint(model, path, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer)
 
+    def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
+        export_gpt(state, path, base_checkpoint=self.base_checkpoint, format=format)
+
     def data_digest(self) -> str:
-        digests = ["train", *self._train.digests, "val", *self._val.digests, self.gpt_config.model_dump_json()]
+        train, val = self._train_files.digests, self._val_files.digests
+        digests = ["train", *train, "val", *val, self.gpt_config.model_dump_json()]
         digests += [_fingerprint(path) for path in (self.base_checkpoint, self.tokenizer, self.base_tokenizer)]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from studies.indextts2 import IndexTTS2
 from studies.indextts2.model import NO_TARGET
 from tests.studies.test_weights import tokenizers  # noqa: F401
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
+from trainer.batching import BatchOrder
 from trainer.errors import UserError
 from trainer.laws import check_workload
+from trainer.loader import fixed_batches, train_batches
+from trainer.workload import Batch
 
 CONFIG_YAML = """
 gpt:
@@ -185,6 +189,89 @@ def test_a_padded_batch_has_few_shapes_and_real_counts(corpus: Path) -> None:
         }
         for kind, count in (("text", num_text), ("mel", num_mel)):
             assert int((batch.inputs[f"{kind}_targets"] != NO_TARGET).sum()) == count
+
+
+def batches(work: IndexTTS2, num_workers: int) -> list[Batch]:
+    data = work.train_data()
+    order = BatchOrder(data.lengths, 4, seed=3)
+    cpu = torch.device("cpu")
+    return list(islice(train_batches(work, data, order, start=(0, 0), num_workers=num_workers, device=cpu), 8))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_packed_corpus_gives_the_same_batches_bit_for_bit(corpus: Path, num_workers: int) -> None:
+    packed, plain = workload(corpus, pack=True), workload(corpus, pack=False)
+    assert packed.train_data().mapped and not hasattr(plain.train_data(), "mapped")
+    for one, other in zip(batches(packed, num_workers), batches(plain, 0), strict=True):
+        assert one.inputs.keys() == other.inputs.keys()
+        for name, tensor in one.inputs.items():
+            assert tensor.dtype == other.inputs[name].dtype and torch.equal(tensor, other.inputs[name])
+        assert (one.counts, one.num_tokens, one.num_slots) == (other.counts, other.num_tokens, other.num_slots)
+
+
+def stores(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".tuner-index/*.packed"))
+
+
+def test_the_store_lies_beside_the_manifest_and_is_made_by_reading_only(tmp_path: Path) -> None:
+    write_tiny_corpus(tmp_path, num_train=8, num_val=4)
+    work = workload(tmp_path)
+    digest = work.data_digest()
+    assert not stores(tmp_path)
+    work.train_data(), work.val_data()
+    assert [path.name.partition("-")[0] for path in stores(tmp_path)] == ["train_pairs.jsonl", "val_pairs.jsonl"]
+    assert workload(tmp_path, pack=False).data_digest() == workload(tmp_path).data_digest() == digest
+
+
+def test_a_changed_manifest_has_its_store_made_again(tmp_path: Path) -> None:
+    write_tiny_corpus(tmp_path, num_train=8, num_val=4)
+    before = workload(tmp_path).train_data()
+    manifest = tmp_path / "train_pairs.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[3:]))
+    after = workload(tmp_path).train_data()
+    assert (len(before), len(after)) == (8, 5)
+    np.testing.assert_array_equal(after[0].codes, before[3].codes)
+    assert len(stores(tmp_path)) == 1
+
+
+def test_a_model_with_other_checks_has_a_store_of_its_own(tmp_path: Path) -> None:
+    write_tiny_corpus(tmp_path, num_train=32, num_val=4)
+    assert max(int(workload(tmp_path).train_data()[i].codes.max()) for i in range(32)) >= 16
+    smaller = workload(tmp_path, gpt=TINY_GPT | {"start_mel_token": 16}, pack=True)
+    with pytest.raises(UserError, match="samples probed are missing or damaged"):
+        smaller.train_data()
+    shorter = workload(tmp_path, gpt=TINY_GPT | {"max_mel_tokens": 20}).train_data()
+    assert 0 < len(shorter) < 32 and len(stores(tmp_path)) == 2
+    assert max(len(shorter[i].codes) for i in range(len(shorter))) <= 20
+
+
+def test_where_the_manifests_folder_is_closed_the_store_lies_under_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_corpus(tmp_path, num_train=8, num_val=4)
+    (tmp_path / ".tuner-index").write_text("a file, so no store can lie in it")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for _ in range(2):
+        assert workload(tmp_path).train_data().mapped
+    assert len(list(Path("data/index").glob("train_pairs.jsonl-*.packed"))) == 1
+
+
+def test_a_sample_damaged_when_packed_is_skipped_and_counted_until_it_is_mended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny_corpus(tmp_path, num_train=128, num_val=4)
+    broken = tmp_path / "codes/train_00005.npy"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:-4])
+    assert workload(tmp_path).train_data().mapped
+    order = [np.arange(128)]
+    work = workload(tmp_path)
+    assert [batch.num_samples for batch in fixed_batches(work, work.train_data(), order)] == [127]
+    assert "skipped: train_00005__spk" in caplog.text
+    broken.write_bytes(content)
+    work = workload(tmp_path)
+    assert [batch.num_samples for batch in fixed_batches(work, work.train_data(), order)] == [128]
 
 
 def test_loss_weights_are_options(corpus: Path) -> None:

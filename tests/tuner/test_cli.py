@@ -14,7 +14,8 @@ import pytest
 from tests.tuner.studies_for_tests import TOML, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.cli import main, parse_duration
+from tuner.cli import main
+from tuner.terminal import parse_duration
 
 NO_TRACK = {command: ["--no-track"] for command in ("launch", "promote", "train")}
 

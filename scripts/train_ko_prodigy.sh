@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# A fresh fine-tuning of IndexTTS-2's GPT in Korean with Prodigy: `tuner train`, its settings from the environment.
+#
+#   TRAIN_MANIFEST=data/train.jsonl::ko VAL_MANIFEST=data/val.jsonl::ko bash scripts/train_ko_prodigy.sh
+#
+# Relative paths start where it is called. A path that is not set is that of studies/indextts2/study.toml. Several
+# manifests stand apart by commas or blanks. Arguments go to `tuner train`: --no-track, --set train.d_coef=0.5.
+set -euo pipefail
+here=$PWD
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+die() {
+    echo "train_ko_prodigy.sh: $*" >&2
+    exit 2
+}
+
+number() { # NAME DEFAULT [LOWEST]: the variable as a whole number
+    local value=${!1:-$2}
+    [[ $value =~ ^(0|[1-9][0-9]{0,14})$ ]] && ((value >= ${3:-1})) || die "$1=$value: give a whole number from ${3:-1} on."
+    echo "$value"
+}
+
+absolute() {
+    case $1 in
+    /* | "~"*) echo "$1" ;;
+    *) echo "$here/$1" ;;
+    esac
+}
+
+quoted() { # a TOML string
+    local text=${1//\\/\\\\}
+    echo "\"${text//\"/\\\"}\""
+}
+
+manifests() { # a TOML list
+    local list="" manifest path=$1 names=("$1")
+    # A name with a blank in it is one name where there is such a file.
+    if [[ $1 =~ ^(.*)::[A-Za-z_-]+$ ]]; then path=${BASH_REMATCH[1]}; fi
+    [ -f "$path" ] || IFS=$', \t\n' read -r -d '' -a names <<<"$1" || true
+    for manifest in "${names[@]}"; do list+=$(quoted "$(absolute "$manifest")"),; done
+    echo "[$list]"
+}
+
+if [ -n "${RESUME:-}" ] && [ "$RESUME" != never ]; then
+    die "RESUME=$RESUME: this script starts anew; to go on with a run take scripts/resume_ko_prodigy.sh."
+fi
+case ${AMP:-1} in
+1) precision=auto ;;
+0) precision=fp32 ;;
+*) die "AMP=$AMP: give 1 (bf16 where the device has it) or 0 (float32)." ;;
+esac
+batch_size=$(number BATCH_SIZE 8)
+grad_accumulation=$(number GRAD_ACC 1)
+steps=$(number MAX_STEPS 240000)
+val_interval=$(number VAL_INTERVAL 10000)
+log_every=$(number LOG_INTERVAL 200)
+num_workers=$(number NUM_WORKERS 32 0)
+seed=$(number SEED 1234 0)
+
+settings=(
+    --set "train.optimizer=$(quoted "${OPTIMIZER:-prodigy}")"
+    --set "train.batch_size=$batch_size"
+    --set "train.grad_accumulation=$grad_accumulation"
+    --set "train.num_workers=$num_workers"
+    --set "train.log_every=$log_every"
+    --set "train.precision=$precision"
+    --set "train.seed=$seed"
+    --set "full.steps=$steps"
+    # The evaluation grid is one of samples, the same for every batch size.
+    --set "full.eval_every=$((val_interval * batch_size * grad_accumulation))"
+)
+if [ -n "${TRAIN_MANIFEST:-}" ]; then settings+=(--set "workload.train_manifests=$(manifests "$TRAIN_MANIFEST")"); fi
+if [ -n "${VAL_MANIFEST:-}" ]; then settings+=(--set "workload.val_manifests=$(manifests "$VAL_MANIFEST")"); fi
+for pair in tokenizer:TOKENIZER_MODEL base_tokenizer:BASE_TOKENIZER_MODEL config:CONFIG_PATH \
+    base_checkpoint:BASE_CHECKPOINT; do
+    name=${pair#*:}
+    if [ -n "${!name:-}" ]; then settings+=(--set "workload.${pair%%:*}=$(quoted "$(absolute "${!name}")")"); fi
+done
+
+if ! command -v tuner >/dev/null; then
+    source "$root/scripts/setup_venv.sh" indextts2
+    cd "$here"
+fi
+# `--resume` may come again among the arguments, and then the last one counts.
+exec tuner train "$root/studies/indextts2/study.toml" \
+    --run-dir "$(absolute "${OUTPUT_DIR:-runs/ko_prodigy}")" --resume never "${settings[@]}" "$@"

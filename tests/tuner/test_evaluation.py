@@ -1,0 +1,145 @@
+"""`tuner evaluate`: the loss that the run itself reported, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.toy import Sequences, Toy
+from tests.tuner.studies_for_tests import TOML, build, write
+from trainer import Batch, UserError
+from trainer.checkpoint import read_checkpoint
+from tuner.cli import main
+from tuner.evaluation import evaluate_checkpoint
+from tuner.run import Runtime, tracked_train
+from tuner.search_space import full_setup
+
+
+@pytest.fixture
+def run_dir(runtime: Runtime) -> Path:
+    setup = full_setup(build(**{"full.samples": 80, "full.eval_every": 40, "train.val_samples": 23}), {})
+    tracked_train(setup, runtime.run_root / "it", runtime, experiment="it", lineage={})
+    return runtime.run_root / "it"
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | None:
+    monkeypatch.setattr(sys, "argv", ["tuner", "evaluate", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("name", ["latest.pth", "step_000000010.pth", "best_token_model.pth"])
+def test_it_is_the_loss_that_the_run_reported(run_dir: Path, name: str) -> None:
+    spec = build(**{"train.val_samples": 23})
+    found = evaluate_checkpoint(spec, run_dir / name)
+    assert (found.checkpoint, found.samples) == (run_dir / name, 23)
+    assert found.metrics == pytest.approx(read_checkpoint(run_dir / name)["metrics"], abs=1e-6)
+
+
+def test_all_of_the_validation_set_counts_unless_the_spec_or_the_caller_says_less(run_dir: Path) -> None:
+    assert full_setup(build(), {}).config.val_samples == 12
+    whole = evaluate_checkpoint(build(), run_dir / "latest.pth")
+    assert whole.samples == 40
+    assert evaluate_checkpoint(build(), run_dir / "latest.pth", samples=11).samples == 11
+    part = evaluate_checkpoint(build(**{"train.val_samples": 23}), run_dir / "latest.pth")
+    assert part.samples == 23
+    assert part.metrics != whole.metrics
+
+
+def test_of_a_run_directory_the_exported_checkpoint_is_taken(run_dir: Path) -> None:
+    assert evaluate_checkpoint(build(), run_dir).checkpoint == run_dir / "best_token_model.pth"
+
+
+def test_json_is_all_that_is_printed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, TOML)
+    arguments = str(tmp_path / "study.toml"), "--checkpoint", str(run_dir / "latest.pth")
+    assert evaluate(monkeypatch, *arguments, "--json", "--samples", "5") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"checkpoint", "samples", "metrics"}
+    assert found["samples"] == 5
+    assert found["metrics"].keys() == {"val/loss", "val/token_loss"}
+    assert evaluate(monkeypatch, *arguments, "--set", "train.val_samples=7") == 0
+    assert "latest.pth, 7 samples: val/loss " in capsys.readouterr().out
+
+
+def test_other_options_than_the_runs_are_named(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evaluate_checkpoint(build(**{"workload.dropout": 0.2}), run_dir / "latest.pth")
+    assert "of a run with other options: workload.dropout was 0.1 and is now 0.2" in caplog.text
+    caplog.clear()
+    evaluate_checkpoint(build(), run_dir / "latest.pth")
+    assert "other options" not in caplog.text
+
+
+class Damaged(Toy):
+    damaged_val: tuple[int, ...] = (3,)
+
+    def val_data(self) -> Sequences:
+        return Sequences(200, 2, self.damaged_val)
+
+
+def test_a_few_damaged_samples_are_left_out_and_not_counted(run_dir: Path) -> None:
+    spec = build(**{"study.workload": f"{__name__}:Damaged"})
+    assert evaluate_checkpoint(spec, run_dir / "latest.pth").samples == 199
+    spec = build(**{"study.workload": f"{__name__}:Damaged", "workload.damaged_val": range(9)})
+    with pytest.raises(UserError, match=r"samples read are missing or damaged \(the data has 200"):
+        evaluate_checkpoint(spec, run_dir / "latest.pth")
+
+
+class Watched(Damaged):
+    """Counts how many of its batches are held at once."""
+
+    alive: ClassVar[list[weakref.ref[Tensor]]] = []
+    counts: ClassVar[list[int]] = []
+
+    def collate(self, samples: Sequence[Any], pad_multiple: int = 1) -> Batch:
+        batch = super().collate(samples, pad_multiple)
+        self.alive.append(weakref.ref(batch.inputs["tokens"]))
+        self.counts.append(sum(one() is not None for one in self.alive))
+        return batch
+
+
+def test_batches_are_read_as_they_are_needed(run_dir: Path) -> None:
+    # All of a large validation set may be larger than memory.
+    evaluate_checkpoint(build(**{"study.workload": f"{__name__}:Watched"}), run_dir / "latest.pth")
+    assert len(Watched.counts) == 13 and max(Watched.counts) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.toml", "--checkpoint", "gpt.pth"], "none.toml: no such study spec"),
+        (["study.toml", "--checkpoint", "none.pth"], "none.pth does not exist"),
+        (["study.toml", "--checkpoint", "."], "it holds no checkpoint"),
+        (["study.toml", "--checkpoint", "text.pth"], "text.pth is damaged or no checkpoint"),
+        (["study.toml", "--checkpoint", "narrow.pth"], "narrow.pth does not fit the model"),
+        (["study.toml", "--checkpoint", "narrow.pth", "--set", "train.device=cuda"], "no CUDA device"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    write(tmp_path, TOML)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save(Toy(width=8).build_model().state_dict(), tmp_path / "narrow.pth")
+    monkeypatch.chdir(tmp_path / "empty" if "." in arguments else tmp_path)
+    if "." in arguments:
+        arguments = ["../study.toml", *arguments[1:]]
+    assert evaluate(monkeypatch, *arguments) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and len(errors.strip().splitlines()) == 1, errors

@@ -1,0 +1,67 @@
+"""Weights for use elsewhere: written whole or not at all, in torch's form or as safetensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import refusal, tensors_in
+from trainer.errors import UserError
+
+WeightsFormat = Literal["pth", "safetensors"]
+
+
+def write_weights(content: Mapping[str, Any], path: Path, *, format: WeightsFormat = "pth") -> None:
+    """Write tensors by name so that at every moment `path` is absent, the old file, or the whole new one.
+
+    Tensors that are mapped from a checkpoint are copied from file to file and take no memory of their own.
+
+    Args:
+        content: A state dict; for "pth" also one in a wrapping, such as {"model": ...}.
+
+    Raises:
+        UserError: The disk is full or can't be written to, or the package safetensors is missing.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if format == "safetensors":
+            _save_safetensors(content, temporary)
+        else:
+            with open(temporary, "wb") as file:
+                torch.save(dict(content), file)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if (reason := refusal(error)) is None:
+            raise
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(dict(content))) / 1e9
+        raise UserError(
+            f"{path} could not be written ({reason}): it needs {size:.1f} GB; free some space or choose another folder."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("writing safetensors needs the package safetensors: pip install safetensors") from None
+    storages: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # The format has no shared tensors: tied weights are written once for each name.
+        tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(tensor.untyped_storage().data_ptr())
+        apart[name] = tensor.contiguous()
+    try:
+        # The metadata is what readers of other libraries ask for.
+        safetensors.torch.save_file(apart, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error

@@ -1,0 +1,103 @@
+"""The validation metrics of a checkpoint, of a run's or a published one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.acceleration import RunSize, apply, detect, plan
+from trainer.batching import validation_batches
+from trainer.checkpoint import read_checkpoint
+from trainer.config import differences
+from trainer.evaluation import evaluate
+from trainer.loader import BatchReader, DamageCount
+from trainer.workload import Batch, Dataset, Workload
+from tuner.export import find_checkpoint
+from tuner.search_space import full_setup
+from tuner.spec import StudySpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointMetrics:
+    """What a checkpoint is worth on a validation set."""
+
+    checkpoint: Path
+    samples: int
+    """How many were measured; damaged ones are not among them."""
+    metrics: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"checkpoint": str(self.checkpoint), "samples": self.samples, "metrics": self.metrics}
+
+
+def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | None = None) -> CheckpointMetrics:
+    """Measure a checkpoint as a run would: same loss, same precision, dropout off.
+
+    Args:
+        checkpoint: Any that the workload can read; of a run directory, the one that `tuner export` takes.
+        samples: How many of the validation samples. Default: `train.val_samples` where the spec sets it, else all.
+
+    Raises:
+        UserError: The checkpoint or the data can't be read, or they don't fit the spec.
+    """
+    path = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
+    num_samples = samples or spec.train.get("val_samples")
+    setup = full_setup(spec, {}, val_samples=num_samples)
+    config, workload = setup.config, setup.workload
+    _warn_of_differences(path, workload)
+    capabilities = detect(config.device)
+    # Rows of a new vocabulary start as they would in the run.
+    torch.manual_seed(config.seed)
+    model = _load_model(workload, path)
+    data = workload.val_data()
+    indices = validation_batches(data.lengths, config.val_samples, seed=config.val_seed)
+    acceleration = plan(capabilities, config, RunSize.of(model, data, samples_per_step=1, remaining_steps=0))
+    apply(acceleration)
+    device = torch.device(acceleration.device)
+    model.to(device)
+    counts: list[int] = []
+    # One by one: a list would hold a whole validation set in memory, some 170 kB an utterance.
+    batches = _read(workload, data, indices, counts)
+    metrics = evaluate(workload, model, batches, device=device, precision=acceleration.precision)
+    return CheckpointMetrics(path, sum(counts), metrics)
+
+
+def _load_model(workload: Workload, path: Path) -> nn.Module:
+    # Weights that are replaced at once need not be read: a gpt.pth has gigabytes.
+    if "base_checkpoint" in type(workload).model_fields:
+        workload = workload.model_copy(update={"base_checkpoint": None})
+    model = workload.build_model()
+    workload.load_weights(model, path)
+    return model
+
+
+def _read(workload: Workload, data: Dataset, indices: Sequence[np.ndarray], counts: list[int]) -> Iterator[Batch]:
+    """The batches one by one, as `fixed_batches` has them; `counts` receives their numbers of samples."""
+    reader = BatchReader(workload, data)
+    damage = DamageCount(sum(map(len, indices)))
+    for chosen in indices:
+        batch = reader[chosen]
+        damage.add(len(chosen), batch.damaged)
+        counts.append(batch.num_samples)
+        if batch.num_samples:
+            yield batch
+
+
+def _warn_of_differences(path: Path, workload: Workload) -> None:
+    """Another `duration` or loss weight would give figures that are not the run's, and nothing would show it."""
+    identity = read_checkpoint(path, mmap=True).get("identity")
+    if not isinstance(identity, dict):
+        return
+    recorded = identity["workload"]
+    present = workload.model_dump(mode="json", include=set(recorded))
+    if changed := differences("workload", recorded, present):
+        log.warning("%s is of a run with other options: %s", path, "; ".join(changed))

@@ -1,0 +1,131 @@
+"""A run's checkpoint as weights for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from trainer.checkpoint import LATEST, digest_path, read_checkpoint
+from trainer.errors import UserError
+from trainer.export import WeightsFormat
+from trainer.workload import Workload
+from tuner.explain import explain
+from tuner.run import WORKLOAD
+from tuner.spec import StudySpec
+from tuner.workloads import load_workload_class
+
+DEFAULT = "best_mel_model.pth"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and from what."""
+
+    path: Path
+    num_bytes: int
+    checkpoint: Path
+    step: int
+
+
+def export(
+    run_dir: Path,
+    path: Path,
+    *,
+    checkpoint: str | None = None,
+    format: str | None = None,
+    spec: Path | None = None,
+    force: bool = False,
+) -> Export:
+    """Write a checkpoint's weights to `path` with the workload's `export_weights`.
+
+    The checkpoint names its workload, which is imported: export runs that you trust.
+
+    Args:
+        checkpoint: See `find_checkpoint`.
+        format: "pth" or "safetensors". Default: as the name of `path` ends.
+        spec: Take the workload and its options from this study.toml, for a checkpoint that names none and where
+            its files have moved.
+        force: Replace `path` where it exists.
+
+    Raises:
+        UserError: There is no such checkpoint, it is none of a run, or `path` can't be written.
+    """
+    chosen = _format(format, path)
+    _check_target(path, force=force)
+    source = find_checkpoint(run_dir, checkpoint)
+    state = read_checkpoint(source, mmap=True)
+    if not isinstance(state.get("model"), Mapping) or not isinstance(state.get("lineage"), Mapping):
+        raise UserError(f"{source} is no checkpoint of a run: name one that the trainer wrote.")
+    workload = StudySpec.load(spec, search=False).build_workload() if spec else _workload(state["lineage"], source)
+    workload.export_weights(state["model"], path, format=chosen)
+    return Export(path.resolve(), path.stat().st_size, source, state["step"])
+
+
+def find_checkpoint(run_dir: Path, name: str | None = None) -> Path:
+    """A checkpoint of a run directory.
+
+    Args:
+        name: best_text, best_mel, latest, a step ("1000", "step_000001000"), a file in the directory, or a path.
+            Default: `best_mel`, else the only best checkpoint, else the latest.
+
+    Raises:
+        UserError: There is no such directory or checkpoint; the message names those that there are.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory.")
+    found = sorted(path.name for path in run_dir.glob("*.pth"))
+    if name is None:
+        best = [one for one in found if one.startswith("best_")]
+        wanted = [DEFAULT, *(best if len(best) == 1 else []), LATEST]
+    else:
+        step = [f"step_{int(name):09d}.pth"] if name.isdecimal() else []
+        wanted = [name, f"{name}.pth", f"{name}_model.pth", *step]
+    for one in wanted:
+        if one in found:
+            return run_dir / one
+    if name is not None and Path(name).is_file():
+        return Path(name)
+    known = ", ".join(one.removesuffix(".pth").removesuffix("_model") for one in found)
+    missing = f"no checkpoint {name}" if name else "neither best_mel nor latest"
+    raise UserError(f"{run_dir} has {missing}: {f'choose from {known}' if known else 'it holds no checkpoint'}.")
+
+
+def _format(name: str | None, path: Path) -> WeightsFormat:
+    for format in get_args(WeightsFormat):
+        if format == (name or path.suffix.removeprefix(".") or "pth"):
+            return format  # type: ignore[no-any-return]
+    if name is None:
+        return "pth"
+    raise UserError(f"--format {name}: use {' or '.join(get_args(WeightsFormat))}.")
+
+
+def _check_target(path: Path, *, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the file to write.")
+    # Only checkpoints of a run have a digest beside them.
+    if digest_path(path).exists():
+        raise UserError(f"{path} is a checkpoint of a run: export to another file.")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists: choose another name, or replace it with --force.")
+
+
+def _workload(lineage: Mapping[str, Any], source: Path) -> Workload:
+    """The workload that made a checkpoint, built again."""
+    remedy = "name the study.toml with --spec"
+    record = lineage.get(WORKLOAD)
+    if not isinstance(record, Mapping) or not record.keys() >= {"class", "folder", "options"}:
+        raise UserError(f"{source} does not say which workload made it (an earlier version wrote it): {remedy}.")
+    try:
+        cls = load_workload_class(record["class"], Path(record["folder"]))
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).rstrip('.')}; or {remedy}.") from error
+    try:
+        return cls.model_validate(record["options"])
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error, cls, prefix='workload').rstrip('.')}; {remedy}.") from error
