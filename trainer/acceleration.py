@@ -194,13 +194,20 @@ def choose_precision(capabilities: Capabilities, config: TrainConfig, num_parame
 
 
 def _attention(capabilities: Capabilities, config: TrainConfig, bf16: bool) -> tuple[tuple[Kernel, ...], str]:
+    ampere = capabilities.compute_capability >= (8, 0)
+    reason = "flash needs bf16" if ampere else "flash needs compute capability 8.0"
+    if capabilities.kind == "cpu":
+        if config.sdpa == "efficient":
+            raise UserError('train.sdpa "efficient" is a kernel for CUDA: use "auto", "flash" or "math".')
+        if config.sdpa == "math":
+            return ("math",), "as set"
+        return ("flash", "math"), "the CPU's flash kernel where there is no dropout"
+    if config.sdpa == "flash" and not (ampere and bf16):
+        raise UserError(f'train.sdpa "flash" can\'t be here ({reason}): use "auto".')
     if config.sdpa != "auto":
         return (config.sdpa,), "as set"
-    if capabilities.kind == "cpu":
-        return ("flash", "math"), "the CPU's flash kernel where there is no dropout"
-    if capabilities.compute_capability >= (8, 0) and bf16:
+    if ampere and bf16:
         return ("flash", "efficient", "math"), "no mask, bf16 and compute capability 8.0: flash is eligible"
-    reason = "flash needs bf16" if capabilities.compute_capability >= (8, 0) else "flash needs compute capability 8.0"
     return ("efficient", "math"), reason
 
 
@@ -252,7 +259,7 @@ def _why(setting: bool | None, reason: str) -> str:
 def apply(plan: AccelerationPlan) -> None:
     """Set torch's switches for this process, and log each choice with its reason."""
     if plan.device == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if plan.tf32 else "ieee"
+        torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
         torch.backends.cudnn.benchmark = plan.cudnn_benchmark
     # These switches steer the CPU's attention too.
     torch.backends.cuda.enable_flash_sdp("flash" in plan.sdpa)

@@ -49,11 +49,12 @@ class BatchOrder:
         """[batches_per_epoch, batch_size] sample indices of one epoch."""
         random = np.random.default_rng((self.seed, epoch))
         samples = random.permutation(len(self.lengths))[: self.batches_per_epoch * self.batch_size]
-        pools = [samples[start : start + self.pool] for start in range(0, len(samples), self.pool)]
-        jitter = random.uniform(1 - JITTER, 1 + JITTER, len(samples)).astype(np.float32)
-        keys = np.split(self.lengths[samples] * jitter, range(self.pool, len(samples), self.pool))
-        pools = [pool[np.argsort(key)] for pool, key in zip(pools, keys, strict=True)]
-        batches = np.concatenate(pools).reshape(self.batches_per_epoch, self.batch_size)
+        # Pool by pool and in place: for millions of samples each further array would be tens of megabytes.
+        for start in range(0, len(samples), self.pool):
+            pool = samples[start : start + self.pool]
+            jitter = random.uniform(1 - JITTER, 1 + JITTER, len(pool)).astype(np.float32)
+            pool[:] = pool[np.argsort(self.lengths[pool] * jitter)]
+        batches = samples.reshape(self.batches_per_epoch, self.batch_size)
         return batches[random.permutation(len(batches))]
 
     def from_position(self, epoch: int, position: int) -> Iterator[np.ndarray]:

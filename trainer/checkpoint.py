@@ -19,16 +19,16 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.locks import is_locked as is_locked
+from trainer.locks import locked as locked
 
 log = logging.getLogger(__name__)
 
@@ -133,36 +133,6 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds no weights by name but a {type(state).__name__}.")
     return dict(state)
-
-
-@contextmanager
-def locked(run_dir: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a run directory, so that no second process trains in it. Freed with the process, however it ends.
-
-    Raises:
-        UserError: Another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / name)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_locked(run_dir: Path, name: str = ".lock") -> bool:
-    """Whether a process holds `run_dir` at this moment."""
-    if not (run_dir / name).exists():
-        return False
-    try:
-        with FileLock(run_dir / name, timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 class Checkpoints:

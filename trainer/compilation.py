@@ -11,11 +11,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from trainer.config import identity_fields
 from trainer.errors import UserError
 from trainer.workload import Workload
 
@@ -36,6 +38,10 @@ class TrainingLoss:
         self._compiled: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
         if compile:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+            # All models of a process share one limit of graphs; those of earlier trials are of no use, and on disk.
+            torch._dynamo.reset()
+            # Else the backward pass is compiled when it first runs, and fails there, in the middle of a step.
+            torch._functorch.config.force_non_lazy_backward_lowering = True
             # Two lengths that happen to agree in the first batch shall be two symbols all the same.
             torch.fx.experimental._config.use_duck_shape = False
             self._compiled = torch.compile(self._eager, fullgraph=True, dynamic=True)
@@ -52,7 +58,7 @@ class TrainingLoss:
             log.info("compiling forward and loss: the first step takes long")
         try:
             sums = self._compiled(inputs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except _failures() as error:
             reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
             if self._required:
                 raise UserError(
@@ -63,11 +69,21 @@ class TrainingLoss:
             return self._eager(inputs)
         if self._waiting:
             self._waiting = False
-            log.info("compiled the forward pass in %.1f s", time.perf_counter() - started)
-            mark = _mark(self._model)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            log.info("compiled in %.1f s", time.perf_counter() - started)
+            mark = _mark(self._workload, self._model)
+            with suppress(OSError):  # a closed folder: the next run compiles again
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
         return sums
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What torch raises where code can't be compiled, or would have to be compiled without end. Asked for only then:
+    importing it takes a second."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, FailOnRecompileLimitHit, InductorError
 
 
 def cache_folder() -> Path:
@@ -76,12 +92,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(home) / "prodigy-tuner" / "inductor")
 
 
-def compiled_before(model: nn.Module) -> bool:
+def compiled_before(workload: Workload, model: nn.Module) -> bool:
     """Whether such a model was compiled on such a device by this version of PyTorch."""
-    return _mark(model).exists()
+    return _mark(workload, model).exists()
 
 
-def _mark(model: nn.Module) -> Path:
-    shapes = [(name, tuple(p.shape), p.requires_grad, p.device.type) for name, p in model.named_parameters()]
-    key = repr((torch.__version__, type(model).__qualname__, shapes)).encode()
+def _mark(workload: Workload, model: nn.Module) -> Path:
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    options = workload.model_dump_json(include=set(identity_fields(type(workload))))
+    shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    key = repr((torch.__version__, name, type(workload).__qualname__, options, shapes)).encode()
     return cache_folder() / f"compiled-{hashlib.sha256(key).hexdigest()[:16]}"

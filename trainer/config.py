@@ -85,6 +85,9 @@ class TrainConfig(BaseModel):
     """Steps between checkpoints. A run that ends or is stopped always leaves one."""
     keep_checkpoints: Annotated[PositiveInt, Role.FREE] = 2
     device: Annotated[Literal["auto", "cpu", "cuda"], Role.FREE] = "auto"
+    micro_batch_size: Annotated[PositiveInt | Literal["auto"] | None, Role.FREE] = None
+    """Most samples of a batch that go through the model at once; the update is that of the whole batch. "auto": what
+    the memory estimate says that the device holds. Default: the batch size."""
 
     # Decided by `trainer.acceleration` from the device and the run where left as they are.
     compile: Annotated[Literal["auto", "on", "off"], Role.FREE] = "auto"
@@ -106,6 +109,8 @@ class TrainConfig(BaseModel):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        if self.optimizer == "adamw" and not self.fused_optimizer:
+            raise ValueError("fused_optimizer false is for prodigy: only AdamW's fused form can skip an update")
         if self.decay_fraction > 1:
             raise ValueError(f"decay_fraction {self.decay_fraction} is a share; use at most 1")
         if self.schedule != "none" and self.horizon is None:
@@ -118,6 +123,13 @@ class TrainConfig(BaseModel):
     def effective_batch_size(self) -> int:
         """Samples per optimizer update."""
         return self.batch_size * self.grad_accumulation
+
+    @property
+    def num_micro_batches(self) -> int:
+        """How many micro-batches a batch is cut into; 1 where that is still to be decided."""
+        if not isinstance(self.micro_batch_size, int):
+            return 1
+        return math.ceil(self.batch_size / self.micro_batch_size)
 
     @property
     def num_steps(self) -> int | None:

@@ -30,10 +30,14 @@ def cross_entropy_sum(x: Tensor, head: nn.Linear, targets: Tensor, *, ignore_ind
         is computed with it, for one backward pass.
     """
     rows = max(1, CHUNK_LOGITS // head.out_features)
-    # Compiled code fuses softmax and gradient into one pass, so the plain form costs it no such memory.
-    if len(targets) <= rows or torch.compiler.is_compiling():
+    # Compiled code holds all logits in the products' precision, but none in float32; and it must not depend on their
+    # number, which is why that is asked second.
+    if torch.compiler.is_compiling() or len(targets) <= rows:
         return F.cross_entropy(head(x).float(), targets, ignore_index=ignore_index, reduction="sum")
-    loss: Tensor = _Chunked.apply(x, head.weight, head.bias, targets, ignore_index, rows)  # type: ignore[no-untyped-call]
+    parts: tuple[Tensor, ...] = x, head.weight, head.bias
+    if not torch.is_grad_enabled():
+        parts = x.detach(), head.weight.detach(), head.bias.detach()
+    loss: Tensor = _Chunked.apply(*parts, targets, ignore_index, rows)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -59,6 +63,8 @@ class _Chunked(torch.autograd.Function):
                 logits = F.linear(low_x[chunk], low_weight, low_bias).float()
                 log_sum = logits.logsumexp(1, keepdim=True)
                 total = total + ((log_sum - logits.gather(1, target)) * real).sum()
+                if not (wants_x or wants_weight or wants_bias):
+                    continue
                 # From here on the gradient, in the logits' own memory: softmax less one at the target.
                 grad = logits.sub_(log_sum).exp_()
                 grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(real)

@@ -66,11 +66,22 @@ class DamageCount:
 
 
 class _EndlessOrder(Sampler[np.ndarray]):
-    def __init__(self, order: BatchOrder, epoch: int, position: int) -> None:
-        self.order, self.start = order, (epoch, position)
+    def __init__(self, order: BatchOrder, start: tuple[int, int], num_micro_batches: int) -> None:
+        self.order, self.start, self.num_micro_batches = order, start, num_micro_batches
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return self.order.from_position(*self.start)
+        for indices in self.order.from_position(*self.start):
+            yield from micro_batches(indices, self.order.lengths[indices], self.num_micro_batches)
+
+
+def micro_batches(indices: np.ndarray, lengths: np.ndarray, number: int) -> list[np.ndarray]:
+    """Cut a batch into `number` parts that differ by one sample at most, each of like length.
+
+    The longest come first: gradients, which the first forward pass need not share the memory with, are there later.
+    """
+    if number == 1:
+        return [indices]
+    return np.array_split(indices[np.argsort(-lengths, kind="stable")], number)
 
 
 def train_batches(
@@ -83,11 +94,16 @@ def train_batches(
     device: torch.device,
     pin_memory: bool = False,
     pad_multiple: int = 1,
+    num_micro_batches: int = 1,
 ) -> Iterator[Batch]:
-    """Batches without end from `start` = (epoch, position) on; the same ones whatever `num_workers`."""
+    """Batches without end from `start` = (epoch, position) on; the same ones whatever `num_workers`.
+
+    Args:
+        num_micro_batches: Each batch comes as so many in a row, which hold its samples.
+    """
     loader = DataLoader(
         BatchReader(workload, data, pad_multiple),
-        sampler=_EndlessOrder(order, *start),
+        sampler=_EndlessOrder(order, start, num_micro_batches),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -20,6 +20,7 @@ from trainer.config import TrainConfig
 from trainer.evaluation import Evaluation, autocast, evaluate
 from trainer.loader import fixed_batches, train_batches
 from trainer.metrics import IntervalMeter, log_line
+from trainer.micro_batches import split
 from trainer.optimizers import schedule_factor, step_size, update
 from trainer.state import Run, prepare
 from trainer.tracking import Tracker, Trackers
@@ -71,7 +72,8 @@ def train(
         lineage: Where the configuration comes from; kept in every checkpoint.
 
     Raises:
-        UserError: The data, the device or what is in `run_dir` does not fit; nothing is lost.
+        UserError: The data, the device or what is in `run_dir` does not fit; nothing is lost. With
+            `micro_batch_size` "auto" also: the device can't hold one sample at a time.
         Diverged: No gradient of a whole log interval was finite.
     """
     run_dir = Path(run_dir)
@@ -82,8 +84,9 @@ def train(
         Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
         capabilities = detect(config.device)
+        config = split(workload, config, capabilities)
         run = prepare(workload, config, capabilities.kind, checkpoints, resume=resume, init=init, lineage=lineage)
-        acceleration = plan(capabilities, config, run.size(compiled_before=compiled_before(run.model)))
+        acceleration = plan(capabilities, config, run.size(compiled_before=compiled_before(workload, run.model)))
         apply(acceleration)
         _loop(run, acceleration, checkpoints, tracker, on_eval, stop)
     progress = run.progress
@@ -164,13 +167,17 @@ def _train_batches(run: Run, acceleration: AccelerationPlan) -> Iterator[Batch]:
         device=run.device,
         pin_memory=acceleration.pin_memory,
         pad_multiple=acceleration.pad_multiple,
+        num_micro_batches=config.num_micro_batches,
     )
 
 
 def step(run: Run, loss_sums: TrainingLoss, precision: str, batches: Iterator[Batch], meter: IntervalMeter) -> None:
-    """One optimizer update over `grad_accumulation` batches, as exact as one. Reads no value on the host."""
+    """One optimizer update over `grad_accumulation` batches, in their micro-batches, as exact as one.
+
+    Reads no value on the host.
+    """
     config = run.config
-    group = [next(batches) for _ in range(config.grad_accumulation)]
+    group = [next(batches) for _ in range(config.grad_accumulation * config.num_micro_batches)]
     group = [batch for batch in group if batch.num_samples]
     weights = run.workload.loss_weights
     totals = {name: sum(batch.counts[name] for batch in group) for name in weights}

@@ -15,6 +15,7 @@ CPU's does. A compiled model is judged as if it were not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class MemoryEstimate:
 
     batch_size: int
     num_slots: int
-    """Tokens of the batch of the longest samples, with padding."""
+    """Tokens that go through the model at once, with padding: the batch, or a micro-batch, of the longest samples."""
     parameters: int
     """Buffers included."""
     gradients: int
@@ -117,9 +118,11 @@ def estimate(workload: Workload, config: TrainConfig, *, device: str, precision:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that a new process may take: free on the current CUDA device, or of the machine's memory."""
+    """Bytes that a new run may take: free on the current CUDA device, or of the machine's memory."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
+        # What an earlier run of this process gave back, the caching allocator keeps; it will be used again.
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         # Asking has cost a context, which the estimate counts too.
         return min(total, free + CUDA_CONTEXT)
     return psutil.virtual_memory().available
@@ -148,17 +151,21 @@ class Probe:
         self.num_trained = sum(parameter.numel() for parameter in trained)
         self.gradients = storage_bytes(trained)
 
-    def estimate(self, batch_size: int | None = None) -> MemoryEstimate:
-        """What the run needs, with this batch size or the configuration's.
+    def estimate(self, batch_size: int | None = None, *, micro_batch_size: int | None = None) -> MemoryEstimate:
+        """What the run needs, with this batch size and micro-batch size or the configuration's.
+
+        "auto" is taken for the batch size; `trainer.micro_batches` decides it.
 
         Raises:
             NoEstimate, UserError: As `estimate` of this module.
         """
         batch_size = batch_size or self.config.batch_size
-        batch = self._longest(batch_size)
+        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size or self.config.micro_batch_size}
+        num_micro_batches = self.config.model_copy(update=sizes).num_micro_batches
+        batch = self._longest(math.ceil(batch_size / num_micro_batches))
         with self._counting() as live:
             live.add(self._resident)
-            self._forward_backward(batch, live)
+            self._forward_backward(batch, live, self.config.grad_accumulation * num_micro_batches)
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             activations = live.peak_without(gradients) - self.parameters
             training_peak = live.peak
@@ -228,12 +235,15 @@ class Probe:
         live.add(inputs.values())
         return inputs
 
-    def _forward_backward(self, batch: Batch, live: LiveBytes) -> None:
-        """One step of the training loop but its update. A second batch finds the gradients of the first."""
-        accumulation = self.config.grad_accumulation
-        group = [self._inputs(batch, live) for _ in range(accumulation)]
+    def _forward_backward(self, batch: Batch, live: LiveBytes, number: int) -> None:
+        """One step of the training loop but its update, over so many such batches or micro-batches.
+
+        A second one finds the gradients of the first, and a third finds what the second did.
+        """
+        group = [self._inputs(batch, live) for _ in range(min(number, 2))]
+        waiting = torch.empty(max(0, number - 2) * storage_bytes(group[0].values()), dtype=torch.uint8)
         weights = self.workload.loss_weights
-        for inputs in group[:2]:
+        for inputs in group:
             with autocast(torch.device("cpu"), self.precision):
                 sums = self.workload.loss_sums(self.model, inputs)
             terms = [weight * sums[name] / batch.counts[name] for name, weight in weights.items() if batch.counts[name]]
@@ -243,6 +253,7 @@ class Probe:
             _engine_run_backward(
                 (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
+        del waiting
 
     @cached_property
     def _step(self) -> tuple[int, int]:

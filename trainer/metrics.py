@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trainer.clock import clock as clock
 from trainer.workload import Batch
 
 
@@ -40,15 +41,6 @@ class LossMeter:
             return {}
         values = torch.stack(list(self._sums.values())).tolist()
         return means(dict(zip(self._sums, values, strict=True)), self._counts, self.weights)
-
-
-def clock(seconds: float) -> str:
-    """12.3s below a minute, else 4:05 or 12:34:56."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def log_line(step: int, values: Mapping[str, float], *, time: float, remaining: float | None) -> str:

@@ -32,7 +32,7 @@ DEDUPLICATED = 1024
 """Bytes from which on an array is looked for among those stored. Each distinct one costs 0.1 KB of memory."""
 RECORD_EVERY = 10.0
 NUM_PROBED = 512
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 1.0
 # Of the samples probed. The loader stops a run at 1%, so packing them would be for nothing.
 MAX_DAMAGED = 0.05
 

@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import torch
 
-from trainer import Diverged, Evaluation
+from trainer import Diverged, Evaluation, TrainResult, UserError
+from trainer.acceleration import Capabilities, detect
+from trainer.config import TrainConfig
+from trainer.memory import available_memory
+from trainer.micro_batches import Fit, fit, shortage
 from trainer.tracking import Tracker
-from tuner.run import Runtime, tracked_train
-from tuner.search_space import suggest, trial_setup
+from tuner.peak_memory import PeakMemory
+from tuner.run import Runtime, log_file, tracked_train
+from tuner.search_space import Setup, full_setup, suggest, trial_setup
 from tuner.spec import StudySpec
 from tuner.trials import BASELINE, HOST, INFEASIBLE, report_once, trial_name
+
+log = logging.getLogger(__name__)
+
+STARTS = "starts"
+"""Attribute of a trial: [how often it was started since its last sign of life, its evaluations at that time]."""
+MAX_STARTS = 3
+RISING = 1.01
+"""Prodigy's d still rose if the last evaluation found it larger than the one before by more than this factor."""
+
+# What the memory estimate reads of a configuration. Proposals that differ in nothing of it are judged once.
+SIZED_BY = {"batch_size", "micro_batch_size", "grad_accumulation", "optimizer", "slice_p", "max_grad_norm"}
+SIZED_BY |= {"use_bias_correction", "fused_optimizer", "precision", "sdpa", "val_samples", "val_seed"}
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""In the messages of errors that are of no type of their own."""
+
+_judged: dict[tuple[str, ...], Fit] = {}
+"""Of this process, by all that decides it: an estimate takes about a second."""
 
 
 class Interrupted(Exception):
@@ -52,31 +82,73 @@ class Objective:
         run_dir = self.runtime.run_dir(self.spec.study.name, trial_name(trial.number))
         trial.set_user_attr("run_dir", str(run_dir))
         trial.set_user_attr(HOST, platform.node())
+        value, ending = math.nan, None
         try:
-            return self._train(trial, params, run_dir)
+            _count_start(trial)
+            value = self._train(trial, params, run_dir)
         except Infeasible as error:
             trial.set_constraint(error.constraint, 1.0)
-            trial.set_user_attr(INFEASIBLE, str(error))
-            raise optuna.TrialPruned(str(error)) from None
+            ending = str(error)
+            trial.set_user_attr(INFEASIBLE, ending)
+        except optuna.TrialPruned as error:
+            ending = str(error)
+        except (Interrupted, UserError, KeyboardInterrupt):
+            # It ended with a word.
+            trial.set_user_attr(STARTS, [0, 0])
+            raise
+        # Only here: the frames of an exception hold the model while it is handled.
+        release_memory()
+        if ending is not None:
+            raise optuna.TrialPruned(ending)
+        return value
 
     def _train(self, trial: optuna.Trial, params: dict[str, object], run_dir: Path) -> float:
-        metric = self.spec.study.metric
+        setup = trial_setup(self.spec, params)
+        capabilities = detect(setup.config.device)
+        full_steps = full_setup(self.spec, params).config.num_steps
+        with log_file(run_dir):
+            setup = _fitted(trial, setup, capabilities)
 
         def on_eval(evaluation: Evaluation) -> None:
-            value = evaluation.metrics[metric]
-            if not math.isfinite(value):
-                raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
-            if report_once(trial, value, round(min(evaluation.point, self.spec.trial.budget))):
-                trial.set_user_attr("d", [*trial.user_attrs.get("d", []), evaluation.d])
-            # The baseline is what everything is compared with, so it runs to its end; and at its end nothing is saved.
-            spared = trial.user_attrs.get(BASELINE) or evaluation.point >= self.spec.trial.budget
-            if not spared and trial.should_prune():
-                raise optuna.TrialPruned(f"{metric} {value:.4f} after {evaluation.samples} samples")
+            self._report(trial, evaluation, setup.config, full_steps)
 
+        with _measured(trial, capabilities):
+            result = self._run(trial, params, setup, run_dir, on_eval)
+        if not result.finished:
+            raise Interrupted
+        trial.set_user_attr("samples_per_second", result.samples / result.seconds)
+        return result.metrics[self.spec.study.metric]
+
+    def _report(self, trial: optuna.Trial, evaluation: Evaluation, config: TrainConfig, full_steps: int | None) -> None:
+        """Tell Optuna of one point of the grid, and end the trial where it is not worth going on."""
+        metric = self.spec.study.metric
+        value = evaluation.metrics[metric]
+        if not math.isfinite(value):
+            raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
+        if report_once(trial, value, round(min(evaluation.point, self.spec.trial.budget))):
+            found = [*trial.user_attrs.get("d", []), evaluation.d]
+            before = found[-2] if len(found) > 1 else config.d0
+            trial.set_user_attr("d", found)
+            trial.set_user_attr("d_rising", config.optimizer == "prodigy" and found[-1] > RISING * before)
+        if full_steps is not None:
+            trial.set_user_attr("full_hours", evaluation.seconds / evaluation.step * full_steps / 3600)
+        # The baseline is what everything is compared with, so it runs to its end; and at its end nothing is saved.
+        spared = trial.user_attrs.get(BASELINE) or evaluation.point >= self.spec.trial.budget
+        if not spared and trial.should_prune():
+            raise optuna.TrialPruned(f"{metric} {value:.4f} after {evaluation.samples} samples")
+
+    def _run(
+        self,
+        trial: optuna.Trial,
+        params: dict[str, object],
+        setup: Setup,
+        run_dir: Path,
+        on_eval: Callable[[Evaluation], None],
+    ) -> TrainResult:
         lineage = {"study": self.spec.study.name, "trial": trial.number, "params": params}
         try:
-            result = tracked_train(
-                trial_setup(self.spec, params),
+            return tracked_train(
+                setup,
                 run_dir,
                 self.runtime,
                 experiment=self.spec.study.name,
@@ -86,26 +158,76 @@ class Objective:
             )
         except Diverged as error:
             raise Infeasible("finite", str(error)) from None
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
-            # The traceback's frames hold the tensors: without this the memory would stay taken.
-            error.__traceback__ = None
-            release_memory()
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Infeasible("memory", f"out of memory: {reason}") from None
-        if not result.finished:
-            raise Interrupted
-        trial.set_user_attr("samples_per_second", result.samples / result.seconds)
-        return result.metrics[metric]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's out-of-memory error, or the CPU allocator's."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+def _count_start(trial: optuna.Trial) -> None:
+    """Count the starts of a trial that end without a word: what the kernel kills to free memory says nothing."""
+    evaluations = len(trial.storage.get_trial(trial._trial_id).intermediate_values)
+    starts, at = trial.user_attrs.get(STARTS, [0, 0])
+    starts = starts if at == evaluations else 0
+    if starts >= MAX_STARTS:
+        raise Infeasible("memory", f"ended {starts} times without a word, likely by the kernel's out-of-memory killer")
+    trial.set_user_attr(STARTS, [starts + 1, evaluations])
+
+
+def _fitted(trial: optuna.Trial, setup: Setup, capabilities: Capabilities) -> Setup:
+    """The trial with its micro-batch size decided. Raises Infeasible where the device's memory can't hold it."""
+    available = available_memory(capabilities.kind)
+    found = _judge(setup, capabilities, available)
+    if capabilities.kind == "cpu":
+        # What other programs hold they may give back: infeasible is only what the machine can never hold.
+        available = capabilities.memory
+    if not found.fits(available):
+        raise Infeasible("memory", shortage(found, available))
+    trial.set_user_attr("micro_batch_size", found.micro_batch_size)
+    if setup.config.micro_batch_size != "auto":
+        return setup
+    log.info("micro-batches: %d: %s", found.micro_batch_size, found.reason)
+    decided = {"micro_batch_size": found.micro_batch_size}
+    return replace(setup, config=setup.config.model_copy(update=decided))
+
+
+def _judge(setup: Setup, capabilities: Capabilities, available: int) -> Fit:
+    """What the memory estimate says of a trial; where it was asked before, what it said."""
+    workload, config = setup.workload, setup.config
+    key = (
+        f"{type(workload).__module__}:{type(workload).__qualname__}",
+        workload.model_dump_json(),
+        config.model_dump_json(include=SIZED_BY),
+        capabilities.kind,
+    )
+    if key not in _judged or (config.micro_batch_size == "auto" and not _judged[key].fits(available)):
+        _judged[key] = fit(workload, config, capabilities, available)
+    return _judged[key]
+
+
+@contextmanager
+def _measured(trial: optuna.Trial, capabilities: Capabilities) -> Iterator[None]:
+    """Record with a trial the memory that it took, however it ends."""
+    trial.set_user_attr("memory", capabilities.memory)
+    peak = PeakMemory(capabilities.kind)
+    try:
+        yield
+    finally:
+        if (taken := peak.read()) is not None:
+            # A trial that goes on may have had its peak before.
+            trial.set_user_attr("peak_memory", max(taken, trial.user_attrs.get("peak_memory", 0)))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch's out-of-memory error, an error of CUDA's libraries or of the CPU allocator, or Python's own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def release_memory() -> None:
+    """Give back what ended runs left: what cyclic references hold, and what CUDA's allocator keeps for later."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

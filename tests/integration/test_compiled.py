@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from tests.integration.test_losses import losses
 from tests.toy import Toy
-from trainer import TrainConfig, UserError, train
+from trainer import TrainConfig, UserError, cross_entropy, train
 from trainer.compilation import compiled_before
 
 
@@ -56,10 +56,45 @@ def test_what_was_compiled_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     workload = Toy(dropout=0.0)
     model = workload.build_model()
-    assert not compiled_before(model)
+    assert not compiled_before(workload, model)
     train(workload, TrainConfig(steps=2, batch_size=4, compile="on"), run_dir=tmp_path / "run")
-    assert compiled_before(model)
-    assert not compiled_before(Toy(width=17).build_model())
+    assert compiled_before(workload, model)
+    assert not compiled_before(Toy(dropout=0.5), model)
+
+
+def test_neither_few_targets_nor_many_compile_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    # So that some batches stay below the number from which on the eager loss is cut into chunks.
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 80 * 34)
+    losses(tmp_path, "run", dropout=0.0, layers=1, compile="on", batch_size=2, steps=30)
+    assert compilations() == (1, 0)
+
+
+def test_a_backward_pass_that_can_not_be_compiled_leaves_the_run_eager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import default_partition
+
+    def fail(*_: Any) -> Any:
+        raise NotImplementedError("no code for this device")
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=fail, partition_fn=default_partition)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr("trainer.acceleration._compile", lambda *_: (True, "it repays"))
+    with caplog.at_level(logging.INFO, "trainer"):
+        result = train(Toy(dropout=0.0), TrainConfig(steps=3, batch_size=4), run_dir=tmp_path)
+    assert result.finished
+    assert any("can't be compiled as one graph" in message for message in caplog.messages)
+    assert not any(message.startswith("compiled in") for message in caplog.messages)
+
+
+def test_many_trials_of_one_process_each_have_their_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for number in range(10):
+        config = TrainConfig(steps=1, batch_size=4, compile="on")
+        train(Toy(dropout=number / 20), config, run_dir=tmp_path / str(number))
+    assert compilations() == (10, 0)
 
 
 class Asking(Toy):

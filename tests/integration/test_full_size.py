@@ -1,6 +1,6 @@
 """The real configuration, once, on a machine of 24 GB: gpt.pth -> train -> checkpoint -> resume -> export.
 
-    scripts/test.sh -m slow -s tests/integration/test_full_size.py
+    scripts/test.sh -m slow -n 0 -s tests/integration/test_full_size.py
 
 527 M trained parameters with Prodigy are 12.9 GB (weights, gradients, four states) and their checkpoint 10.8 GB, so no
 second copy fits anywhere. Takes minutes, 40 GB of disk, and prints the time and the memory of each part.
@@ -38,6 +38,7 @@ save_every = 1
 keep_checkpoints = 1
 [trial]
 samples = 2
+evaluations = 1
 num_trials = 1
 [full]
 steps = 1

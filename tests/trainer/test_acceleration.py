@@ -126,6 +126,19 @@ def test_every_choice_can_be_overridden_and_says_so(setting: str, value: Any, re
     assert reason in after.reasons
 
 
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("RTX 2080", {"sdpa": "flash"}),
+        ("RTX 4090", {"sdpa": "flash", "precision": "fp32"}),
+        ("CPU without", {"sdpa": "efficient"}),
+    ],
+)
+def test_a_kernel_that_can_not_run_is_refused(device: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f'train.sdpa "{settings["sdpa"]}"'):
+        decide(device, **settings)
+
+
 def test_more_workers_than_cores_are_not_started() -> None:
     chosen = decide("RTX 2080", num_workers=32)
     assert chosen.num_workers == 8

@@ -46,7 +46,12 @@ def workload(tmp_path: Path) -> IndexTTS2:
     return IndexTTS2(gpt=TINY_GPT, **manifests)
 
 
-SETTINGS = [{"optimizer": "prodigy"}, {"optimizer": "adamw"}, {"optimizer": "prodigy", "max_grad_norm": None}]
+SETTINGS: list[dict[str, Any]] = [
+    {"optimizer": "prodigy"},
+    {"optimizer": "adamw"},
+    {"optimizer": "prodigy", "max_grad_norm": None},
+    {"optimizer": "prodigy", "micro_batch_size": 2},
+]
 
 
 def started(workload: IndexTTS2, folder: Path, settings: dict[str, Any]) -> tuple[Run, Iterator[Batch], IntervalMeter]:

@@ -1,0 +1,41 @@
+"""A run directory in use is locked. Without torch, so that looking at a study does not wait for its import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer.errors import UserError
+
+
+@contextmanager
+def locked(run_dir: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a run directory, so that no second process trains in it. Freed with the process, however it ends.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(run_dir: Path, name: str = ".lock") -> bool:
+    """Whether a process holds `run_dir` at this moment."""
+    if not (run_dir / name).exists():
+        return False
+    try:
+        with FileLock(run_dir / name, timeout=0):
+            return False
+    except Timeout:
+        return True

@@ -1,0 +1,96 @@
+"""How many samples of a batch go through the model at once: as set, or what the device's memory holds.
+
+A batch that is cut into micro-batches gives the same update, so its size may be chosen for what it does to the loss
+and the micro-batches' for what the device holds. The memory estimate decides beforehand: nothing is cut in answer to
+an error in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from trainer.acceleration import Capabilities, choose_precision
+from trainer.config import TrainConfig
+from trainer.errors import UserError
+from trainer.memory import MemoryEstimate, Probe, available_memory
+from trainer.workload import Workload
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run would go into a device's memory."""
+
+    micro_batch_size: int
+    """Samples of the largest micro-batch."""
+    needs: int | None
+    """Bytes that the device must have; None where there is no estimate."""
+    reason: str
+
+    def fits(self, available: float) -> bool:
+        """Whether a device with so many bytes can train it, as far as is known."""
+        return self.needs is None or self.needs <= available
+
+
+def split(workload: Workload, config: TrainConfig, capabilities: Capabilities) -> TrainConfig:
+    """The configuration with `micro_batch_size` "auto" decided for a device, and logged; any other as it is.
+
+    Raises:
+        UserError: The device can't hold one sample at a time.
+    """
+    if config.micro_batch_size != "auto":
+        return config
+    available = available_memory(capabilities.kind)
+    found = fit(workload, config, capabilities, available)
+    if not found.fits(available):
+        raise UserError(
+            f'train.micro_batch_size "auto": one sample at a time {shortage(found, available)}: use a smaller model, '
+            "a larger device, or what else saves memory (train.slice_p = 11, gradient checkpointing)."
+        )
+    log.info("micro-batches: %d: %s", found.micro_batch_size, found.reason)
+    return config.model_copy(update={"micro_batch_size": found.micro_batch_size})
+
+
+def fit(workload: Workload, config: TrainConfig, capabilities: Capabilities, available: float) -> Fit:
+    """What a run needs; with `micro_batch_size` "auto", cut into the fewest parts that fit into `available` bytes.
+
+    Where not even one sample at a time fits, the result is that of one. A run that can't be estimated is not cut.
+    """
+    size = math.ceil(config.batch_size / config.num_micro_batches)
+    try:
+        probe = Probe(workload, config, device=capabilities.kind, precision="fp32")
+        probe.precision, _ = choose_precision(capabilities, config, probe.num_trained)
+        if config.micro_batch_size != "auto":
+            return Fit(size, probe.estimate().total, "as set")
+        return _largest(lambda size: probe.estimate(micro_batch_size=size), config.batch_size, available)
+    except Exception as error:
+        # Code that trains may stumble in many ways over tensors without contents. A defect, of it or of the data,
+        # shows in the run itself, which comes next.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Fit(size, None, f"no estimate, so batches are not cut ({reason})")
+
+
+def _largest(estimate: Callable[[int], MemoryEstimate], batch_size: int, available: float) -> Fit:
+    needs = cache(lambda size: estimate(size).total)
+    if needs(batch_size) <= available:
+        return Fit(batch_size, needs(batch_size), f"the whole batch needs {_gb(needs(batch_size))} of {_gb(available)}")
+    # In parts as equal as can be: it is the largest that decides.
+    sizes = sorted({math.ceil(batch_size / parts) for parts in range(1, batch_size + 1)})
+    size = sizes[max(0, bisect_right(sizes, available, key=needs) - 1)]
+    whole, part = _gb(needs(batch_size)), _gb(needs(size))
+    return Fit(size, needs(size), f"a batch of {batch_size} needs {whole} of {_gb(available)}, cut like this {part}")
+
+
+def shortage(found: Fit, available: float) -> str:
+    """What a run that does not fit needs, and what there is."""
+    return f"needs {_gb(found.needs or 0)} and the device has {_gb(available)}"
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
