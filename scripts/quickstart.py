@@ -16,7 +16,7 @@ from rich.table import Table
 
 from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
-from trainer.metrics import clock
+from trainer.clock import clock
 from tuner.display import RunDisplay, StudyDisplay, format_params, trial_table
 from tuner.launcher import launch, open_study
 from tuner.promotion import promote, rerun

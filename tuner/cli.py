@@ -139,6 +139,14 @@ def dashboard(
 def promote(
     study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
     trial: Annotated[int | None, typer.Option(min=0, help=r"Promote this trial. \[default: the best]")] = None,
+    confirm: Annotated[
+        int | None, typer.Option(min=1, help="First run so many of the best, and the baseline, for longer.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help=r"Seeds of a confirmation. \[default: 2]")] = None,
+    rung: Annotated[
+        int | None, typer.Option(min=1, help="Length of the confirmation, in samples if the trials' is.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start at step 0, not from a checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in optimizer updates.")] = None,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
@@ -146,16 +154,34 @@ def promote(
 ) -> None:
     """Train the full run with the best trial's settings, or continue it.
 
-    Example: tuner promote indextts2-ko
+    Example: tuner promote indextts2-ko --confirm 3
     """
+    if confirm is None and (seeds or rung):
+        raise UserError("--seeds and --rung belong to a confirmation: give --confirm 3 too.")
+    if confirm is not None and trial is not None:
+        raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
+    from rich.console import Console
+
+    from tuner.confirmation import confirm as confirm_best
+    from tuner.objective import Interrupted
     from tuner.promotion import promote
+    from tuner.report import confirmation_table
     from tuner.run import Runtime
     from tuner.storage import load_study, open_storage
 
     show_log()
     opened = load_study(study, open_storage(storage, must_exist=True))
     with stoppable(print) as stop, explained():
-        result = promote(opened, trial=trial, steps=steps, runtime=Runtime(run_root, track, stop))
+        runtime, confirmed = Runtime(run_root, track, stop), None
+        if confirm is not None:
+            try:
+                confirmed = confirm_best(opened, confirm, num_seeds=seeds or 2, rung=rung, runtime=runtime)
+            except Interrupted:
+                print("Stopped with a checkpoint; the same command goes on.")
+                raise typer.Exit(STOPPED) from None
+            Console().print(confirmation_table(confirmed))
+            print(confirmed.verdict)
+        result = promote(opened, trial=trial, confirmed=confirmed, steps=steps, fresh=fresh, runtime=runtime)
     _finish(result, "the same command")
 
 
@@ -277,6 +303,19 @@ def bench(
         print_table(result, Console())
     if measurement.failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def new(
+    name: Annotated[Path, typer.Argument(help="A folder to make; the study takes its name.", show_default=False)],
+) -> None:
+    """Write a small study that runs as it is, to put your own model into.
+
+    Example: tuner new my-study
+    """
+    from tuner.new import new
+
+    print(new(name))
 
 
 @app.command()

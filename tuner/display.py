@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from trainer.metrics import clock
-from tuner.search_space import trial_setup
-from tuner.spec import StudySpec
-from tuner.trials import BASELINE, INFEASIBLE, is_interrupted, last_value, ranking, state_of
+from trainer.clock import clock, format_hours
+from tuner.trials import (
+    BASELINE,
+    D_RISING,
+    ENDED,
+    FULL_HOURS,
+    INFEASIBLE,
+    is_interrupted,
+    last_value,
+    not_beaten,
+    ranking,
+    state_of,
+    stored_values,
+)
+
+if TYPE_CHECKING:
+    from tuner.spec import StudySpec
+
+FURNITURE = 14
+"""Lines of a live display besides its trials: borders, remarks, cells that take two lines, the progress."""
 
 
 def format_params(params: Mapping[str, Any]) -> str:
@@ -29,35 +46,86 @@ def format_value(value: Any) -> str:
 
 
 def trial_table(study: optuna.Study, title: str | None = None, last: int = 1000) -> Table:
-    """The `last` trials of a study, the baseline and the best one marked in words."""
+    """The `last` trials of a study, the baseline and the best one marked in words.
+
+    The projected hours of the full run stand in a column of their own where they are known; only the states break
+    into two lines where 80 columns are too few.
+    """
     trials = study.get_trials(deepcopy=False)
     ranked = ranking(study, trials)
+    best, front = ranked[0].number if ranked else None, not_beaten(study, trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    table = Table(title=title or f"study {study.study_name}", title_justify="left")
+    timed = any(FULL_HOURS in trial.user_attrs for trial in trials)
+    # Without lines between the columns, all of them go into 80.
+    table = Table(
+        title=title or f"study {study.study_name}",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.caption = "\n".join(remarks(study, trials)) or None
     for heading in (
         "trial",
         *(name.rpartition(".")[2] for name in names),
         "samples",
         "loss",
+        *(["full run"] if timed else []),
         "state",
         "time",
     ):
-        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
+        if heading == "state":
+            table.add_column(heading, min_width=len("interrupted"))
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     for trial in trials[-last:]:
-        notes = ["interrupted" if is_interrupted(trial) else state_of(trial)]
-        notes += ["baseline"] if trial.user_attrs.get(BASELINE) else []
-        notes += ["best"] if ranked and trial.number == ranked[0].number else []
         value, values = last_value(trial), trial.intermediate_values
         table.add_row(
             str(trial.number),
             *(format_value(trial.params[name]) if name in trial.params else "" for name in names),
             f"{max(values):,}" if values else "",
             "" if value is None else f"{value:.4f}",
-            ", ".join(notes),
+            *([_full_hours(trial, trial.number in front)] if timed else []),
+            ", ".join(_notes(trial, best)),
             _duration(trial),
-            style="bold" if "best" in notes else None,
+            style="bold" if trial.number == best else None,
         )
     return table
+
+
+def remarks(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[str]:
+    """What is to be said of a study's trials beneath their table, a sentence each."""
+    said = []
+    if not_beaten(study, trials):
+        said.append("* no other trial is better in both loss and the full run's hours")
+    rising = [trial for trial in trials if is_rising(trial)]
+    if rising:
+        numbers = ", ".join(f"{t.number} (d_coef {format_value(_d_coef(study, t))})" for t in rising)
+        said.append(f"d still rising at the end of trial {numbers}: the short run is too short for this d_coef")
+    return said
+
+
+def is_rising(trial: FrozenTrial) -> bool:
+    """Whether Prodigy's d still rose when a trial had come to its end."""
+    return trial.state == TrialState.COMPLETE and bool(trial.user_attrs.get(D_RISING))
+
+
+def _d_coef(study: optuna.Study, trial: FrozenTrial) -> Any:
+    as_given = stored_values(study)["train"].get("d_coef", 1.0)
+    return trial.params.get("train.d_coef", as_given)
+
+
+def _notes(trial: FrozenTrial, best: int | None) -> list[str]:
+    notes = ["interrupted" if is_interrupted(trial) else state_of(trial)]
+    notes += ["baseline"] if trial.user_attrs.get(BASELINE) else []
+    notes += ["best"] if trial.number == best else []
+    return notes + (["d rising"] if is_rising(trial) else [])
+
+
+def _full_hours(trial: FrozenTrial, on_front: bool) -> str:
+    hours = trial.user_attrs.get(FULL_HOURS)
+    return "" if hours is None else f"{format_hours(hours)} {'*' if on_front else ' '}"
 
 
 def _duration(trial: FrozenTrial) -> str:
@@ -83,10 +151,13 @@ class StudyDisplay:
             self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._live:
             self._live.update(self._render())
             self._live.stop()
+        ended = self.study.user_attrs.get(ENDED)
+        if ended and kind is None:
+            self.console.print(f"ended: {ended}", markup=False, highlight=False, soft_wrap=True)
 
     def trial_started(self, trial: optuna.Trial, resumed: bool) -> StudyDisplay:
         self._trial, self._samples, self._line = trial, 0, "continuing" if resumed else "starting"
@@ -130,7 +201,7 @@ class StudyDisplay:
 
     def _render(self) -> Group:
         # What does not fit on the screen would push the progress out of sight.
-        parts: list[Any] = [trial_table(self.study, last=max(1, self.console.height - 9))]
+        parts: list[Any] = [trial_table(self.study, last=max(1, self.console.height - FURNITURE))]
         if self._trial is not None:
             parts.append(f"trial {self._trial.number}: {format_params(self._trial.params)} | {self._line}")
         done = self._num_done() + self._share_of_trial()
@@ -141,6 +212,9 @@ class StudyDisplay:
     def _share_of_trial(self) -> float:
         if self._trial is None or not self._trial.params:
             return 0.0
+        # Here, for it imports torch, and others show a study without.
+        from tuner.search_space import trial_setup
+
         config = trial_setup(self.spec, self._trial.params).config
         if config.num_steps is None:
             return 0.0

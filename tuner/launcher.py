@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from trainer import DamagedSample, UserError
 from trainer.checkpoint import digest_path, is_locked, locked
+from trainer.clock import clock
 from trainer.tracking import Tracker
 from tuner.objective import Interrupted, Objective
 from tuner.run import Runtime
@@ -25,7 +26,20 @@ from tuner.samplers import build_pruner, build_sampler
 from tuner.search_space import baseline, largest_step
 from tuner.spec import StudySpec
 from tuner.storage import open_storage
-from tuner.trials import BASE_DIR, BASELINE, CLAIM, DATA_DIGEST, HOST, SPEC, ranking, stored_spec, trial_name
+from tuner.study_page import StudyPage
+from tuner.trials import (
+    BASE_DIR,
+    BASELINE,
+    CLAIM,
+    DATA_DIGEST,
+    ENDED,
+    HOST,
+    SPEC,
+    ranking,
+    stored_spec,
+    trial_name,
+    trials_since_improvement,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +64,11 @@ def launch(
     timeout: float | None = None,
     display: Display | None = None,
 ) -> optuna.Study:
-    """Run a study's trials until it has as many as the spec says, and return it.
+    """Run a study's trials until it has as many as the spec says or they improve nothing any more, and return it.
 
     A trial that was interrupted, by Ctrl-C or a lost process, is continued from its checkpoint under its own
-    number. The first trial is always the baseline: the settings in `[train]` as they are.
+    number. The first trial is always the baseline: the settings in `[train]` as they are. Why it came to its end
+    stands in the study's attribute `ended`.
 
     Args:
         num_trials: The study's total, in place of `trial.num_trials`.
@@ -71,13 +86,21 @@ def launch(
 
     runtime = replace(given, stop=stop)
     study = open_study(spec, storage)
+    page = StudyPage(study, runtime.run_root)
     total = num_trials or spec.trial.num_trials
+    study.set_user_attr(ENDED, "")
     while not stop():
         with ExitStack() as claim:
             claimed = _claim_trial(study, spec, runtime, total, claim)
             if claimed is None:
+                study.set_user_attr(ENDED, _why_complete(study, spec, total))
                 break
             _run_trial(study, spec, runtime, *claimed, display)
+        page.update()
+    else:
+        if timeout is not None and not given.stop():
+            study.set_user_attr(ENDED, f"the time given, {clock(timeout)}, is over")
+    page.update(now=True)
     return study
 
 
@@ -156,13 +179,28 @@ def _claim_trial(
             if ours and not is_locked(before, CLAIM) and not is_locked(run_dir, CLAIM):
                 claim.enter_context(locked(run_dir, CLAIM))
                 return optuna.Trial(study, frozen._trial_id), True
-        if sum(trial.state in COUNTED for trial in trials) + len(running) >= total:
+        if sum(trial.state in COUNTED for trial in trials) + len(running) >= total or _is_stale(study, spec, trials):
             return None
         if not any(t.user_attrs.get(BASELINE) and t.state != TrialState.FAIL for t in trials):
             study.enqueue_trial(baseline(spec), user_attrs={BASELINE: True})
         trial = study.ask()
         claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
         return trial, False
+
+
+def _is_stale(study: optuna.Study, spec: StudySpec, trials: Sequence[FrozenTrial]) -> bool:
+    """Whether as many trials as the spec's patience improved nothing."""
+    patience = spec.trial.patience
+    return patience > 0 and trials_since_improvement(study, trials, spec.trial.min_delta) >= patience
+
+
+def _why_complete(study: optuna.Study, spec: StudySpec, total: int) -> str:
+    """What ended a study that starts no more trials."""
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    if sum(state in (*COUNTED, TrialState.RUNNING) for state in states) >= total:
+        return f"the study has its {total} trials"
+    delta = f" by more than {spec.trial.min_delta:g}" if spec.trial.min_delta else ""
+    return f"no trial improved {spec.study.metric}{delta} in the last {spec.trial.patience}"
 
 
 def _patiently_locked(study_dir: Path) -> Any:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from trainer import Evaluation, TrainResult, UserError
-from trainer.checkpoint import LATEST, digest_path, is_locked, read_checkpoint
+from trainer.locks import is_locked
 from trainer.tracking import Tracker
-from tuner.run import Runtime, code_version, tracked_train
-from tuner.search_space import full_setup, trial_setup
+from tuner.confirmation import Confirmation, own_curve, own_seed, read_record
+from tuner.continuation import go_on_from
+from tuner.full_runs import CONTINUED_FROM, curves_of, open_curve
+from tuner.projection import MeasuredSpeed, projections
+from tuner.retracing import Retracing
+from tuner.run import Runtime, code_version, log_file, tracked_train
+from tuner.search_space import Setup, full_setup, trial_setup
 from tuner.spec import StudySpec
+from tuner.study_page import StudyPage
 from tuner.trials import ranking, report_once, stored_spec, trial_name
 
 log = logging.getLogger(__name__)
@@ -27,61 +31,60 @@ log = logging.getLogger(__name__)
 PROMOTIONS = "promotions"
 
 
-@dataclass(frozen=True)
-class FullRun:
-    """A promoted run as the study remembers it."""
-
-    trial: int
-    run_dir: Path
-    step: int
-    steps: int | None
-    state: str
-    """"running", "interrupted" or "finished"."""
-    metrics: dict[str, float]
-
-
 def promote(
     study: optuna.Study,
     *,
     trial: int | None = None,
+    confirmed: Confirmation | None = None,
     steps: int | None = None,
+    fresh: bool = False,
     runtime: Runtime | None = None,
     trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
     """Train the full run with a trial's parameters, or continue the one that was started.
 
-    The full run goes on from the trial's own checkpoint where there is one, since a trial is a prefix of its
-    full run. The study remembers where it came from, and `<study>.full` holds its curve.
+    The full run goes on from the checkpoint of the trial's confirmation, else from the trial's own, where there is
+    one, since a trial is a prefix of its full run. One from step 0 is held against the trial's curve. The study
+    remembers where it came from, and `<study>.full` holds its curve.
 
     Args:
         trial: Number of the trial. Default: that of the full run already started, else the best.
+        confirmed: Promote the winner of this confirmation.
         steps: Length in optimizer updates, in place of the spec's `[full]`.
+        fresh: Start at step 0, whatever checkpoints there are.
 
     Raises:
         UserError: There is no such trial, it can't be promoted, or a better one has appeared since.
     """
     runtime = runtime or Runtime()
     spec = stored_spec(study)
-    chosen = _choose(study, trial)
-    setup = full_setup(spec, chosen.params, **_length(study, spec, chosen, steps))
+    chosen = _choose(study, trial, confirmed)
+    length = _length(study, spec, chosen, steps)
+    setup = full_setup(spec, chosen.params, **length)
     run_dir = runtime.run_dir(spec.study.name, f"full-{trial_name(chosen.number)}")
     if is_locked(run_dir):
         raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
-    past: dict[int, float] = {}
-    origin = Path(chosen.user_attrs["run_dir"])
-    started = any(run_dir.glob("*.pth"))
-    if not started and _is_whole(origin / LATEST):
-        _copy_checkpoints(origin, run_dir, [*setup.workload.best_checkpoints().values(), LATEST])
-        past = chosen.intermediate_values if spec.trial.unit == "samples" else {}
-    lineage = {"study": spec.study.name, "trial": chosen.number, "params": chosen.params}
-    _remember(study, chosen, run_dir)
-    curve = _open_curve(study, chosen, run_dir, setup.config.num_steps, None if started else past)
+    origin, past, lineage = _start(study, spec, chosen, run_dir, setup, fresh)
+    _remember(study, chosen, run_dir, origin, confirmed)
+    curve = open_curve(study, chosen, run_dir, setup.config.num_steps, past=past, continued_from=origin)
+    followers = list(trackers)
+    if curve is not None:
+        with log_file(run_dir):
+            for line in projections(study, spec, chosen, length):
+                log.info("%s", line)
+        followers.append(MeasuredSpeed((setup.config.num_steps or 0) * setup.config.effective_batch_size))
+    page = StudyPage(study, runtime.run_root)
+    retracing = Retracing(study, spec, chosen)
 
     def on_eval(evaluation: Evaluation) -> None:
         assert curve is not None, "a finished run has nothing to evaluate"
-        report_once(curve, evaluation.metrics[spec.study.metric], evaluation.samples)
+        value = evaluation.metrics[spec.study.metric]
+        if curve.user_attrs.get(CONTINUED_FROM, "unknown") is None:
+            retracing.check(curve, evaluation.point, value)
+        report_once(curve, value, evaluation.samples)
         curve.set_user_attr("step", evaluation.step)
         curve.set_user_attr("metrics", evaluation.metrics)
+        page.update()
 
     result = tracked_train(
         setup,
@@ -89,7 +92,7 @@ def promote(
         runtime,
         experiment=f"{spec.study.name}.full",
         lineage=lineage,
-        trackers=trackers,
+        trackers=followers,
         on_eval=on_eval,
     )
     if curve is not None:
@@ -97,6 +100,7 @@ def promote(
         curve.set_user_attr("metrics", result.metrics)
         if result.finished:
             curve.study.tell(curve, result.metrics[spec.study.metric])
+    page.update(now=True)
     return result
 
 
@@ -122,19 +126,10 @@ def rerun(
     )
 
 
-def full_runs(study: optuna.Study) -> list[FullRun]:
-    """The full runs that were promoted from a study, in the order of their start."""
-    curves = _curves(study)
-    if curves is None:
-        return []
-    newest = {t.user_attrs["trial"]: t for t in curves.get_trials(deepcopy=False) if "trial" in t.user_attrs}
-    return [_describe(t) for t in newest.values()]
-
-
 def _length(study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, steps: int | None) -> dict[str, Any]:
     """The full run's length where it is not the spec's: as asked for, now or when it was started."""
     horizon = full_setup(spec, chosen.params).config
-    mine = _curves_of(study, chosen)
+    mine = curves_of(study, chosen)
     if steps is None and mine:
         steps = mine[-1].user_attrs["steps"]
     if steps is None or steps == horizon.num_steps:
@@ -147,27 +142,53 @@ def _length(study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, steps: in
     return {"steps": steps, "samples": None}
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a trial's checkpoint can be gone on from; the log says why not."""
-    try:
-        read_checkpoint(checkpoint, mmap=True)
-    except UserError as error:
-        log.warning("the full run starts at step 0: %s", error)
-        return False
-    return True
+def _start(
+    study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, run_dir: Path, setup: Setup, fresh: bool
+) -> tuple[Path | None, dict[int, float] | None, dict[str, Any]]:
+    """Whose checkpoint a full run goes on from, the curve drawn so far, and its lineage.
+
+    The curve is None for a run that is under way: it has one of its own.
+    """
+    lineage: dict[str, Any] = {"study": spec.study.name, "trial": chosen.number, "params": chosen.params}
+    if any(run_dir.glob("*.pth")):
+        if fresh:
+            _refuse_other_start(study, chosen, run_dir)
+        return None, None, lineage
+    origin, step = (None, 0) if fresh else _go_on(study, spec, chosen, run_dir, setup)
+    lineage[CONTINUED_FROM] = {"run_dir": str(origin), "step": step} if origin else None
+    return origin, own_curve(study, spec, chosen) if origin and spec.trial.unit == "samples" else {}, lineage
 
 
-def _describe(curve: FrozenTrial) -> FullRun:
-    run_dir = Path(curve.user_attrs["run_dir"])
-    open_state = "running" if is_locked(run_dir) else "interrupted"
-    state = open_state if curve.state == TrialState.RUNNING else "finished"
-    attrs = curve.user_attrs
-    return FullRun(attrs["trial"], run_dir, attrs.get("step", 0), attrs["steps"], state, attrs.get("metrics", {}))
+def _refuse_other_start(study: optuna.Study, chosen: FrozenTrial, run_dir: Path) -> None:
+    """A run that did not start at step 0 can't be made to have."""
+    mine = curves_of(study, chosen)
+    origin = mine[-1].user_attrs.get(CONTINUED_FROM, "a checkpoint") if mine else "a checkpoint"
+    if origin is not None:
+        raise UserError(
+            f"{run_dir} went on from {Path(origin).name}: remove that folder to start at step 0, or leave --fresh out."
+        )
 
 
-def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
+def _go_on(
+    study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, run_dir: Path, setup: Setup
+) -> tuple[Path | None, int]:
+    """Put the checkpoint that a full run goes on from into its directory: whose it is, and its step."""
+    record = read_record(study, chosen.number, own_seed(spec))
+    # The confirmed run has come further than the trial.
+    confirmed = [Path(record["run_dir"])] if record and not record["failed"] else []
+    for origin in (*confirmed, Path(chosen.user_attrs["run_dir"])):
+        step = go_on_from(origin, run_dir, setup.workload)
+        if step is not None:
+            return origin, step
+    log.warning("the full run starts at step 0")
+    return None, 0
+
+
+def _choose(study: optuna.Study, number: int | None, confirmed: Confirmation | None) -> FrozenTrial:
     if number is not None:
         return _find(study, number)
+    if confirmed is not None:
+        return _find(study, _confirmed_winner(study, confirmed))
     ranked = ranking(study)
     if not ranked:
         raise UserError(f"study {study.study_name} has no complete trial yet: launch it, or look at tuner status.")
@@ -183,6 +204,18 @@ def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     return _find(study, started)
 
 
+def _confirmed_winner(study: optuna.Study, confirmed: Confirmation) -> int:
+    winner = confirmed.winner.number
+    promotions = study.user_attrs.get(PROMOTIONS, [])
+    started = promotions[-1]["trial"] if promotions else winner
+    if started != winner:
+        raise UserError(
+            f"a full run of trial {started} was started, and trial {winner} won the confirmation: choose with "
+            f"--trial {started} (continue) or --trial {winner} (start anew), without --confirm."
+        )
+    return winner
+
+
 def _find(study: optuna.Study, number: int) -> FrozenTrial:
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
@@ -196,21 +229,9 @@ def _find(study: optuna.Study, number: int) -> FrozenTrial:
     return chosen
 
 
-def _copy_checkpoints(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Link where the file system can: a full checkpoint may have 10 GB. Checkpoints are never written in place."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in [source / name for name in names]:
-        for one in (path, digest_path(path)):
-            if not one.is_file():
-                continue
-            (target / one.name).unlink(missing_ok=True)
-            try:
-                os.link(one, target / one.name)
-            except OSError:
-                shutil.copyfile(one, target / one.name)
-
-
-def _remember(study: optuna.Study, chosen: FrozenTrial, run_dir: Path) -> None:
+def _remember(
+    study: optuna.Study, chosen: FrozenTrial, run_dir: Path, origin: Path | None, confirmed: Confirmation | None
+) -> None:
     """A finished trial can't be written to, so its promotion is recorded with the study, once."""
     promotions = study.user_attrs.get(PROMOTIONS, [])
     if any(promotion["run_dir"] == str(run_dir) for promotion in promotions):
@@ -221,52 +242,10 @@ def _remember(study: optuna.Study, chosen: FrozenTrial, run_dir: Path) -> None:
         "params": chosen.params,
         "best": ranking(study)[0].number,
         "run_dir": str(run_dir),
+        CONTINUED_FROM: None if origin is None else str(origin),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_version": code_version(),
     }
+    if confirmed is not None:
+        record["confirmation"] = {**asdict(confirmed), "verdict": confirmed.verdict}
     study.set_user_attr(PROMOTIONS, [*promotions, record])
-
-
-def _curves(study: optuna.Study) -> optuna.Study | None:
-    name = f"{study.study_name}.full"
-    storage = study._storage
-    return optuna.load_study(study_name=name, storage=storage) if name in optuna.get_all_study_names(storage) else None
-
-
-def _curves_of(study: optuna.Study, chosen: FrozenTrial) -> list[FrozenTrial]:
-    """The trials of `<study>.full` that drew full runs of this trial, the newest last."""
-    curves = _curves(study)
-    trials = curves.get_trials(deepcopy=False) if curves else []
-    return [trial for trial in trials if trial.user_attrs.get("trial") == chosen.number]
-
-
-def _open_curve(
-    study: optuna.Study, chosen: FrozenTrial, run_dir: Path, steps: int | None, past: dict[int, float] | None
-) -> optuna.Trial | None:
-    """The open trial of `<study>.full` that draws this run: the one left open, or a new one.
-
-    A run that begins now (also because its folder is gone) has the `past` of its trial; one that was under way
-    (`past` None) has the curve that was drawn. Returns None where it has already finished at this length.
-    """
-    curves = _curves(study)
-    if curves is None:
-        curves = optuna.create_study(
-            study_name=f"{study.study_name}.full", storage=study._storage, direction=study.direction
-        )
-        curves.set_user_attr("promoted_from", study.study_name)
-    mine = _curves_of(study, chosen)
-    last = mine[-1] if mine else None
-    if last and last.state == TrialState.RUNNING:
-        curve = optuna.Trial(curves, last._trial_id)
-    elif last and past is None and last.user_attrs["step"] >= (steps or 0):
-        return None
-    else:
-        curves.enqueue_trial(chosen.params)
-        curve = curves.ask(fixed_distributions=chosen.distributions)
-        drawn = last.intermediate_values if last and past is None else past or {}
-        for step, value in drawn.items():
-            curve.report(value, step)
-    curve.set_user_attr("run_dir", str(run_dir))
-    curve.set_user_attr("trial", chosen.number)
-    curve.set_user_attr("steps", steps)
-    return curve

@@ -1,18 +1,37 @@
-"""What a study found, as data: `tuner status`, its JSON, and the quickstart's tables are made from it."""
+"""What a study found, as data and as tables: `tuner status` and its JSON, and a confirmation's table.
+
+Imports no torch: `tuner status` is quick.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from rich.console import Console
+from rich.table import Table
 
-from tuner.display import trial_table
-from tuner.promotion import full_runs
-from tuner.trials import SPEC, baseline_trial, last_value, ranking, state_of, stored_values
+from tuner.display import format_params, is_rising, trial_table
+from tuner.full_runs import full_runs
+from tuner.trials import (
+    BASELINE,
+    ENDED,
+    FULL_HOURS,
+    SPEC,
+    baseline_trial,
+    last_value,
+    not_beaten,
+    ranking,
+    state_of,
+    stored_values,
+)
+
+if TYPE_CHECKING:
+    from tuner.confirmation import Confirmation
 
 
 def status(study: optuna.Study) -> dict[str, Any]:
@@ -42,7 +61,28 @@ def status(study: optuna.Study) -> dict[str, Any]:
             }
             for run in full_runs(study)
         ],
+        "trials_detail": _details(study, trials),
+        "ended": study.user_attrs.get(ENDED) or None,
     }
+
+
+def _details(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+    """One entry for each trial; what was not measured is None."""
+    front = not_beaten(study, trials)
+    return [
+        {
+            "number": trial.number,
+            "state": state_of(trial),
+            "value": last_value(trial),
+            "params": trial.params,
+            "baseline": bool(trial.user_attrs.get(BASELINE)),
+            "full_hours": trial.user_attrs.get(FULL_HOURS),
+            "pareto": trial.number in front,
+            "d_rising": is_rising(trial),
+            "peak_memory": trial.user_attrs.get("peak_memory"),
+        }
+        for trial in trials
+    ]
 
 
 def _brief(trial: FrozenTrial | None) -> dict[str, Any] | None:
@@ -71,8 +111,10 @@ def print_status(study: optuna.Study) -> None:
     """A study's trials as a table, and its full runs."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=120)
     console.print(trial_table(study))
+    if ended := study.user_attrs.get(ENDED):
+        console.print(f"ended: {ended}", markup=False, highlight=False, soft_wrap=True)
     for run in full_runs(study):
         losses = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
         console.print(
@@ -81,3 +123,25 @@ def print_status(study: optuna.Study) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def confirmation_table(found: Confirmation) -> Table:
+    """The confirmed trials, the best mean first: mean and spread over the seeds, and the margin over the baseline."""
+    table = Table(title=f"confirmation over {found.rung:,} {found.unit}", title_justify="left")
+    for heading in ("trial", "parameters", "mean", "min to max", "over the baseline"):
+        table.add_column(heading, justify="left" if heading == "parameters" else "right")
+    for trial in found.trials:
+        number = f"{trial.number} (baseline)" if trial.number == found.baseline else str(trial.number)
+        if trial.failed:
+            table.add_row(number, format_params(trial.params), "", trial.failed, "")
+            continue
+        margin = found.margin(trial)
+        table.add_row(
+            number,
+            format_params(trial.params),
+            f"{trial.mean:.4f}",
+            f"{min(trial.values.values()):.4f} to {max(trial.values.values()):.4f}",
+            "" if margin is None or trial.number == found.baseline else f"{margin:+.4f}",
+            style="bold" if trial is found.winner else None,
+        )
+    return table

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -30,6 +31,9 @@ from trainer.errors import UserError
 from trainer.workload import Workload
 from tuner.explain import explain, unknown_key
 from tuner.workloads import load_workload_class
+
+ENDINGS = ("num_trials", "patience", "min_delta")
+"""What of [trial] says when a study ends: its trials are comparable whatever they say."""
 
 
 class _Section(BaseModel):
@@ -102,6 +106,10 @@ class TrialSection(_Section):
     evaluations: PositiveInt = 8
     num_trials: PositiveInt = 20
     """The study's total, over all launches."""
+    patience: NonNegativeInt = 0
+    """The study also ends when so many trials in a row improved nothing; 0: it never does."""
+    min_delta: NonNegativeFloat = 0.0
+    """By how much more the metric must have become better to count as improved."""
 
     @model_validator(mode="after")
     def _check(self) -> TrialSection:
@@ -109,6 +117,8 @@ class TrialSection(_Section):
             raise ValueError("give exactly one of samples, steps and seconds")
         if self.budget < self.evaluations:
             raise ValueError(f"{self.evaluations} evaluations in {self.budget:g} {self.unit}: use fewer")
+        if self.min_delta and not self.patience:
+            raise ValueError(f"min_delta {self.min_delta:g} does nothing without patience: set patience too")
         return self
 
     @property
@@ -265,6 +275,8 @@ class StudySpec(_Section):
                 if name not in type(owner).model_fields:
                     raise UserError(f'search."{key}": {unknown_key(name, type(owner).model_fields, section)}')
                 role = role_of(type(owner), name)
+                if role is Role.FREE:
+                    raise UserError(f'search."{key}": it changes nothing that is measured; set it in [{section}].')
                 if role in (Role.BUDGET, Role.MEASURE):
                     raise UserError(
                         f'search."{key}": it decides {"the budget" if role is Role.BUDGET else "what is measured"}, '
@@ -314,7 +326,7 @@ class StudySpec(_Section):
                 if role_of(self.workload_class, key) is not Role.FREE
             },
             "search": values["search"],
-            "trial": {key: value for key, value in values["trial"].items() if key != "num_trials"},
+            "trial": {key: value for key, value in values["trial"].items() if key not in ENDINGS},
         }
 
 

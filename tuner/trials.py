@@ -1,17 +1,22 @@
-"""Reading a study: its spec, its trials in order, their states. Shared by everything that looks at one."""
+"""Reading a study: its spec, its trials in order, their states. Shared by everything that looks at one.
+
+Imports no torch: `tuner status` is quick.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer.checkpoint import is_locked
 from trainer.errors import UserError
-from tuner.spec import StudySpec
+from trainer.locks import is_locked
+
+if TYPE_CHECKING:
+    from tuner.spec import StudySpec
 
 # Attributes of a study, and of its trials.
 SPEC = "spec"
@@ -20,6 +25,11 @@ DATA_DIGEST = "data_digest"
 BASELINE = "baseline"
 INFEASIBLE = "infeasible"
 HOST = "host"
+ENDED = "ended"
+"""Why the last launch came to its end; empty while one is under way or was stopped."""
+FULL_HOURS = "full_hours"
+"""Projected hours of the full run at the trial's speed."""
+D_RISING = "d_rising"
 
 CLAIM = ".claim"
 """Lock in a trial's run directory, held by the process that works on the trial."""
@@ -74,6 +84,9 @@ def stored_spec(study: optuna.Study) -> StudySpec:
     Raises:
         UserError: It is no study of this tuner.
     """
+    # Here, for it imports torch.
+    from tuner.spec import StudySpec
+
     values = stored_values(study)
     base_dir = Path(study.user_attrs[BASE_DIR])
     return StudySpec.build(values, base_dir=base_dir, source=f"study {study.study_name}")
@@ -105,3 +118,32 @@ def baseline_trial(study: optuna.Study) -> FrozenTrial | None:
     """The trial of the settings as given."""
     trials = study.get_trials(deepcopy=False)
     return next((t for t in trials if t.user_attrs.get(BASELINE) and t.state != TrialState.FAIL), None)
+
+
+def trials_since_improvement(study: optuna.Study, trials: Sequence[FrozenTrial], min_delta: float) -> int:
+    """Finished trials since the best value last became better by more than `min_delta`; 0 where there is none yet."""
+    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+    values = {trial.number: sign * (trial.value or 0.0) for trial in ranking(study, trials)}
+    best, since = None, 0
+    for trial in trials:
+        value = values.get(trial.number)
+        if value is not None and (best is None or value < best - min_delta):
+            best, since = value, 0
+        elif best is not None and trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            since += 1
+    return since
+
+
+def not_beaten(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> set[int]:
+    """Numbers of the trials to which no other is equal or better in metric and hours and better in one of them.
+
+    Hours are those that the full run would take; a trial that was not timed is left out.
+    """
+    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+    timed = [trial for trial in ranking(study, trials) if trial.user_attrs.get(FULL_HOURS)]
+    costs = {t.number: (sign * (t.value or 0.0), float(t.user_attrs[FULL_HOURS])) for t in timed}
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+    return {number for number, own in costs.items() if not any(beats(other, own) for other in costs.values())}

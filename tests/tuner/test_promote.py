@@ -11,8 +11,10 @@ from optuna.trial import TrialState
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
+from tuner.full_runs import full_runs
 from tuner.launcher import launch
-from tuner.promotion import PROMOTIONS, full_runs, promote
+from tuner.projection import MeasuredSpeed
+from tuner.promotion import PROMOTIONS, promote
 from tuner.report import status
 from tuner.run import Runtime
 from tuner.trials import ranking
@@ -157,7 +159,8 @@ def test_what_can_not_be_promoted_is_said(study: optuna.Study, runtime: Runtime,
 def test_status_has_the_promised_form(study: optuna.Study, runtime: Runtime) -> None:
     promote(study, runtime=runtime)
     found = status(study)
-    assert list(found) == ["study", "direction", "metric", "trials", "baseline", "best", "full_runs"]
+    promised = ["study", "direction", "metric", "trials", "baseline", "best", "full_runs"]
+    assert list(found) == [*promised, "trials_detail", "ended"]
     assert list(found["trials"]) == ["complete", "pruned", "infeasible", "failed", "running", "waiting"]
     assert found["baseline"]["number"] == 0 and found["best"]["value"] == study.best_value
     assert list(found["full_runs"][0]) == ["run_dir", "trial", "step", "steps", "state", "metrics"]
@@ -168,3 +171,88 @@ def test_the_best_checkpoints_of_the_trial_come_along(study: optuna.Study, runti
     asked = itertools.count()
     run_dir = promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 0)).run_dir
     assert read_checkpoint(run_dir / "best_token_model.pth")["metrics"]
+
+
+def test_a_fresh_run_starts_at_step_zero_and_retraces_the_trial(study: optuna.Study, runtime: Runtime) -> None:
+    best = ranking(study)[0]
+    result = promote(study, fresh=True, runtime=runtime)
+    assert "continuing from" not in (result.run_dir / "train.log").read_text()
+    assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"] is None
+    (curve,) = curves(study)
+    assert sorted(curve.intermediate_values) == [160, 320, 480], "the trial's own points are not taken over"
+    assert curve.intermediate_values[160] == best.value and "deviation" not in curve.user_attrs
+    assert promote(study, fresh=True, runtime=runtime).finished, "the same command again"
+
+
+def test_a_run_from_a_checkpoint_does_not_become_a_fresh_one(study: optuna.Study, runtime: Runtime) -> None:
+    result = promote(study, runtime=runtime)
+    origin = f"trial-{ranking(study)[0].number:05d}"
+    assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"]["run_dir"].endswith(origin)
+    with pytest.raises(UserError, match=f"went on from {origin}: remove that folder"):
+        promote(study, fresh=True, runtime=runtime)
+
+
+@pytest.mark.parametrize(
+    ("factor", "seed_curve", "deviates"),
+    [(1.2, None, True), (1.02, None, False), (1.2, 0.5, False), (1.02, 0.01, True)],
+    ids=["beyond 5%", "within 5%", "within the seeds' spread", "beyond the seeds' spread"],
+)
+def test_a_run_that_does_not_retrace_its_trial_is_said_and_recorded(
+    study: optuna.Study,
+    runtime: Runtime,
+    caplog: pytest.LogCaptureFixture,
+    factor: float,
+    seed_curve: float | None,
+    deviates: bool,
+) -> None:
+    """A trial that claims other values than its parameters give."""
+    best = ranking(study)[0]
+    real = best.intermediate_values[160]
+    claimed = factor * real
+    study.add_trial(
+        optuna.trial.create_trial(
+            value=0.0,
+            params=best.params,
+            distributions=best.distributions,
+            intermediate_values={160: claimed},
+            user_attrs={"run_dir": str(runtime.run_dir("toy", "trial-00004"))},
+        )
+    )
+    if seed_curve is not None:
+        record = {"run_dir": "elsewhere", "curve": {"160": claimed + seed_curve}, "failed": ""}
+        study.set_user_attr("confirm-00004-seed-1", record)
+    promote(study, trial=4, runtime=runtime)
+    (curve,) = curves(study)
+    assert ("does not retrace" in caplog.text) == deviates
+    if deviates:
+        allowed = 0.05 * claimed if seed_curve is None else seed_curve
+        assert curve.user_attrs["deviation"] == [
+            {"samples": 160, "trial": claimed, "full": real, "allowed": pytest.approx(allowed)}
+        ]
+    else:
+        assert "deviation" not in curve.user_attrs
+
+
+def test_what_the_full_run_takes_is_said_beside_the_baselines(
+    study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = next(trial for trial in ranking(study) if trial.number != 0)
+    promote(study, trial=best.number, runtime=runtime)
+    lines = [line for line in caplog.messages if line.startswith("full run of ")]
+    steps = 480 // best.params["train.batch_size"]
+    assert lines[0].startswith(f"full run of trial {best.number}: {steps} steps, 480 samples, 3.75 epochs")
+    assert lines[1].startswith("full run of the baseline (trial 0) would be: 60 steps, 480 samples, 3.75 epochs")
+    assert all("of memory" in line for line in lines)
+    assert len(lines) == 2 and promote(study, trial=best.number, runtime=runtime).finished
+    assert len([line for line in caplog.messages if line.startswith("full run of ")]) == 2, "a finished run takes none"
+
+
+def test_the_measured_speed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    speed = MeasuredSpeed(samples=8 * 10_000, steps=50)
+    for step in range(20, 200, 20):
+        # The first interval compiles, and says nothing of the rest.
+        speed.track({"train/samples_per_second": 0.1 if step == 20 else 2.0}, step=step, samples=8 * step)
+        speed.track({"val/loss": 1.0}, step=step, samples=8 * step)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "measured over 60 steps under its own plan: 11.0 h left"

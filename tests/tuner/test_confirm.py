@@ -1,0 +1,255 @@
+"""tuner promote --confirm: longer runs of the best trials and the baseline, on several seeds, paid for once."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import create_trial
+
+from tests.toy import Toy
+from tests.tuner.studies_for_tests import TOML, build, write
+from trainer import UserError
+from trainer.checkpoint import read_checkpoint
+from tuner.cli import main
+from tuner.confirmation import Confirmation, ConfirmedTrial, confirm, record_name
+from tuner.launcher import launch, open_study
+from tuner.objective import Interrupted
+from tuner.promotion import PROMOTIONS, promote
+from tuner.report import confirmation_table
+from tuner.run import Runtime
+from tuner.trials import BASELINE, ranking
+
+
+class Diverging(Toy):
+    """Toy whose loss is no number under training seed 1."""
+
+    def loss_sums(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        factor = float("nan") if torch.initial_seed() == 1 else 1.0
+        return {name: factor * value for name, value in super().loss_sums(model, inputs).items()}
+
+
+class Steps:
+    """Counts the figures that a run gives out."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        self.count += 1
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def study(runtime: Runtime, tmp_path: Path) -> optuna.Study:
+    return launch(build(**{"trial.num_trials": 3}), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+
+
+def with_trials(tmp_path: Path, *values: float, **changes: object) -> optuna.Study:
+    """A study with complete trials that nobody trained; the first is the baseline."""
+    study = open_study(build(**changes), f"sqlite:///{tmp_path}/made.db")
+    distributions = {
+        "train.batch_size": optuna.distributions.CategoricalDistribution([4, 8, 16]),
+        "train.d_coef": optuna.distributions.FloatDistribution(0.1, 10.0, log=True),
+    }
+    for number, value in enumerate(values):
+        params = {"train.batch_size": 8, "train.d_coef": 1.0 + number}
+        attrs = {BASELINE: number == 0, "run_dir": str(tmp_path / f"{number}")}
+        study.add_trial(create_trial(value=value, params=params, distributions=distributions, user_attrs=attrs))
+    return study
+
+
+def test_the_best_and_the_baseline_run_longer_on_every_seed(study: optuna.Study, runtime: Runtime) -> None:
+    best = ranking(study)[0]
+    found = confirm(study, 1, runtime=runtime)
+    assert (found.rung, found.unit) == (320, "samples")
+    assert {trial.number for trial in found.trials} == {0, best.number}
+    assert all(list(trial.values) == [0, 1] and trial.spread > 0 for trial in found.trials)
+    assert found.trials == sorted(found.trials, key=lambda trial: trial.mean)
+
+    own, other = (runtime.run_dir("toy", record_name(best.number, seed)) for seed in (0, 1))
+    step = 160 // best.params["train.batch_size"]
+    assert f"at step {step}" in (own / "train.log").read_text(), "only what the trial has not seen is paid for"
+    assert "continuing from" not in (other / "train.log").read_text()
+    assert (own / "latest.pth").exists() and not list(other.glob("*.pth"))
+    curve = study.user_attrs[record_name(best.number, 1)]["curve"]
+    assert list(curve) == ["40", "80", "120", "160", "200", "240", "280", "320"]
+
+
+def test_what_was_run_is_not_run_again(study: optuna.Study, runtime: Runtime) -> None:
+    first = confirm(study, 1, runtime=runtime)
+    shutil.rmtree(runtime.run_root)
+    steps = Steps()
+    assert confirm(study, 1, runtime=runtime, trackers=[steps]) == first
+    assert steps.count == 0
+    assert len(confirm(study, 1, num_seeds=1, runtime=runtime).winner.values) == 1
+
+
+def test_a_stopped_confirmation_goes_on_and_finds_the_same(study: optuna.Study, runtime: Runtime) -> None:
+    whole = confirm(study, 1, runtime=runtime)
+    for trial, seed in itertools.product(whole.trials, (0, 1)):
+        study.set_user_attr(record_name(trial.number, seed), {})
+        shutil.rmtree(runtime.run_dir("toy", record_name(trial.number, seed)))
+    asked = itertools.count()
+    stopped = Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 12)
+    with pytest.raises(Interrupted):
+        confirm(study, 1, runtime=stopped)
+    assert confirm(study, 1, runtime=runtime) == whole
+
+
+def test_the_full_run_goes_on_from_the_confirmed_one(study: optuna.Study, runtime: Runtime) -> None:
+    confirmed = confirm(study, 1, runtime=runtime)
+    winner = confirmed.winner
+    result = promote(study, confirmed=confirmed, runtime=runtime)
+    assert result.samples == 480
+    step = 320 // winner.params["train.batch_size"]
+    origin = runtime.run_dir("toy", record_name(winner.number, 0))
+    lineage = read_checkpoint(result.run_dir / "latest.pth")["lineage"]
+    assert lineage["continued_from"] == {"run_dir": str(origin), "step": step} and lineage["trial"] == winner.number
+    assert f"at step {step}" in (result.run_dir / "train.log").read_text()
+    (record,) = study.user_attrs[PROMOTIONS]
+    assert record["continued_from"] == str(origin) and record["confirmation"]["verdict"] == confirmed.verdict
+    (curve,) = optuna.load_study(study_name="toy.full", storage=study._storage).trials
+    assert sorted(curve.intermediate_values) == [40, 80, 120, 160, 200, 240, 280, 320, 480]
+    assert curve.intermediate_values[320] == winner.values[0]
+
+
+def test_a_confirmed_run_is_a_prefix_of_one_from_step_zero(study: optuna.Study, runtime: Runtime) -> None:
+    confirmed = confirm(study, 1, runtime=runtime)
+    promote(study, confirmed=confirmed, fresh=True, runtime=runtime)
+    (curve,) = optuna.load_study(study_name="toy.full", storage=study._storage).trials
+    assert curve.intermediate_values[320] == confirmed.winner.values[0]
+    assert "deviation" not in curve.user_attrs
+
+
+def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
+    confirmed = confirm(study, 1, runtime=runtime)
+    other = next(trial.number for trial in ranking(study) if trial.number != confirmed.winner.number)
+    study.set_user_attr(PROMOTIONS, [{"trial": other, "best": other, "run_dir": "elsewhere"}])
+    with pytest.raises(UserError, match=rf"--trial {other} \(continue\) or --trial {confirmed.winner.number}"):
+        promote(study, confirmed=confirmed, runtime=runtime)
+
+
+def test_a_run_that_diverges_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) -> None:
+    study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.test_confirm:Diverging"})
+    with pytest.raises(UserError, match=r"no trial got to the end .*trial 0, seed 1: none of the last 5 gradients"):
+        confirm(study, 1, runtime=runtime)
+    assert study.user_attrs[record_name(0, 1)]["failed"] and not study.user_attrs[record_name(0, 0)]["failed"]
+
+
+@pytest.mark.parametrize(
+    ("full", "rung"),
+    [(100_000, 320), (1000, 250), (240, 240)],
+    ids=["twice the trial", "a quarter of the full run", "never longer than the full run"],
+)
+def test_the_rung_lies_between_trial_and_full_run(runtime: Runtime, tmp_path: Path, full: int, rung: int) -> None:
+    study = with_trials(tmp_path, 1.0, **{"full.samples": full})
+    with pytest.raises(Interrupted):
+        confirm(study, 1, runtime=Runtime(runtime.run_root, track=False, stop=lambda: True))
+    log = runtime.run_dir("toy", record_name(0, 0)) / "train.log"
+    assert log.exists()
+    with pytest.raises(UserError, match=rf"no longer than the full run \({full:,}\)"):
+        confirm(study, 1, rung=full + 1, runtime=runtime)
+    assert confirm(study, 1, num_seeds=1, runtime=runtime).rung == rung
+
+
+@pytest.mark.parametrize(
+    ("changes", "rung", "message"),
+    [
+        ({}, 160, r"--rung 160: it must be longer than a trial \(160 samples\)"),
+        ({"full.samples": 160}, None, "there is nothing to confirm"),
+    ],
+)
+def test_a_rung_that_does_not_fit_is_refused(
+    runtime: Runtime, tmp_path: Path, changes: dict[str, object], rung: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        confirm(with_trials(tmp_path, 1.0, **changes), 1, rung=rung, runtime=runtime)
+
+
+def test_a_shorter_rung_than_was_run_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    study = with_trials(tmp_path, 1.0)
+    confirm(study, 1, num_seeds=1, runtime=runtime)
+    with pytest.raises(UserError, match=r"--rung 170: confirm-00000-seed-0 has gone on to 320"):
+        confirm(study, 1, num_seeds=1, rung=170, runtime=runtime)
+
+
+def test_without_a_complete_trial_there_is_nothing_to_confirm(runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no complete trial yet"):
+        confirm(with_trials(tmp_path), 1, runtime=runtime)
+
+
+def found(*trials: ConfirmedTrial, minimized: bool = True, baseline: int | None = 0) -> Confirmation:
+    sign = 1 if minimized else -1
+    whole = sorted((t for t in trials if not t.failed), key=lambda t: sign * t.mean)
+    ranked = [*whole, *(t for t in trials if t.failed)]
+    return Confirmation("val/loss", minimized, "samples", 320, ranked, baseline)
+
+
+def one(number: int, *values: float, failed: str = "") -> ConfirmedTrial:
+    return ConfirmedTrial(number, {"train.d_coef": 0.5}, dict(enumerate(values)), failed)
+
+
+@pytest.mark.parametrize(
+    ("confirmation", "verdict"),
+    [
+        (found(one(0, 3.0, 3.2), one(4, 2.0, 2.2)), "trial 4 is 1.0000 better than the baseline, and seeds alone diff"),
+        (found(one(0, 3.0, 3.2), one(4, 2.9, 3.1)), "trial 4 is within noise of the baseline: 0.1000 better, and seed"),
+        (found(one(0, 0.1, 0.1), one(4, 0.5, 0.6), minimized=False), "trial 4 is 0.4500 better than the baseline"),
+        (found(one(0, 2.0, 2.2), one(4, 3.0, 3.1)), "the baseline (trial 0) is the best of them"),
+        (found(one(0, 3.0), one(4, 2.0)), "one seed does not say how much of it is noise"),
+        (found(one(0, 3.0, failed="seed 1: nan"), one(4, 2.0, 2.1)), "no baseline at the rung's end"),
+        (found(one(4, 2.0, 2.1), baseline=None), "no baseline at the rung's end"),
+    ],
+)
+def test_the_verdict_says_what_the_winner_is_worth(confirmation: Confirmation, verdict: str) -> None:
+    assert verdict in confirmation.verdict
+
+
+def test_noise_is_pooled_over_all_trials() -> None:
+    assert found(one(0, 3.0, 3.3), one(4, 2.0, 2.4)).noise == pytest.approx((0.5 * (0.3**2 + 0.4**2)) ** 0.5)
+
+
+def test_the_command_confirms_and_promotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, TOML.replace("num_trials = 3", "num_trials = 2"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNER_STORAGE", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    launch(tmp_path / "study.toml", runtime=Runtime(track=False))
+
+    def give(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tuner", "promote", "toy", "--no-track", *arguments])
+        try:
+            main()
+            code: object = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    code, out, err = give("--confirm", "1")
+    assert code in (0, None), err
+    assert "confirmation over 320 samples" in out and "min to max" in out and "480 samples: val/loss" in out
+    assert "baseline" in out.partition("min to max")[2].partition("480 samples")[0]
+    assert max(map(len, out.partition("confirmation over")[2].partition("trial ")[0].splitlines())) <= 80
+    assert give("--seeds", "2")[::2] == (
+        2,
+        "tuner: --seeds and --rung belong to a confirmation: give --confirm 3 too.\n",
+    )
+    code, _, err = give("--confirm", "2", "--trial", "1")
+    assert code == 2 and "leave --trial 1 or --confirm out" in err
+
+
+def test_the_table_names_what_failed() -> None:
+    table = confirmation_table(found(one(0, 3.0, 3.2), one(4, 2.0, failed="seed 1: no gradient was finite")))
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["0 (baseline)", "4"] and "seed 1: no gradient was finite" in columns[3]

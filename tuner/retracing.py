@@ -1,0 +1,52 @@
+"""A full run from step 0 must retrace its trial's curve: where it does not, the trial's promise does not hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from tuner.confirmation import own_curve, seed_spread
+from tuner.full_runs import DEVIATION
+from tuner.spec import StudySpec
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.05
+"""Relative deviation that is let pass where no seeds were compared."""
+
+
+class Retracing:
+    """Holds a run from step 0 against the trial's values at the same points; only where they are in samples."""
+
+    def __init__(self, study: optuna.Study, spec: StudySpec, trial: FrozenTrial) -> None:
+        self.study, self.spec, self.trial = study, spec, trial
+        self.expected = own_curve(study, spec, trial) if spec.trial.unit == "samples" else {}
+
+    def check(self, curve: optuna.Trial, point: float, value: float) -> None:
+        """Warn of a deviation, and record it with the full run's curve."""
+        at = round(point)
+        if at not in self.expected:
+            return
+        expected = self.expected[at]
+        spread = seed_spread(self.study, self.spec, self.trial, at)
+        allowed = TOLERANCE * abs(expected) if spread is None else spread
+        if abs(value - expected) <= allowed:
+            return
+        log.warning(
+            "after %s samples %s is %.4f, and trial %d had %.4f: the full run does not retrace it (allowed: %.4f, %s)",
+            f"{at:,}",
+            self.spec.study.metric,
+            value,
+            self.trial.number,
+            expected,
+            allowed,
+            "5%" if spread is None else "the spread over seeds",
+        )
+        found: Sequence[dict[str, Any]] = curve.user_attrs.get(DEVIATION, [])
+        if all(entry["samples"] != at for entry in found):
+            entry = {"samples": at, "trial": expected, "full": value, "allowed": allowed}
+            curve.set_user_attr(DEVIATION, [*found, entry])
