@@ -15,10 +15,12 @@ from typing import Any
 from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage
 from optuna_dashboard import wsgi
 
 from trainer.errors import UserError
+from tuner.artifacts import artifact_dir
 
 COOKIE = "tuner_token"
 READING = ("GET", "HEAD", "OPTIONS")
@@ -66,7 +68,11 @@ def make_dashboard(
         UserError: The port is taken.
     """
     token = token or secrets.token_urlsafe(16)
-    app = guarded(wsgi(storage), token=token, read_only=read_only)
+    files = artifact_dir(storage)
+    if not read_only:
+        # Who opens the dashboard may add files of their own.
+        files.mkdir(parents=True, exist_ok=True)
+    app = guarded(wsgi(storage, artifact_store=FileSystemArtifactStore(files)), token=token, read_only=read_only)
     try:
         server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
     except (OSError, OverflowError) as error:

@@ -15,7 +15,7 @@ from torch import nn
 from trainer.acceleration import RunSize, apply, detect, plan
 from trainer.batching import validation_batches
 from trainer.checkpoint import read_checkpoint
-from trainer.config import differences
+from trainer.config import TrainConfig, differences
 from trainer.evaluation import evaluate
 from trainer.loader import BatchReader, DamageCount
 from trainer.workload import Batch, Dataset, Workload
@@ -53,7 +53,7 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
     num_samples = samples or spec.train.get("val_samples")
     setup = full_setup(spec, {}, val_samples=num_samples)
     config, workload = setup.config, setup.workload
-    _warn_of_differences(path, workload)
+    _warn_of_differences(path, workload, config)
     capabilities = detect(config.device)
     # Rows of a new vocabulary start as they would in the run.
     torch.manual_seed(config.seed)
@@ -92,8 +92,9 @@ def _read(workload: Workload, data: Dataset, indices: Sequence[np.ndarray], coun
             yield batch
 
 
-def _warn_of_differences(path: Path, workload: Workload) -> None:
-    """Another `duration` or loss weight would give figures that are not the run's, and nothing would show it."""
+def _warn_of_differences(path: Path, workload: Workload, config: TrainConfig) -> None:
+    """Another `duration`, loss weight or validation set would give figures that are not the run's, and nothing would
+    show it."""
     identity = read_checkpoint(path, mmap=True).get("identity")
     if not isinstance(identity, dict):
         return
@@ -101,3 +102,9 @@ def _warn_of_differences(path: Path, workload: Workload) -> None:
     present = workload.model_dump(mode="json", include=set(recorded))
     if changed := differences("workload", recorded, present):
         log.warning("%s is of a run with other options: %s", path, "; ".join(changed))
+    measured = {name: identity["train"][name] for name in ("val_samples", "val_seed")}
+    if any(getattr(config, name) != value for name, value in measured.items()):
+        log.warning(
+            "the run itself was measured on %s validation samples (seed %s): --samples %s gives its figures",
+            *(measured["val_samples"] or "all", measured["val_seed"], measured["val_samples"] or ""),
+        )

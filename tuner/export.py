@@ -61,6 +61,8 @@ def export(
     if not isinstance(state.get("model"), Mapping) or not isinstance(state.get("lineage"), Mapping):
         raise UserError(f"{source} is no checkpoint of a run: name one that the trainer wrote.")
     workload = StudySpec.load(spec, search=False).build_workload() if spec else _workload(state["lineage"], source)
+    if path.resolve() in [getattr(workload, name) for name in type(workload).model_fields]:
+        raise UserError(f"{path} is a file that the run was made from: export to another one.")
     workload.export_weights(state["model"], path, format=chosen)
     return Export(path.resolve(), path.stat().st_size, source, state["step"])
 

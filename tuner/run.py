@@ -81,8 +81,11 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
     packages = [".".join(parts[: i + 1]) for i in range(len(parts))]
     # The package that offers the class, sooner than the file that defines it: files are renamed more often.
     offered = (name for name in packages if getattr(sys.modules.get(name), cls.__name__, None) is cls)
-    source = Path(inspect.getfile(cls)).resolve()
-    folder = source.parents[len(parts) - (source.name != "__init__.py")]
+    if getattr(sys.modules[cls.__module__], "__file__", None):
+        source = Path(inspect.getfile(cls)).resolve()
+        folder = source.parents[len(parts) - (source.name != "__init__.py")]
+    else:
+        folder = Path.cwd()  # a notebook's cell
     return {
         "class": f"{next(offered, cls.__module__)}:{cls.__name__}",
         "folder": str(folder),

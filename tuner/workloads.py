@@ -29,7 +29,7 @@ def load_workload_class(name: str, base_dir: Path) -> type[Workload]:
             f"study.workload {name}: no module {module_name} in {base_dir} or among the installed."
         ) from error
     beside = base_dir / f"{module_name.partition('.')[0]}.py"
-    origin = Path(module.__file__ or "")
+    origin = Path(getattr(module, "__file__", None) or "")  # a notebook's __main__ has none
     if beside.exists() and origin.parent != base_dir:
         raise UserError(f"study.workload {name}: {origin} has the same name as {beside}: rename the latter.")
     workload_class = getattr(module, class_name, None)

@@ -212,6 +212,15 @@ def test_the_base_checkpoint_itself_may_be_replaced(tmp_path: Path) -> None:
     assert_same(torch.load(tmp_path / "gpt.pth", weights_only=True), base | dict(trained))
 
 
+def test_what_the_run_was_made_from_is_not_replaced(corpus: Path, tmp_path: Path) -> None:
+    torch.save(published(), corpus / "gpt.pth")
+    runtime = Runtime(tmp_path / "runs", track=False)
+    config = TrainConfig(steps=1, batch_size=2, device="cpu")
+    tracked_train(Setup(workload(corpus), config), tmp_path / "run", runtime, experiment="it", lineage={})
+    with pytest.raises(UserError, match="is a file that the run was made from"):
+        export(tmp_path / "run", corpus / "gpt.pth", force=True)
+
+
 def test_odd_missing_and_extra_encoder_keys_load_and_leave_as_they_are(tmp_path: Path) -> None:
     base = published()
     del base["emo_layer.weight"]

@@ -81,6 +81,14 @@ def test_other_options_than_the_runs_are_named(run_dir: Path, caplog: pytest.Log
     assert "other options" not in caplog.text
 
 
+def test_another_validation_set_than_the_runs_is_named(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evaluate_checkpoint(build(), run_dir / "latest.pth")
+    assert "the run itself was measured on 23 validation samples (seed 0): --samples 23" in caplog.text
+    caplog.clear()
+    evaluate_checkpoint(build(), run_dir / "latest.pth", samples=23)
+    assert "the run itself" not in caplog.text
+
+
 class Damaged(Toy):
     damaged_val: tuple[int, ...] = (3,)
 

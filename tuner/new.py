@@ -1,0 +1,52 @@
+"""`tuner new`: a folder with a small study that runs as it is, to put one's own model into.
+
+The files are those in `tuner/template/`, with the study's name in them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from trainer.errors import UserError
+
+TEMPLATE = Path(__file__).parent / "template"
+FILES = {
+    "workload.py": "the model, its data and its loss",
+    "study.toml": "what is tuned, and for how long",
+}
+NAME = "my-study"
+"""The study's name in the template."""
+
+
+def new(folder: Path) -> str:
+    """Write the template into `folder`, which must not exist yet; returns what there is now and what to do next.
+
+    The folder's name becomes the study's.
+
+    Raises:
+        UserError: The name can't be a study's, the folder exists, or it can't be made.
+    """
+    name = folder.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(
+            f"{folder}: the folder's name becomes the study's: use letters, digits, '.', '_' and '-', and begin with "
+            "a letter or a digit."
+        )
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{folder} exists already: choose another name.") from None
+    except OSError as error:
+        raise UserError(f"{folder} can't be made ({error.strerror}): choose another place.") from None
+    try:
+        for file in FILES:
+            text = (TEMPLATE / file).read_text(encoding="utf-8")
+            (folder / file).write_text(text.replace(NAME, name), encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"{folder} can't be written to ({error.strerror}): choose another place.") from None
+    described = "\n".join(f"{folder / file}: {what}" for file, what in FILES.items())
+    return f"{described}\nNext: cd {shlex.quote(str(folder))} && tuner launch study.toml && tuner promote {name}"
