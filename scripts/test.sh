@@ -4,4 +4,5 @@ source "$(dirname "$0")/setup_venv.sh" dev
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# Two at a time: most tests wait for processes of their own, and the models are tiny.
+exec python -m pytest --numprocesses 2 "$@"
