@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +62,8 @@ def test_every_file_of_the_tree_is_there() -> None:
             assert (root / folder).is_dir(), folder
         for name in re.findall(r"\b[\w/]+\.py\b", line):
             assert (root / folder / name).exists() or list((root / folder).rglob(name)), f"{folder}{name}"
+
+
+def test_its_tables_are_those_of_the_records() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "readme_tables.py"
+    assert subprocess.run([sys.executable, str(script), "--check"]).returncode == 0
