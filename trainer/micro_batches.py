@@ -17,7 +17,7 @@ from functools import cache
 from trainer.acceleration import Capabilities, choose_precision
 from trainer.config import TrainConfig
 from trainer.errors import UserError
-from trainer.memory import MemoryEstimate, Probe, available_memory
+from trainer.memory import MemoryEstimate, NoEstimate, Probe, available_memory
 from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def fit(workload: Workload, config: TrainConfig, capabilities: Capabilities, ava
         # Code that trains may stumble in many ways over tensors without contents. A defect, of it or of the data,
         # shows in the run itself, which comes next.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(error, NoEstimate | UserError):
+            log.warning("the memory estimate failed (%s: %s); the run goes on without it", type(error).__name__, reason)
         return Fit(size, None, f"no estimate, so batches are not cut ({reason})")
 
 

@@ -65,7 +65,7 @@ def test_what_was_compiled_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
 def test_neither_few_targets_nor_many_compile_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     # So that some batches stay below the number from which on the eager loss is cut into chunks.
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 80 * 34)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 24 * 34)
     losses(tmp_path, "run", dropout=0.0, layers=1, compile="on", batch_size=2, steps=30)
     assert compilations() == (1, 0)
 
