@@ -18,8 +18,8 @@ from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
 from trainer.clock import clock
 from tuner.display import RunDisplay, StudyDisplay, format_params, trial_table
+from tuner.full.promotion import promote, rerun
 from tuner.launcher import launch, open_study
-from tuner.promotion import promote, rerun
 from tuner.run import Runtime
 from tuner.spec import StudySpec
 from tuner.terminal import stoppable

@@ -4,15 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tuner.full.confirmation import confirm
+    from tuner.full.promotion import promote
     from tuner.launcher import launch
-    from tuner.promotion import promote
     from tuner.run import Runtime
     from tuner.spec import StudySpec
 
 # Imported on first use: the command line must not wait for torch to print its help.
-_HOMES = {"Runtime": "run", "StudySpec": "spec", "launch": "launcher", "promote": "promotion"}
+_HOMES = {
+    "Runtime": "run",
+    "StudySpec": "spec",
+    "confirm": "full.confirmation",
+    "launch": "launcher",
+    "promote": "full.promotion",
+}
 
-__all__ = ["Runtime", "StudySpec", "launch", "promote"]
+__all__ = ["Runtime", "StudySpec", "confirm", "launch", "promote"]
 
 
 def __getattr__(name: str) -> Any:

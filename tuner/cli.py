@@ -123,7 +123,7 @@ def dashboard(
 
     Example: tuner dashboard --read-only
     """
-    from tuner.dashboard import make_dashboard
+    from tuner.dashboard.server import make_dashboard
     from tuner.storage import open_storage
 
     opened = open_storage(storage, must_exist=True)
@@ -162,9 +162,9 @@ def promote(
         raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
     from rich.console import Console
 
-    from tuner.confirmation import confirm as confirm_best
+    from tuner.full.confirmation import confirm as confirm_best
+    from tuner.full.promotion import promote
     from tuner.objective import Interrupted
-    from tuner.promotion import promote
     from tuner.report import confirmation_table
     from tuner.run import Runtime
     from tuner.storage import load_study, open_storage
@@ -232,7 +232,7 @@ def evaluate(
 
     Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
     """
-    from tuner.evaluation import evaluate_checkpoint
+    from tuner.full.evaluation import evaluate_checkpoint
     from tuner.spec import StudySpec, parse_override
 
     if not as_json:
@@ -259,7 +259,7 @@ def export(
 
     Example: tuner export runs/indextts2-ko/full-trial-00007 --to gpt.pth
     """
-    from tuner.export import export
+    from tuner.full.export import export
 
     show_log()
     done = export(run_dir, to, checkpoint=checkpoint, format=format, spec=spec, force=force)
@@ -284,8 +284,8 @@ def bench(
     """
     from rich.console import Console
 
-    from tuner.bench import Bench
-    from tuner.bench_report import check_chart_path, print_table, write_chart
+    from tuner.bench.report import check_chart_path, print_table, write_chart
+    from tuner.bench.table import Bench
     from tuner.spec import StudySpec, parse_override
 
     if chart:

@@ -20,13 +20,13 @@ from trainer import DamagedSample, UserError
 from trainer.checkpoint import digest_path, is_locked, locked
 from trainer.clock import clock
 from trainer.tracking import Tracker
+from tuner.dashboard.page import StudyPage
 from tuner.objective import Interrupted, Objective
 from tuner.run import Runtime
 from tuner.samplers import build_pruner, build_sampler
 from tuner.search_space import baseline, largest_step
 from tuner.spec import StudySpec
 from tuner.storage import open_storage
-from tuner.study_page import StudyPage
 from tuner.trials import (
     BASE_DIR,
     BASELINE,

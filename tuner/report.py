@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner.display import format_params, is_rising, trial_table
-from tuner.full_runs import full_runs
+from tuner.full.runs import full_runs
 from tuner.trials import (
     BASELINE,
     ENDED,
@@ -31,7 +31,7 @@ from tuner.trials import (
 )
 
 if TYPE_CHECKING:
-    from tuner.confirmation import Confirmation
+    from tuner.full.confirmation import Confirmation
 
 
 def status(study: optuna.Study) -> dict[str, Any]:

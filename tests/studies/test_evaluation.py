@@ -16,8 +16,8 @@ from tests.studies.test_weights import published, tokenizers, with_aliases, with
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.evaluation import evaluate_checkpoint
-from tuner.export import export
+from tuner.full.evaluation import evaluate_checkpoint
+from tuner.full.export import export
 from tuner.run import Runtime, tracked_train
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec

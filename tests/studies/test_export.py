@@ -21,7 +21,7 @@ from tests.studies.test_weights import new_model, tokenizers, with_aliases, with
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import TrainConfig, UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.export import export
+from tuner.full.export import export
 from tuner.run import Runtime, tracked_train
 from tuner.search_space import Setup
 

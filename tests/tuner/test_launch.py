@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import locked, read_checkpoint
+from tuner.full.promotion import rerun
 from tuner.launcher import launch
-from tuner.promotion import rerun
 from tuner.report import status
 from tuner.run import Runtime
 from tuner.storage import load_study, open_storage

@@ -11,10 +11,10 @@ from optuna.trial import TrialState
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.full_runs import full_runs
+from tuner.full.projection import MeasuredSpeed
+from tuner.full.promotion import PROMOTIONS, promote
+from tuner.full.runs import full_runs
 from tuner.launcher import launch
-from tuner.projection import MeasuredSpeed
-from tuner.promotion import PROMOTIONS, promote
 from tuner.report import status
 from tuner.run import Runtime
 from tuner.trials import ranking

@@ -14,9 +14,9 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from trainer.clock import format_hours
-from tuner.artifacts import database_url
+from tuner.dashboard.artifacts import database_url
+from tuner.dashboard.findings import Findings, run_state
 from tuner.display import format_params, format_value
-from tuner.findings import Findings, run_state
 from tuner.storage import DEFAULT_URL
 from tuner.trials import BASELINE, INFEASIBLE, last_value, state_of
 

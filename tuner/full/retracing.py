@@ -9,8 +9,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from tuner.confirmation import own_curve, seed_spread
-from tuner.full_runs import DEVIATION
+from tuner.full.confirmation import own_curve, seed_spread
+from tuner.full.runs import DEVIATION
 from tuner.spec import StudySpec
 
 log = logging.getLogger(__name__)

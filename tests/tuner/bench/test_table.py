@@ -24,11 +24,11 @@ from tests.tuner.studies_for_tests import build, write
 from trainer import TrainConfig, UserError
 from trainer.acceleration import Capabilities
 from trainer.batching import BatchOrder
-from tuner.baseline import ADDED, REQUESTED
-from tuner.bench import Bench, Row, build_rows, error_line, rotated, run_child, select
-from tuner.bench_report import chart, check_chart_path, print_table
+from tuner.bench.baseline import ADDED, REQUESTED
+from tuner.bench.measurement import Measurement, answer, build_workload, measure, measure_trainer
+from tuner.bench.report import chart, check_chart_path, print_table
+from tuner.bench.table import Bench, Row, build_rows, error_line, rotated, run_child, select
 from tuner.cli import main
-from tuner.measurement import Measurement, answer, build_workload, measure, measure_trainer
 from tuner.spec import StudySpec
 
 CPU = Capabilities("cpu", "CPU", cores=2, memory=1 << 34)
@@ -415,7 +415,7 @@ def test_a_mistake_is_one_line_before_anything_is_measured(
 def test_the_command_exits_1_where_a_row_failed_and_shows_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tuner.bench.CHILD", fake('if on == ["sdpa"]: raise ValueError("no such kernel")'))
+    monkeypatch.setattr("tuner.bench.table.CHILD", fake('if on == ["sdpa"]: raise ValueError("no such kernel")'))
     monkeypatch.setattr(sys, "argv", ["tuner", "bench", str(write(tmp_path)), "--only", "sdpa", "--rounds", "1"])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -435,7 +435,7 @@ def test_the_command_measures_in_processes_and_writes_table_and_chart(
     spec, picture = write(tmp_path), tmp_path / "speed.svg"
     arguments = ["bench", str(spec), "--rounds", "1", "--steps", "3", "--only", "buckets", "--chart", str(picture)]
     monkeypatch.setattr(sys, "argv", ["tuner", *arguments, "--set", "train.optimizer=adamw", "--json"])
-    monkeypatch.setattr("tuner.bench.build_rows", lambda *_: [Row("baseline", "baseline", ()), BUCKETS])
+    monkeypatch.setattr("tuner.bench.table.build_rows", lambda *_: [Row("baseline", "baseline", ()), BUCKETS])
     with pytest.raises(SystemExit) as stopped:
         main()
     out, errors = capfd.readouterr()

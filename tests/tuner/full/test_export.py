@@ -16,7 +16,7 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from tuner.cli import main
-from tuner.export import export, find_checkpoint
+from tuner.full.export import export, find_checkpoint
 from tuner.run import Runtime, describe_workload, tracked_train
 from tuner.search_space import full_setup
 
@@ -39,7 +39,7 @@ def test_a_run_says_which_workload_made_it(run_dir: Path) -> None:
     for name in ("latest.pth", "best_token_model.pth"):
         record = read_checkpoint(run_dir / name)["lineage"]["workload"]
         assert record["class"] == "tests.toy:Toy"
-        assert record["folder"] == str(Path(__file__).parents[2])
+        assert record["folder"] == str(Path(__file__).parents[3])
         assert Toy.model_validate(record["options"]) == Toy(width=8, num_train=128)
 
 
@@ -48,7 +48,7 @@ def test_the_import_name_is_that_of_the_package_that_offers_the_class() -> None:
 
     work = IndexTTS2(train_manifests=["a"], val_manifests=["b"], config="c")
     assert describe_workload(work)["class"] == "studies.indextts2:IndexTTS2"
-    assert describe_workload(work)["folder"] == str(Path(__file__).parents[2])
+    assert describe_workload(work)["folder"] == str(Path(__file__).parents[3])
 
 
 def test_a_workload_beside_its_study_is_found_again(tmp_path: Path, runtime: Runtime) -> None:

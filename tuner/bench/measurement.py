@@ -1,6 +1,6 @@
 """One row of `tuner bench` in one round, in a process of its own, so that nothing is shared but the compile cache.
 
-python -m tuner.measurement < request.json       # one JSON object on stdout
+python -m tuner.bench.measurement < request.json       # one JSON object on stdout
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from trainer import TrainConfig, UserError, Workload, train
 from trainer.acceleration import detect
-from tuner.baseline import BaselineLoop, switched
+from tuner.bench.baseline import BaselineLoop, switched
 from tuner.objective import is_out_of_memory
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec

@@ -19,7 +19,7 @@ from trainer.config import TrainConfig, differences
 from trainer.evaluation import evaluate
 from trainer.loader import BatchReader, DamageCount
 from trainer.workload import Batch, Dataset, Workload
-from tuner.export import find_checkpoint
+from tuner.full.export import find_checkpoint
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec
 

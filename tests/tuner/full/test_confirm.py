@@ -18,10 +18,10 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.cli import main
-from tuner.confirmation import Confirmation, ConfirmedTrial, confirm, record_name
+from tuner.full.confirmation import Confirmation, ConfirmedTrial, confirm, record_name
+from tuner.full.promotion import PROMOTIONS, promote
 from tuner.launcher import launch, open_study
 from tuner.objective import Interrupted
-from tuner.promotion import PROMOTIONS, promote
 from tuner.report import confirmation_table
 from tuner.run import Runtime
 from tuner.trials import BASELINE, ranking

@@ -23,19 +23,20 @@ from optuna_dashboard import get_note, save_note
 from tests.tuner.studies_for_tests import build
 from tests.tuner.test_dashboard import Client
 from trainer.locks import locked
-from tuner import plots, study_page
-from tuner.artifacts import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, leaderboard, to_toml
-from tuner.dashboard import make_dashboard
-from tuner.findings import Findings
+from tuner.dashboard import page as study_page
+from tuner.dashboard import plots
+from tuner.dashboard.artifacts import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, leaderboard, to_toml
+from tuner.dashboard.findings import Findings
+from tuner.dashboard.note import MAX_RANKED, escape, promote_command, study_note
+from tuner.dashboard.page import StudyPage
+from tuner.dashboard.plot_labels import AROUND, place_labels
+from tuner.dashboard.server import make_dashboard
+from tuner.full.promotion import promote
 from tuner.launcher import launch
-from tuner.plot_labels import AROUND, place_labels
-from tuner.promotion import promote
 from tuner.run import Runtime
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec
 from tuner.storage import load_study, open_storage
-from tuner.study_note import MAX_RANKED, escape, promote_command, study_note
-from tuner.study_page import StudyPage
 from tuner.trials import BASE_DIR, BASELINE, INFEASIBLE, SPEC, stored_spec
 
 GRID = (40, 80, 120, 160)
@@ -156,7 +157,7 @@ def test_what_a_person_wrote_below_the_note_or_before_it_stays(study: optuna.Stu
 def test_a_password_is_not_in_the_note(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     from sqlalchemy import make_url
 
-    monkeypatch.setattr("tuner.study_note.database_url", lambda _: make_url("postgresql://me:secret@host/db"))
+    monkeypatch.setattr("tuner.dashboard.note.database_url", lambda _: make_url("postgresql://me:secret@host/db"))
     command = promote_command(study, Path("/my runs"))
     assert command == "tuner promote toy --storage \"$TUNER_STORAGE\" --run-root '/my runs'"
 
@@ -326,10 +327,10 @@ def test_a_page_that_can_not_be_written_stops_no_launch_and_is_said_once(
     monkeypatch.setattr(study_page, "save_note", fail)
     monkeypatch.setattr(study_page, "MIN_INTERVAL_S", 0.0)
     monkeypatch.setattr(study_page, "MAX_SHARE", 1e9)
-    with caplog.at_level(logging.WARNING, "tuner.study_page"):
+    with caplog.at_level(logging.WARNING, "tuner.dashboard.page"):
         study = launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=3)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
-    assert [r.getMessage() for r in caplog.records if r.name == "tuner.study_page"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "tuner.dashboard.page"] == [
         "the study's page is not up to date (StorageInternalError: database is locked); all else goes on"
     ]
 

@@ -15,15 +15,15 @@ from optuna.trial import FrozenTrial
 from trainer import Evaluation, TrainResult, UserError
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
-from tuner.confirmation import Confirmation, own_curve, own_seed, read_record
-from tuner.continuation import go_on_from
-from tuner.full_runs import CONTINUED_FROM, curves_of, open_curve
-from tuner.projection import MeasuredSpeed, projections
-from tuner.retracing import Retracing
+from tuner.dashboard.page import StudyPage
+from tuner.full.confirmation import Confirmation, own_curve, own_seed, read_record
+from tuner.full.continuation import go_on_from
+from tuner.full.projection import MeasuredSpeed, projections
+from tuner.full.retracing import Retracing
+from tuner.full.runs import CONTINUED_FROM, curves_of, open_curve
 from tuner.run import Runtime, code_version, log_file, tracked_train
 from tuner.search_space import Setup, full_setup, trial_setup
 from tuner.spec import StudySpec
-from tuner.study_page import StudyPage
 from tuner.trials import ranking, report_once, stored_spec, trial_name
 
 log = logging.getLogger(__name__)

@@ -28,14 +28,14 @@ from trainer.acceleration import Capabilities, detect
 from trainer.errors import UserError
 from trainer.metrics import clock
 from trainer.workload import Workload
-from tuner.baseline import ADDED, REQUESTED, why_not
+from tuner.bench.baseline import ADDED, REQUESTED, why_not
 from tuner.explain import unknown_key
 from tuner.run import code_version
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec
 
 Group = Literal["baseline", "alone", "cumulative", "trainer"]
-CHILD = (sys.executable, "-m", "tuner.measurement")
+CHILD = (sys.executable, "-m", "tuner.bench.measurement")
 OUT_OF_MEMORY = "out of memory"
 PEAK_MEMORY = {
     "cuda": "what torch had allocated on the device at its peak",
@@ -55,7 +55,7 @@ class Row:
     note: str = ""
     """Why there is no number, or what is to be known of it."""
     measured: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """`tuner.measurement.Measurement` as plain values, by round."""
+    """`tuner.bench.measurement.Measurement` as plain values, by round."""
     left_out: bool = False
     """Not measured, or not any more; the note says why."""
     failed: bool = False

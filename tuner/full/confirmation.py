@@ -22,8 +22,8 @@ from optuna.trial import FrozenTrial
 from trainer import Diverged, Evaluation, UserError
 from trainer.checkpoint import digest_path
 from trainer.tracking import Tracker
-from tuner.continuation import go_on_from
-from tuner.full_runs import CONTINUED_FROM
+from tuner.full.continuation import go_on_from
+from tuner.full.runs import CONTINUED_FROM
 from tuner.objective import Interrupted
 from tuner.run import Runtime, tracked_train
 from tuner.search_space import full_setup, trial_setup

@@ -17,9 +17,9 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 from sqlalchemy.exc import SQLAlchemyError
 
 from trainer.errors import UserError
-from tuner import artifacts, plots
-from tuner.findings import Findings, open_full_study
-from tuner.study_note import full_note, promote_command, study_note, with_own_text
+from tuner.dashboard import artifacts, plots
+from tuner.dashboard.findings import Findings, open_full_study
+from tuner.dashboard.note import full_note, promote_command, study_note, with_own_text
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from tuner.dashboard.findings import Findings
+from tuner.dashboard.plot_labels import AROUND, RIGHT, UPWARDS, beside, place_labels
 from tuner.display import format_params, format_value
-from tuner.findings import Findings
-from tuner.plot_labels import AROUND, RIGHT, UPWARDS, beside, place_labels
 from tuner.trials import last_value, state_of
 
 MAX_CURVES, MAX_POINTS, MAX_LABELS = 40, 200, 40

@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from sqlalchemy import URL
 
-from tuner.findings import Findings
+from tuner.dashboard.findings import Findings
 from tuner.search_space import full_setup
 from tuner.trials import BASE_DIR, INFEASIBLE, last_value, state_of, stored_spec
 
