@@ -89,6 +89,18 @@ def training(record: Record) -> Iterator[str]:
             )
 
 
+def end_to_end(record: Record) -> Iterator[str]:
+    for size, measured in record["sizes"].items():
+        rows, steps = measured["contenders"], record["end_to_end_steps"]
+        yield f"{size.capitalize()}, {steps:,} steps from the start of the process."
+        yield source(record, "one after the other")
+        yield ""
+        yield "| | seconds | real tokens/s |"
+        yield "|---|---:|---:|"
+        for name, row in rows.items():
+            yield f"| {name} | {row['end_to_end']['seconds']:.0f} | {row['end_to_end']['tokens_a_second']:,.0f} |"
+
+
 def bench(record: Record) -> Iterator[str]:
     yield source(
         record, f"batches of {record['batch_size']}, medians of {record['rounds']} rounds of {record['steps']} steps"
@@ -120,6 +132,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], Iterator[str]]]] = {
     "loss": ("loss_cpu.json", loss),
     "loader": ("loader_cpu.json", loader),
     "training": ("training_cpu.json", training),
+    "end_to_end": ("end_to_end_cpu.json", end_to_end),
     "bench": ("bench_cpu.json", bench),
 }
 
