@@ -96,6 +96,8 @@ class AccelerationPlan:
     sdpa: tuple[Kernel, ...]
     """Attention kernels that PyTorch may choose from."""
     compile: bool
+    compile_seconds: float
+    """How long compilation takes, or loading its code from disk; a rough figure."""
     pad_multiple: int
     """Lengths are padded to multiples of it."""
     num_workers: int
@@ -172,6 +174,7 @@ def plan(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> Acce
         cudnn_benchmark=benchmark,
         sdpa=sdpa,
         compile=compiled,
+        compile_seconds=compile_seconds(size),
         pad_multiple=pad_multiple,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -228,13 +231,17 @@ def _compile(capabilities: Capabilities, config: TrainConfig, size: RunSize, bf1
         flops = FLOPS_PER_PARAMETER * size.num_parameters * size.tokens_per_step
         left = size.remaining_steps * flops / (BF16_FLOPS if bf16 else FP32_FLOPS)
         run = f"{size.remaining_steps:,} steps"
-    cost = (COMPILE_SECONDS + COMPILE_SECONDS_PER_TENSOR * size.num_tensors) * (
-        WARM_SHARE if size.compiled_before else 1
-    )
+    cost = compile_seconds(size)
     what = f"about {cost:.0f} s of {'loading compiled code' if size.compiled_before else 'compilation'}"
     if left * COMPILE_GAIN > cost:
         return True, f"{run} repay {what}; forward and loss as one graph with symbolic lengths"
     return False, f"{run} would not repay {what}"
+
+
+def compile_seconds(size: RunSize) -> float:
+    """About how long compilation takes, or loading its code where it lies on disk."""
+    cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_TENSOR * size.num_tensors
+    return cost * (WARM_SHARE if size.compiled_before else 1)
 
 
 def _workers(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> tuple[int, str]:

@@ -30,10 +30,20 @@ class TrainingLoss:
     Args:
         required: A model that can't be compiled as one graph is an error; else that is said, and the run is eager.
             By then nothing has been computed, so the numbers are those of an eager run.
+        expected_seconds: How long compilation will take, roughly; said beforehand.
     """
 
-    def __init__(self, workload: Workload, model: nn.Module, *, compile: bool, required: bool = False) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        model: nn.Module,
+        *,
+        compile: bool,
+        required: bool = False,
+        expected_seconds: float = 0.0,
+    ) -> None:
         self._workload, self._model, self._required = workload, model, required
+        self._expected_seconds = expected_seconds
         self._waiting = compile
         self._compiled: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
         if compile:
@@ -55,7 +65,7 @@ class TrainingLoss:
             return self._eager(inputs)
         started = time.perf_counter()
         if self._waiting:
-            log.info("compiling forward and loss: the first step takes long")
+            log.warning("compiling forward and loss: about %.0f s of silence", self._expected_seconds)
         try:
             sums = self._compiled(inputs)
         except _failures() as error:

@@ -21,10 +21,17 @@ class Evaluation:
     step: int
     samples: int
     seconds: float
+    """Seconds of training so far, over `timed_steps`; those of the warm-up, validation and checkpoints aside."""
+    timed_steps: int
     metrics: dict[str, float]
     """`val/loss` and the named losses, each a mean over the whole validation set."""
     d: float
     """Prodigy's step size estimate; 1 for other optimizers."""
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """None where all steps were of the warm-up."""
+        return self.seconds / self.timed_steps if self.timed_steps else None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -14,23 +13,20 @@ import torch
 
 from trainer.acceleration import AccelerationPlan, apply, detect, plan
 from trainer.batching import BatchOrder, validation_batches
-from trainer.checkpoint import Checkpoints, locked
+from trainer.checkpoint import LATEST, Checkpoints, locked
 from trainer.compilation import TrainingLoss, compiled_before
 from trainer.config import TrainConfig
+from trainer.device_monitor import DeviceMonitor
 from trainer.evaluation import Evaluation, autocast, evaluate
 from trainer.loader import fixed_batches, train_batches
-from trainer.metrics import IntervalMeter, log_line
+from trainer.metrics import IntervalMeter
 from trainer.micro_batches import split
 from trainer.optimizers import schedule_factor, step_size, update
+from trainer.reporting import Diverged as Diverged
+from trainer.reporting import Reporter
 from trainer.state import Run, prepare
 from trainer.tracking import Tracker, Trackers
 from trainer.workload import Batch, Workload
-
-log = logging.getLogger(__name__)
-
-
-class Diverged(RuntimeError):
-    """No update was possible over a whole log interval: every gradient was infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,18 @@ class TrainResult:
     step: int
     samples: int
     seconds: float
-    """Seconds of training, over all continuations; validation and checkpoints are not counted."""
+    """Seconds of training, over all continuations; warm-up, validation and checkpoints are not counted."""
+    timed_steps: int
+    """Steps that `seconds` counts."""
     metrics: dict[str, float]
     """The last validation's."""
     best: dict[str, float]
     run_dir: Path
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """None where all steps were of the warm-up."""
+        return self.samples / self.step * self.timed_steps / self.seconds if self.timed_steps else None
 
 
 def train(
@@ -77,9 +80,9 @@ def train(
         Diverged: No gradient of a whole log interval was finite.
     """
     run_dir = Path(run_dir)
-    tracker = tracker or Trackers([])
+    followers = Trackers([] if tracker is None else [tracker])
     with (
-        closing(tracker),
+        closing(followers),
         locked(run_dir),
         Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
@@ -88,13 +91,15 @@ def train(
         run = prepare(workload, config, capabilities.kind, checkpoints, resume=resume, init=init, lineage=lineage)
         acceleration = plan(capabilities, config, run.size(compiled_before=compiled_before(workload, run.model)))
         apply(acceleration)
-        _loop(run, acceleration, checkpoints, tracker, on_eval, stop)
+        with DeviceMonitor(capabilities.kind) as monitor:
+            _loop(run, acceleration, checkpoints, Reporter(run, followers, monitor), on_eval, stop)
     progress = run.progress
     return TrainResult(
         finished=run.finished,
         step=progress.step,
         samples=run.samples,
         seconds=progress.seconds,
+        timed_steps=progress.timed_steps,
         metrics=progress.metrics,
         best=progress.best,
         run_dir=run_dir,
@@ -105,27 +110,33 @@ def _loop(
     run: Run,
     acceleration: AccelerationPlan,
     checkpoints: Checkpoints,
-    tracker: Tracker,
+    reporter: Reporter,
     on_eval: Callable[[Evaluation], None] | None,
     stop: Callable[[], bool],
 ) -> None:
     config, progress = run.config, run.progress
     batches = _train_batches(run, acceleration)
-    compile, required = acceleration.compile, config.compile == "on"
-    loss_sums = TrainingLoss(run.workload, run.model, compile=compile, required=required)
+    loss_sums = TrainingLoss(
+        run.workload,
+        run.model,
+        compile=acceleration.compile,
+        required=config.compile == "on",
+        expected_seconds=acceleration.compile_seconds,
+    )
     val_data = run.workload.val_data()
     val_indices = validation_batches(val_data.lengths, config.val_samples, seed=config.val_seed)
     val_batches = fixed_batches(run.workload, val_data, val_indices)
     meter = IntervalMeter(run.workload.loss_weights)
-    meter.start(progress.step, progress.seconds)
-    saved_step = progress.step
+    meter.start(progress.step)
+    first_step = saved_step = progress.step
     run.model.train()
     while True:
         if (point := run.due_evaluation()) is not None:
             evaluation, improved = _evaluate(run, acceleration.precision, val_batches, point)
-            tracker.track(evaluation.metrics, step=progress.step, samples=run.samples)
+            reporter.evaluation(evaluation)
             if improved:
                 checkpoints.save_best(run.weights(), improved)
+                reporter.saved(improved)
             if on_eval is not None:
                 on_eval(evaluation)
 
@@ -133,19 +144,26 @@ def _loop(
         due = config.save_every is not None and progress.step % config.save_every == 0
         if progress.step != saved_step and (ends or due):
             checkpoints.save(run.state())
+            reporter.saved([LATEST])
             saved_step = progress.step
         if ends:
             break
 
+        warm_up = run.warms_up(progress.step - first_step)
         started = time.perf_counter()
         step(run, loss_sums, acceleration.precision, batches, meter)
         progress.step += 1
         values = None
         if progress.step % config.log_every == 0 or run.finished:
             values = meter.read()
-        progress.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        meter.add_step(seconds, warm_up=warm_up)
+        if not warm_up:
+            progress.seconds += seconds
+            progress.timed_steps += 1
         if values is not None:
-            _log(run, meter, values, tracker)
+            reporter.interval(meter, values)
+            meter.start(progress.step)
 
 
 def _train_batches(run: Run, acceleration: AccelerationPlan) -> Iterator[Batch]:
@@ -177,7 +195,9 @@ def step(run: Run, loss_sums: TrainingLoss, precision: str, batches: Iterator[Ba
     Reads no value on the host.
     """
     config = run.config
+    started = time.perf_counter()
     group = [next(batches) for _ in range(config.grad_accumulation * config.num_micro_batches)]
+    meter.data_wait += time.perf_counter() - started
     group = [batch for batch in group if batch.num_samples]
     weights = run.workload.loss_weights
     totals = {name: sum(batch.counts[name] for batch in group) for name in weights}
@@ -204,27 +224,13 @@ def _evaluate(run: Run, precision: str, batches: list[Batch], point: float) -> t
         if metrics[metric] < progress.best.get(metric, float("inf")):
             progress.best[metric] = metrics[metric]
             improved.append(name)
-    shown = ", ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
-    log.info("[Step %d] validation after %d samples: %s", progress.step, run.samples, shown)
     evaluation = Evaluation(
         point=point,
         step=progress.step,
         samples=run.samples,
         seconds=progress.seconds,
+        timed_steps=progress.timed_steps,
         metrics=metrics,
         d=float(step_size(run.optimizer)),
     )
     return evaluation, improved
-
-
-def _log(run: Run, meter: IntervalMeter, values: dict[str, float], tracker: Tracker) -> None:
-    progress, config = run.progress, run.config
-    steps, seconds = progress.step - meter.first_step, progress.seconds - meter.first_second
-    if values["train/skipped_updates"] == steps and steps > 1:
-        raise Diverged(f"none of the last {steps} gradients was finite, at step {progress.step}")
-    values["train/samples_per_second"] = steps * config.effective_batch_size / seconds
-    values["train/tokens_per_second"] = meter.tokens / seconds
-    remaining = None if config.num_steps is None else (config.num_steps - progress.step) * seconds / steps
-    log.info(log_line(progress.step, values, time=seconds, remaining=remaining))
-    tracker.track(values, step=progress.step, samples=run.samples)
-    meter.start(progress.step, progress.seconds)

@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd.graph import _engine_run_backward
 
 from trainer.batching import validation_batches
+from trainer.cgroup import memory_left
 from trainer.checkpoint import tensors_in
 from trainer.config import TrainConfig
 from trainer.errors import DamagedSample, UserError
@@ -118,14 +119,16 @@ def estimate(workload: Workload, config: TrainConfig, *, device: str, precision:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that a new run may take: free on the current CUDA device, or of the machine's memory."""
+    """Bytes that a new run may take: free on the current CUDA device, or of the machine's memory and of what its
+    control group (a container's limit) leaves."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         # What an earlier run of this process gave back, the caching allocator keeps; it will be used again.
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         # Asking has cost a context, which the estimate counts too.
         return min(total, free + CUDA_CONTEXT)
-    return psutil.virtual_memory().available
+    free_here, left = psutil.virtual_memory().available, memory_left()
+    return free_here if left is None else min(free_here, left)
 
 
 class Probe:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.clock import clock as clock
+from trainer.device_monitor import GPU_MEMORY, GPU_UTILIZATION
 from trainer.workload import Batch
 
 
@@ -43,36 +44,41 @@ class LossMeter:
         return means(dict(zip(self._sums, values, strict=True)), self._counts, self.weights)
 
 
-def log_line(step: int, values: Mapping[str, float], *, time: float, remaining: float | None) -> str:
+def log_line(step: int, values: Mapping[str, float], *, time: float) -> str:
     """`[Step 100] Loss: 2.34, Text Loss: 1.23, Mel Loss: 1.11, LR: 0.00012, Time: 45.2s, 17.7 samples/s, ...`.
 
     Args:
         values: Metrics by name, such as `train/loss`; `train/lr` is the effective rate, d x lr for Prodigy.
         time: Seconds since the line before.
-        remaining: Seconds to the end of the run, where known.
     """
     losses = [name for name in values if name.startswith("train/") and name.endswith("loss")]
     parts = [f"{name[6:].replace('_', ' ').title()}: {values[name]:.4f}" for name in losses]
     parts += [f"LR: {values['train/lr']:.3g}", f"Time: {time:.1f}s"]
     parts += [f"{values['train/samples_per_second']:.1f} samples/s"]
-    if remaining is not None:
-        parts += [f"{clock(remaining)} left"]
+    if GPU_MEMORY in values:
+        parts += [f"GPU {values[GPU_MEMORY] / 1e9:.1f} GB"]
+    if GPU_UTILIZATION in values:
+        parts += [f"{values[GPU_UTILIZATION]:.0%} busy"]
+    if "train/seconds_left" in values:
+        parts += [f"{clock(values['train/seconds_left'])} left"]
     if values.get("train/skipped_updates"):
         parts += [f"{values['train/skipped_updates']:.0f} updates skipped (gradient not finite)"]
     return f"[Step {step}] " + ", ".join(parts)
 
 
 class IntervalMeter:
-    """What one log interval gathers: losses, the last update's norm and rate, skipped updates, tokens."""
+    """What one log interval gathers: losses, the last update's norm and rate, skipped updates, tokens, times."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.losses = LossMeter(weights)
-        self.start(0, 0.0)
+        self.start(0)
 
-    def start(self, step: int, second: float) -> None:
-        """Begin a new interval at this step and second of training."""
-        self.first_step, self.first_second = step, second
+    def start(self, step: int) -> None:
+        """Begin a new interval at this step."""
+        self.first_step = step
         self.tokens = self.slots = 0
+        self.seconds = self.data_wait = 0.0
+        self._timed_steps, self._timed_seconds = 0, 0.0
         self._skipped: Tensor | float = 0.0
         self._last: tuple[Tensor | float, Tensor | float, float] = (0.0, 0.0, 0.0)
         self.losses.reset()
@@ -85,6 +91,28 @@ class IntervalMeter:
     def add_update(self, norm: Tensor, skipped: Tensor, *, lr: float, d: Tensor | float) -> None:
         self._skipped = self._skipped + skipped
         self._last = (norm, d, lr)
+
+    def add_step(self, seconds: float, *, warm_up: bool) -> None:
+        """Count the time of a step; a step of the warm-up says nothing of the rates."""
+        self.seconds += seconds
+        if not warm_up:
+            self._timed_steps += 1
+            self._timed_seconds += seconds
+
+    def rates(self, steps: int, batch_size: int) -> dict[str, float]:
+        """Samples and tokens a second, and the share of the time that was spent waiting for data.
+
+        Args:
+            steps: In the interval.
+            batch_size: Samples of a step.
+        """
+        # An interval of nothing but warm-up has only that to go by.
+        pace = self._timed_steps / self._timed_seconds if self._timed_steps else steps / self.seconds
+        return {
+            "train/samples_per_second": pace * batch_size,
+            "train/tokens_per_second": pace * self.tokens / steps,
+            "train/data_wait": self.data_wait / self.seconds,
+        }
 
     def read(self) -> dict[str, float]:
         """The interval's figures by name. Waits for the device: everything launched so far is done after it."""

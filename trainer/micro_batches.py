@@ -22,6 +22,10 @@ from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
 
+# What the memory estimate reads of a configuration. Those that differ in nothing of it are judged once.
+SIZED_BY = {"batch_size", "micro_batch_size", "grad_accumulation", "optimizer", "slice_p", "max_grad_norm"}
+SIZED_BY |= {"use_bias_correction", "fused_optimizer", "precision", "sdpa", "val_samples", "val_seed"}
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -57,25 +61,56 @@ def split(workload: Workload, config: TrainConfig, capabilities: Capabilities) -
     return config.model_copy(update={"micro_batch_size": found.micro_batch_size})
 
 
-def fit(workload: Workload, config: TrainConfig, capabilities: Capabilities, available: float) -> Fit:
+def fit(
+    workload: Workload,
+    config: TrainConfig,
+    capabilities: Capabilities,
+    available: float,
+    probes: dict[tuple[str, ...], Probe] | None = None,
+) -> Fit:
     """What a run needs; with `micro_batch_size` "auto", cut into the fewest parts that fit into `available` bytes.
 
     Where not even one sample at a time fits, the result is that of one. A run that can't be estimated is not cut.
+
+    Args:
+        probes: Kept by the caller from call to call: one probe serves all batch sizes of a model.
     """
     size = math.ceil(config.batch_size / config.num_micro_batches)
     try:
-        probe = Probe(workload, config, device=capabilities.kind, precision="fp32")
-        probe.precision, _ = choose_precision(capabilities, config, probe.num_trained)
+        probe = _probe(workload, config, capabilities, {} if probes is None else probes)
         if config.micro_batch_size != "auto":
-            return Fit(size, probe.estimate().total, "as set")
-        return _largest(lambda size: probe.estimate(micro_batch_size=size), config.batch_size, available)
+            return Fit(size, probe.estimate(config.batch_size).total, "as set")
+
+        def estimate(size: int) -> MemoryEstimate:
+            return probe.estimate(config.batch_size, micro_batch_size=size)
+
+        return _largest(estimate, config.batch_size, available)
     except Exception as error:
+        if probes:
+            probes.clear()  # one that stumbled may hold half an estimate
         # Code that trains may stumble in many ways over tensors without contents. A defect, of it or of the data,
         # shows in the run itself, which comes next.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not isinstance(error, NoEstimate | UserError):
             log.warning("the memory estimate failed (%s: %s); the run goes on without it", type(error).__name__, reason)
         return Fit(size, None, f"no estimate, so batches are not cut ({reason})")
+
+
+def _probe(
+    workload: Workload, config: TrainConfig, capabilities: Capabilities, probes: dict[tuple[str, ...], Probe]
+) -> Probe:
+    """The kept probe of this model, or a new one."""
+    key = (
+        f"{type(workload).__module__}:{type(workload).__qualname__}",
+        workload.model_dump_json(),
+        config.model_dump_json(include=SIZED_BY - {"batch_size"}),
+        capabilities.kind,
+    )
+    if key not in probes:
+        probe = Probe(workload, config, device=capabilities.kind, precision="fp32")
+        probe.precision, _ = choose_precision(capabilities, config, probe.num_trained)
+        probes[key] = probe
+    return probes[key]
 
 
 def _largest(estimate: Callable[[int], MemoryEstimate], batch_size: int, available: float) -> Fit:

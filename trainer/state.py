@@ -20,6 +20,11 @@ from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
 
+WARM_UP_STEPS = 3
+"""The first steps after a start or a continuation. In the first of them code is compiled and caches are cold; kernels
+that are chosen for a length, or compiled when they are first needed, follow in the next ones. Their time is left out of
+`Progress.seconds`, so that a run of so many seconds trains as long whether it compiles or not."""
+
 
 @dataclass
 class Progress:
@@ -27,7 +32,8 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    """Seconds of training; validation and checkpoints are not counted."""
+    """Seconds of training, over `timed_steps`; warm-up, validation and checkpoints are not counted."""
+    timed_steps: int = 0
     evaluated: float = 0.0
     """The last point of the evaluation grid that was evaluated."""
     evaluated_step: int = -1
@@ -61,6 +67,15 @@ class Run:
             return self.progress.step >= self.config.num_steps
         assert self.config.seconds is not None
         return self.progress.seconds >= self.config.seconds
+
+    def warms_up(self, steps_here: int) -> bool:
+        """Whether the next step is one of the warm-up, after so many steps since the start or continuation.
+
+        A run that is stopped again and again within its warm-up would train for ever on no seconds at all: from the
+        second start on, at most as many steps are left out as were counted.
+        """
+        left_out, timed = self.progress.step - self.progress.timed_steps, self.progress.timed_steps
+        return steps_here < WARM_UP_STEPS and left_out < max(WARM_UP_STEPS, timed)
 
     def size(self, *, compiled_before: bool = False) -> RunSize:
         """The rest of the run, as `acceleration.plan` wants to know it."""
@@ -158,7 +173,8 @@ class Run:
         # A full state beside the model would not fit twice: it is mapped, and copied out tensor by tensor.
         on_cpu = self.device.type == "cpu"
         self.optimizer.load_state_dict(snapshot(state["optimizer"]) if on_cpu else state["optimizer"])
-        self.progress = Progress(**state["progress"])
+        # Before there was a warm-up, all steps were timed.
+        self.progress = Progress(**{"timed_steps": state["step"], **state["progress"]})
         if state["config"]["eval_unit"] != self.config.eval_unit:
             # A trial on a grid of seconds goes on as a full run on a grid of samples.
             self.progress.evaluated = self.reached()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import queue
+import shlex
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 log = logging.getLogger(__name__)
+
+AIM_RUN = "aim_run"
+"""File in a run directory: the hash of its Aim run."""
 
 
 class Tracker(Protocol):
@@ -19,6 +24,13 @@ class Tracker(Protocol):
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CheckpointTracker(Protocol):
+    """A `Tracker` that is also told of checkpoints as they are taken; they may still be being written."""
+
+    def checkpoint(self, name: str, *, step: int) -> None: ...
 
 
 class Trackers:
@@ -31,6 +43,11 @@ class Trackers:
         for tracker in self.trackers:
             tracker.track(values, step=step, samples=samples)
 
+    def checkpoint(self, name: str, *, step: int) -> None:
+        for tracker in self.trackers:
+            if isinstance(tracker, CheckpointTracker):
+                tracker.checkpoint(name, step=step)
+
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
@@ -39,7 +56,8 @@ class Trackers:
 class AimTracker:
     """Writes to an Aim repository from a thread; if Aim fails, says so once and training goes on without it.
 
-    A run directory remembers its Aim run, so that a resumed run continues the same curves.
+    A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are the texts
+    `checkpoint`. A run directory remembers its Aim run, so that a resumed run continues the same curves.
 
     Args:
         repo: Folder of the Aim repository; made where there is none.
@@ -53,18 +71,29 @@ class AimTracker:
 
     def __init__(self, repo: Path, *, run_dir: Path, experiment: str, params: Mapping[str, Any]) -> None:
         self._repo, self._run_dir, self._experiment, self._params = repo, run_dir, experiment, params
-        self._queue: queue.Queue[tuple[Mapping[str, float], int, int] | None] = queue.Queue(self.CAPACITY)
+        self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(self.CAPACITY)
         # A daemon: Aim's close can hang on a damaged repository, and must not keep the process.
         self._thread = threading.Thread(target=self._work, name="aim", daemon=True)
         self._started = False
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
-        if not self._started:
-            # Not before there is something to write: a run that is refused leaves no trace in Aim.
-            self._thread.start()
-            self._started = True
-        with suppress(queue.Full):
-            self._queue.put_nowait((values, step, samples))
+        def write(run: Any) -> None:
+            for name, value in values.items():
+                subset, _, metric = name.partition("/")
+                run.track(value, name=metric, step=step, context={"subset": subset})
+            run.track(samples, name="samples", step=step)
+
+        self._put(write)
+
+    def checkpoint(self, name: str, *, step: int) -> None:
+        def write(run: Any) -> None:
+            from aim.sdk.objects.text import Text
+
+            text: Any = Text
+            run.track(text(name), name="checkpoint", step=step, context={"file": name})
+            run["checkpoints", name] = step
+
+        self._put(write)
 
     def close(self) -> None:
         if not self._started:
@@ -77,15 +106,19 @@ class AimTracker:
         if self._thread.is_alive():
             log.warning("Aim did not finish writing within %.0f s; the run's other files are whole", self.PATIENCE_S)
 
+    def _put(self, write: Callable[[Any], None]) -> None:
+        if not self._started:
+            # Not before there is something to write: a run that is refused leaves no trace in Aim.
+            self._thread.start()
+            self._started = True
+        with suppress(queue.Full):
+            self._queue.put_nowait(write)
+
     def _work(self) -> None:
         try:
             run = self._open()
-            while (item := self._queue.get()) is not None:
-                values, step, samples = item
-                for name, value in values.items():
-                    subset, _, metric = name.partition("/")
-                    run.track(value, name=metric, step=step, context={"subset": subset})
-                run.track(samples, name="samples", step=step)
+            while (write := self._queue.get()) is not None:
+                write(run)
             run.close()
             _index(run)
         # Whatever a tracker meets (a locked repository, a full disk, a version it can't read) is no reason to
@@ -95,24 +128,62 @@ class AimTracker:
 
     def _open(self) -> Any:
         """The run to write to: the one that the run directory remembers, else a new one."""
-        from aim.sdk.run import Run
-
-        remembered = self._run_dir / "aim_run"
-        run_hash = remembered.read_text().strip() if remembered.is_file() else None
         self._repo.mkdir(parents=True, exist_ok=True)
-        run = Run(
-            run_hash,
-            repo=str(self._repo),
-            experiment=self._experiment,
-            system_tracking_interval=None,
-            log_system_params=False,
-            capture_terminal_logs=False,
-        )
-        run.name = self._run_dir.name
+        remembered = aim_run(self._run_dir)
+        run = _continued(self._repo, remembered) if remembered else None
+        if run is None:
+            run = _new_run(self._repo)
+            if remembered:
+                run["continues"] = remembered
+        run.experiment, run.name = self._experiment, self._run_dir.name
         for key, value in self._params.items():
             run[key] = value
-        remembered.write_text(run.hash)
+        (self._run_dir / AIM_RUN).write_text(run.hash)
         return run
+
+
+def aim_run(run_dir: Path) -> str | None:
+    """Hash of the Aim run of a run directory; None where there is none (yet)."""
+    try:
+        return (run_dir / AIM_RUN).read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def aim_command(repo: Path) -> str:
+    """What opens the repository in a browser."""
+    return f"aim up --repo {shlex.quote(str(repo))}"
+
+
+def _continued(repo: Path, run_hash: str) -> Any | None:
+    """The Aim run of that hash, open for more; None where it is gone, or still open elsewhere."""
+    from aim.sdk.errors import MissingRunError, RunLockingError
+    from filelock import Timeout
+
+    if not (repo / ".aim" / "meta" / "chunks" / run_hash).is_dir():
+        log.info("Aim run %s is not in %s: a new one begins, which names it", run_hash, repo)
+        return None
+    try:
+        return _new_run(repo, run_hash)
+    except MissingRunError:
+        # Aim keeps its list of runs for half a second: a run that ended just now is not on it yet.
+        time.sleep(1)
+        return _new_run(repo, run_hash)
+    except (RunLockingError, Timeout):
+        log.warning("Aim run %s is still open elsewhere: a new one begins, which names it", run_hash)
+        return None
+
+
+def _new_run(repo: Path, run_hash: str | None = None) -> Any:
+    from aim.sdk.run import Run
+
+    return Run(
+        run_hash,
+        repo=str(repo),
+        system_tracking_interval=None,
+        log_system_params=False,
+        capture_terminal_logs=False,
+    )
 
 
 def _index(run: Any) -> None:
@@ -120,4 +191,8 @@ def _index(run: Any) -> None:
     API would not find the run."""
     from aim.sdk.index_manager import RepoIndexManager
 
-    RepoIndexManager.get_index_manager(run.repo).index(run.hash)
+    try:
+        RepoIndexManager.get_index_manager(run.repo).index(run.hash)
+    # All is written; `aim up` or another run that ends just now has the index open, and `aim up` catches up by itself.
+    except Exception as error:
+        log.info("Aim's index is busy (%s): the run is entered when aim up starts", type(error).__name__)

@@ -1,0 +1,115 @@
+"""Warnings while it trains: from described figures, with the likely cause, and each once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from tests.toy import Toy
+from trainer import TrainConfig, train
+from trainer.advice import Advice, not_falling, why_idle
+
+
+def figures(loss: float = 1.0, busy: float | None = None, data_wait: float = 0.0) -> dict[str, float]:
+    values = {"train/loss": loss, "train/data_wait": data_wait}
+    return values if busy is None else {**values, "system/gpu_utilization": busy}
+
+
+@pytest.mark.parametrize(
+    ("busy", "data_wait", "said"),
+    [
+        (0.95, 0.0, None),
+        (0.80, 0.2, None),
+        (0.79, 0.0, "a larger train.batch_size"),
+        (0.30, 0.6, "60% of the time went into waiting for data"),
+        (0.30, 0.1, "a larger train.batch_size"),
+        (0.0, 0.5, "waiting for data"),
+    ],
+)
+def test_an_idle_gpu_has_a_likely_cause(busy: float, data_wait: float, said: str | None) -> None:
+    text = why_idle(busy, data_wait)
+    assert text is None if said is None else text is not None and said in text
+
+
+def idle(advice: Advice, intervals: int, busy: float, step: int = 0) -> list[str]:
+    said = []
+    for number in range(intervals):
+        said += advice.interval(figures(loss=-number, busy=busy, data_wait=0.5), step=step + number, seconds=60)
+    return said
+
+
+def test_a_gpu_that_idles_for_minutes_is_said_once() -> None:
+    advice = Advice()
+    # One minute of compilation and two of idling are not enough.
+    assert idle(advice, 3, 0.4) == []
+    (text,) = idle(advice, 1, 0.4, step=3)
+    assert "busy for 40% of the time only" in text and "waiting for data" in text
+    assert idle(advice, 20, 0.4, step=4) == []
+
+
+def test_a_busy_gpu_and_a_cpu_say_nothing_and_a_pause_does_not_count_for_ever() -> None:
+    advice = Advice()
+    assert idle(advice, 10, 0.99) == []
+    assert len(idle(advice, 6, 0.5, step=10)) == 1
+    cpu = Advice()
+    assert [cpu.interval(figures(loss=-step), step=step, seconds=600) for step in range(9)] == [[]] * 9
+
+
+@pytest.mark.parametrize(
+    ("losses", "falls"),
+    [
+        ([7.0, 6.9, 6.8, 6.7, 6.6], True),
+        ([7.0, 7.2, 7.1, 7.0, 6.99], True),
+        ([7.0, 7.0, 7.0, 7.0, 7.0], False),
+        ([7.0, 6.0, 6.5, 7.5, 8.0], False),
+        ([7.0, 6.0, 6.0, 6.0, float("nan")], False),
+        ([7.0, 7.2] * 50, False),
+        ([7.0, 7.2] * 50 + [6.0] * 100, True),
+    ],
+)
+def test_a_loss_that_has_not_fallen(losses: list[float], falls: bool) -> None:
+    assert (not_falling(losses, 100) is None) == falls
+
+
+def test_it_is_judged_once_after_five_intervals_and_a_hundred_steps() -> None:
+    for every, judged_at in ((5, 100), (100, 500)):
+        advice = Advice()
+        said = [step for step in range(every, 2000, every) if advice.interval(figures(7.0), step=step, seconds=1)]
+        assert said == [judged_at]
+    resumed = Advice(step=1000)
+    assert not any(resumed.interval(figures(7.0), step=step, seconds=1) for step in range(1100, 3000, 100))
+
+
+class Flat(Toy):
+    """The loss is the same at every step."""
+
+    def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value * 0.0 for name, value in super().loss_sums(model, inputs).items()}
+
+
+def test_a_run_whose_loss_stays_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "trainer"):
+        train(Flat(), TrainConfig(steps=90, batch_size=4, log_every=10), run_dir=tmp_path / "too short to say")
+        train(Flat(), TrainConfig(steps=150, batch_size=4, log_every=10), run_dir=tmp_path / "flat")
+        train(Toy(), TrainConfig(steps=150, batch_size=4, log_every=10, d0=1e-3), run_dir=tmp_path / "falls")
+    (said,) = caplog.messages
+    assert said.startswith("[Step 100] the loss has not fallen over the first 100 steps (0.0000 at first, 0.0000 now)")
+
+
+def test_compilation_is_announced_with_its_length(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same(function: Any, **_: Any) -> Any:
+        return function
+
+    # What is said beforehand matters here, not what is compiled.
+    monkeypatch.setattr("trainer.compilation.torch.compile", same)
+    with caplog.at_level(logging.WARNING, "trainer"):
+        train(Toy(dropout=0.0), TrainConfig(steps=2, batch_size=4, compile="on"), run_dir=tmp_path)
+    # Ten seconds, and seven tenths for each of the toy's five tensors.
+    assert caplog.messages == ["compiling forward and loss: about 14 s of silence"]

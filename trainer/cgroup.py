@@ -1,0 +1,58 @@
+"""The memory that a container or a service may take where that is less than the machine's: Linux's control groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+UNLIMITED = 1 << 60
+"""Version 1 writes "no limit" as a number of about 2^63."""
+
+
+def memory_left(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+    """Bytes that this process may still take before a limit stops it; None where none is set.
+
+    Cached file contents count as free, since they are given up before anything is stopped.
+    """
+    left = [limit - used for limit, used in _groups(root, membership)]
+    return max(0, min(left)) if left else None
+
+
+def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+    """The lowest limit in bytes on the groups that this process is in; None where none is set."""
+    return min((limit for limit, _ in _groups(root, membership)), default=None)
+
+
+def _groups(root: Path, membership: Path) -> Iterator[tuple[int, int]]:
+    """(limit, use) in bytes of each limited group, from the process's own up to the top."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # In a container the path may be the host's and lead nowhere; its own group is then the top one.
+        folder = base / path.strip("/")
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(base) and (found := _read(group, *names)):
+                yield found
+
+
+def _read(group: Path, limit_name: str, usage_name: str, cache_name: str) -> tuple[int, int] | None:
+    try:
+        limit = (group / limit_name).read_text().strip()
+        if limit == "max" or int(limit) >= UNLIMITED:
+            return None
+        used = int((group / usage_name).read_text())
+        entries = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = next((int(value) for name, value in entries if name == cache_name), 0)
+    except OSError:
+        return None
+    return int(limit), max(0, used - cached)

@@ -1,0 +1,60 @@
+"""What is told of a run while it trains: to the log, to the tracker, and by way of warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from trainer.advice import Advice
+from trainer.device_monitor import DeviceMonitor
+from trainer.evaluation import Evaluation
+from trainer.metrics import IntervalMeter, log_line
+from trainer.state import Run
+from trainer.tracking import Trackers
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """No update was possible over a whole log interval: every gradient was infinite or not a number."""
+
+
+class Reporter:
+    """Tells log and tracker of a run's intervals, validations and checkpoints."""
+
+    def __init__(self, run: Run, tracker: Trackers, monitor: DeviceMonitor) -> None:
+        self.run, self.tracker, self.monitor = run, tracker, monitor
+        self._advice = Advice(run.progress.step)
+
+    def interval(self, meter: IntervalMeter, values: dict[str, float]) -> None:
+        """A log interval has ended; `values` is what the meter read.
+
+        Raises:
+            Diverged: None of its gradients was finite.
+        """
+        progress, config = self.run.progress, self.run.config
+        steps = progress.step - meter.first_step
+        if values["train/skipped_updates"] == steps and steps > 1:
+            raise Diverged(f"none of the last {steps} gradients was finite, at step {progress.step}")
+        values |= meter.rates(steps, config.effective_batch_size) | self.monitor.read()
+        if config.num_steps is not None:
+            samples_left = (config.num_steps - progress.step) * config.effective_batch_size
+            values["train/seconds_left"] = samples_left / values["train/samples_per_second"]
+        elif config.seconds is not None:
+            values["train/seconds_left"] = max(0.0, config.seconds - progress.seconds)
+        log.info("%s", log_line(progress.step, values, time=meter.seconds))
+        self.tracker.track(values, step=progress.step, samples=self.run.samples)
+        for text in self._advice.interval(values, step=progress.step, seconds=meter.seconds):
+            log.warning("[Step %d] %s", progress.step, text)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """A validation has ended. The tracker also gets the best values so far: `best/mel_loss`."""
+        shown = ", ".join(f"{name}: {value:.4f}" for name, value in evaluation.metrics.items())
+        log.info("[Step %d] validation after %d samples: %s", evaluation.step, evaluation.samples, shown)
+        best = {f"best/{metric.removeprefix('val/')}": value for metric, value in self.run.progress.best.items()}
+        self.tracker.track({**evaluation.metrics, **best}, step=evaluation.step, samples=evaluation.samples)
+
+    def saved(self, names: Sequence[str]) -> None:
+        """Checkpoints of the run as it stands were taken; their writing may still be under way."""
+        for name in names:
+            self.tracker.checkpoint(name, step=self.run.progress.step)
