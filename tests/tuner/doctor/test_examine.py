@@ -1,13 +1,13 @@
-"""What `tuner doctor` finds, and how it says it."""
+"""What `tuner doctor` finds in a spec, and how it says it."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from tests.toy import Toy
 from tests.tuner.studies_for_tests import TOML, write
 from trainer.config import TrainConfig
 from trainer.memory import Probe
-from tuner import doctor
 from tuner.cli import main
-from tuner.doctor import Check, examine, show
+from tuner.doctor.check import Check, has_failed, show
+from tuner.doctor.device import cuda_machine, this_machine
+from tuner.doctor.examine import examine
+from tuner.doctor.memory import check_micro_batches
 
 LARGE = TOML.replace("num_train = 128", "num_train = 128\nwidth = 512")
 
@@ -48,20 +50,59 @@ def needed(batch_size: int) -> int:
     return Probe(Toy(width=512, num_train=128), config, device="cuda", precision="fp32").estimate().total
 
 
-def test_the_installation_that_runs_these_tests_is_sound() -> None:
-    found = named(examine())
-    assert list(found) == ["python", "torch", "prodigyopt", "compiler", "device"]
+INSTALLATION = ["python", "torch", "optuna", "prodigyopt", "optuna-dashboard", "aim", "compiler", "torch.compile"]
+MACHINE = [*INSTALLATION, "device", "clock", "storage"]
+
+
+@pytest.fixture(autouse=True)
+def _no_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_STORAGE", f"sqlite:///{tmp_path}/tuner.db")
+
+
+def test_the_machine_that_runs_these_tests_is_sound(tmp_path: Path) -> None:
+    found = named([check for check in examine(run_root=tmp_path) if not check.name.startswith("gpu ")])
+    assert list(found) == [*MACHINE, "disk"]
     assert {check.state for check in found.values()} <= {"ok", "warn"}
     assert found["torch"].message == torch.__version__
 
 
 def test_a_study_that_fits_has_no_fail(tmp_path: Path) -> None:
-    found = named(examine(write(tmp_path), run_root=tmp_path / "runs"))
+    checks = examine(write(tmp_path), run_root=tmp_path / "runs", gpu_memory=24e9)
+    found = [check for check in checks if check.name not in MACHINE and not check.name.startswith("gpu ")]
     batches = ["memory, batch 8", "memory, batch 4", "memory, batch 16"]
-    assert list(found)[5:] == ["spec", "data", *batches, "snapshot", "disk"]
-    assert all(check.state == "ok" for check in list(found.values())[5:])
-    assert found["data"].message == "128 samples to train on, 40 to validate, at most 39 tokens each"
-    assert not (tmp_path / "runs").exists(), "looking changes nothing"
+    assert [check.name for check in found] == ["spec", "data", *batches, "attention", "loader", "snapshot", "disk"]
+    assert all(check.state == "ok" for check in found), found
+    assert found[1].message == "128 samples to train on, 40 to validate, at most 39 tokens each"
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "tuner.db").exists(), "looking changes nothing"
+
+
+AUTO = LARGE.replace("batch_size = 8", 'batch_size = 8\nmicro_batch_size = "auto"', 1)
+
+
+def test_auto_micro_batches_are_judged_as_a_launch_decides_them() -> None:
+    config = TrainConfig(steps=1, batch_size=512, micro_batch_size="auto", precision="fp32")
+    probe = Probe(Toy(width=64, num_train=1024), config, device="cuda", precision="fp32")
+    machine = cuda_machine(probe.estimate(512, micro_batch_size=128).total)
+    found = check_micro_batches(probe, 512, machine)
+    assert found.state == "ok" and found.message.startswith("micro-batches of 128: a batch of 512 needs")
+    found = check_micro_batches(probe, 128, machine)
+    assert found.state == "ok" and found.message.startswith("micro-batches of 128: the whole batch needs")
+
+
+def test_auto_micro_batches_fail_where_not_one_sample_fits(tmp_path: Path) -> None:
+    found = named(examine(write(tmp_path, AUTO), run_root=tmp_path, gpu_memory=100e6))["memory, batch 8"]
+    assert found.state == "fail" and "one sample at a time needs" in found.message
+    assert "train.slice_p = 11" in found.remedy
+
+
+def test_a_cpu_whose_memory_others_hold_is_a_warning_since_a_launch_goes_on() -> None:
+    config = TrainConfig(steps=1, batch_size=8, micro_batch_size="auto")
+    probe = Probe(Toy(width=512), config, device="cpu", precision="fp32")
+    machine = replace(this_machine("cpu"), memory=1_000_000)
+    found = check_micro_batches(probe, 8, machine)
+    assert found.state == "warn" and "other programs hold the rest" in found.message
+    tiny = replace(machine, capabilities=replace(machine.capabilities, memory=1_000_000))
+    assert check_micro_batches(probe, 8, tiny).state == "fail"
 
 
 def test_a_baseline_that_does_not_fit_fails_with_the_largest_batch_size_that_does(tmp_path: Path) -> None:
@@ -69,15 +110,16 @@ def test_a_baseline_that_does_not_fit_fails_with_the_largest_batch_size_that_doe
     baseline = found["memory, batch 8"]
     assert baseline.state == "fail"
     assert "train.batch_size = 6 is the largest that fits" in baseline.remedy
+    assert 'train.micro_batch_size = "auto"' in baseline.remedy
     assert "train.slice_p = 11" in baseline.remedy
     assert found["memory, batch 4"].state == "ok" and not found["memory, batch 4"].remedy
     assert found["memory, batch 16"].state == "warn"
-    assert "end as infeasible" in found["memory, batch 16"].remedy and "is 6" in found["memory, batch 16"].remedy
+    assert "end as infeasible" in found["memory, batch 16"].remedy and "fits is 6" in found["memory, batch 16"].remedy
 
 
 def test_a_searched_batch_size_that_does_not_fit_is_only_a_warning(tmp_path: Path) -> None:
     checks = examine(write(tmp_path, LARGE), run_root=tmp_path, gpu_memory=needed(12))
-    assert not doctor.has_failed(checks)
+    assert not has_failed(checks)
     found = named(checks)
     assert found["memory, batch 16"].state == "warn" and found["memory, batch 8"].state == "ok"
 
@@ -117,7 +159,7 @@ def test_a_damaged_sample_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_without_an_estimate_is_a_warning(tmp_path: Path) -> None:
-    text = TOML.replace("tests.toy:Toy", "tests.tuner.test_doctor:ValueReader")
+    text = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_examine:ValueReader")
     found = named(examine(write(tmp_path, text), run_root=tmp_path))
     assert found["memory"].state == "warn" and "reads the values" in found["memory"].message
 
@@ -128,26 +170,6 @@ def test_a_disk_too_small_for_the_checkpoints_is_a_fail(tmp_path: Path) -> None:
     found = named(examine(write(tmp_path, text), run_root=tmp_path / "runs"))
     assert found["disk"].state == "fail" and f"free in {tmp_path}" in found["disk"].message
     assert found["snapshot"].state == "warn" and "training waits" in found["snapshot"].message
-
-
-def test_checkpoints_that_are_there_count_as_room_for_themselves(tmp_path: Path) -> None:
-    trial = tmp_path / "toy" / "trial-00000"
-    trial.mkdir(parents=True)
-    (trial / "step_000000001.pth").write_bytes(bytes(3_000_000))
-    os.link(trial / "step_000000001.pth", trial / "latest.pth")
-    found = named(examine(write(tmp_path), run_root=tmp_path))
-    assert "beside 3 MB of them" in found["disk"].message
-
-
-def test_the_compiler_is_found_as_the_kernels_find_it(tmp_path: Path) -> None:
-    gcc = tmp_path / "gcc"
-    gcc.write_text("#!/bin/sh\n")
-    gcc.chmod(0o755)
-    assert doctor.check_compiler({"PATH": str(tmp_path)}) == Check("compiler", "ok", str(gcc))
-    missing = doctor.check_compiler({"PATH": str(tmp_path / "empty")})
-    assert missing.state == "warn" and missing.remedy == "install gcc"
-    chosen = doctor.check_compiler({"PATH": str(tmp_path), "CC": "icc -O3"})
-    assert chosen.state == "warn" and "$CC names icc" in chosen.message
 
 
 def test_the_state_is_a_word_at_the_start_of_its_line_and_a_remedy_stands_below() -> None:

@@ -1,0 +1,89 @@
+"""What `launch`, `promote` and `train` begin with."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.studies_for_tests import TOML, build, write
+from trainer import UserError
+from tuner.cli import main
+from tuner.doctor import quick as module
+from tuner.doctor.check import Check
+from tuner.doctor.quick import before_spec, check_first
+from tuner.storage import open_storage
+
+MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Manifested").replace(
+    "num_train = 128", 'num_train = 128\ntrain_manifests = ["/none/train.jsonl::ko"]'
+)
+
+
+def test_a_healthy_machine_is_not_spoken_of(tmp_path: Path) -> None:
+    said = io.StringIO()
+    check_first(before_spec(build(), tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db"), said)
+    assert said.getvalue() == "" and list(tmp_path.iterdir()) == []
+
+
+def test_it_costs_little(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    open_storage(url).engine.dispose()
+    started = time.process_time()
+    assert list(before_spec(build(), tmp_path, storage=url))
+    assert time.process_time() - started < 0.3
+
+
+def test_a_warning_is_a_line_and_a_fail_the_end() -> None:
+    said = io.StringIO()
+    checks = [Check("clock", "warn", "is late", "set it"), Check("disk", "ok", "9 GB"), Check("a", "fail", "b", "c")]
+    with pytest.raises(UserError, match=r"^d e; f\.$"):
+        check_first([*checks, Check("d", "fail", "e", "f")], said)
+    assert said.getvalue() == "tuner: warning: clock is late; set it.\ntuner: a b; c.\n"
+    check_first(checks[:2], said)
+
+
+def test_a_gpu_that_torch_does_not_see_is_a_warning_unless_it_was_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "known_gpus", lambda: ["NVIDIA GeForce RTX 4090"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (found,) = (check for check in before_spec(build(), tmp_path) if check.name == "device")
+    assert found.state == "warn" and "RTX 4090 is here" in found.message
+    on_cpu = build(**{"train.device": "cpu"})
+    assert not [check for check in before_spec(on_cpu, tmp_path) if check.name == "device"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(module, "check_gpus", lambda: [])
+    assert not [check for check in before_spec(build(), tmp_path) if check.name == "device"]
+
+
+@pytest.mark.parametrize("command", ["launch", "train"])
+def test_a_missing_manifest_stops_a_run_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    write(tmp_path, MISSING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNER_STORAGE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["tuner", command, "study.toml", "--no-track"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tuner: data /none/train.jsonl, which workload.train_manifests names, is not there;")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_promote_looks_at_the_storage_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.db").write_text("no database\n" * 100)
+    url = f"sqlite:///{tmp_path}/text.db"
+    command = ["tuner", "promote", "toy", "--storage", url, "--run-root", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert f"tuner: storage {url}: can't be opened" in capsys.readouterr().err

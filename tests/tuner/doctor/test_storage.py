@@ -1,0 +1,149 @@
+"""The storage, looked at without changing it, and the trials left open in it."""
+
+from __future__ import annotations
+
+import platform
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import optuna
+import pytest
+
+from trainer.locks import locked
+from tuner.doctor import storage as module
+from tuner.doctor.storage import (
+    OpenTrial,
+    check_interrupted,
+    check_lost,
+    check_storage,
+    interrupted,
+    open_trials,
+    schema_versions,
+)
+from tuner.storage import open_storage
+from tuner.trials import CLAIM, HOST
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """A storage with the study "toy", of two trials: one finished, one running."""
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    storage = open_storage(url)
+    study = optuna.create_study(study_name="toy", storage=storage)
+    study.tell(study.ask(), 1.0)
+    trial = study.ask()
+    trial.set_user_attr(HOST, platform.node())
+    trial.set_user_attr("run_dir", str(tmp_path / "runs/toy/trial-00001"))
+    storage.engine.dispose()
+    yield url
+
+
+def change(folder: Path, statement: str) -> None:
+    with closing(sqlite3.connect(folder / "tuner.db")) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+def test_a_sound_storage_is_ok(url: str) -> None:
+    found = check_storage(url)
+    assert found.state == "ok", found
+    assert "1 study" in found.message and schema_versions()[0] in found.message and "write-ahead" in found.message
+
+
+def test_the_schema_is_the_one_that_optuna_makes(url: str, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "tuner.db")) as connection:
+        (made,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    assert made == schema_versions()[0]
+
+
+def test_a_storage_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    found = check_storage(f"sqlite:///{tmp_path}/deep/tuner.db")
+    assert found.state == "ok" and "a launch makes it" in found.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_leaves_the_file_as_it_is(url: str, tmp_path: Path) -> None:
+    change(tmp_path, "PRAGMA journal_mode=DELETE")
+    before = (tmp_path / "tuner.db").read_bytes()
+    found = check_storage(url)
+    assert found.state == "warn" and "journal mode delete" in found.message and "tuner status" in found.remedy
+    assert (tmp_path / "tuner.db").read_bytes() == before
+    assert check_storage(url, quick=True).state == "ok", "whoever opens it next switches it over"
+
+
+@pytest.mark.parametrize(
+    ("schema", "remedy"), [("v3.0.0.d", "optuna storage upgrade --storage sqlite:///"), ("v9.0.0", "pip install -U")]
+)
+def test_another_schema_is_a_fail_with_the_way_out(url: str, tmp_path: Path, schema: str, remedy: str) -> None:
+    change(tmp_path, f"UPDATE alembic_version SET version_num = '{schema}'")
+    for quick in (False, True):
+        found = check_storage(url, quick=quick)
+        assert found.state == "fail" and schema in found.message and remedy in found.remedy
+
+
+def test_what_is_no_database_is_a_fail(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("no database\n" * 100)
+    found = check_storage(f"sqlite:///{tmp_path}/text.db")
+    assert found.state == "fail" and "can't be opened (file is not a database)" in found.message
+    assert check_storage("nonsense").message == "nonsense: not a database URL"
+    (tmp_path / "file").touch()
+    assert check_storage(f"sqlite:///{tmp_path}/file/tuner.db").state == "fail"
+
+
+def test_a_server_is_not_asked_in_a_hurry_and_its_password_not_shown() -> None:
+    url = "postgresql://user:secret@127.0.0.1:1/x"
+    assert check_storage(url, quick=True).state == "ok"
+    found = check_storage(url)
+    assert found.state == "fail" and "can't be opened" in found.message
+    assert "secret" not in found.message + found.remedy
+    assert open_trials(url) == []
+
+
+def test_a_network_filesystem_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "filesystem", lambda folder: "nfs4")
+    found = check_storage(f"sqlite:///{tmp_path}/tuner.db")
+    assert found.state == "warn" and "on nfs4" in found.message and "PostgreSQL" in found.remedy
+
+
+def test_the_filesystem_is_that_of_the_mount_above() -> None:
+    assert module.filesystem(Path("/proc/1")) == "proc"
+
+
+def test_a_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: Path) -> None:
+    (trial,) = open_trials(url)
+    assert (trial.study, trial.number, trial.host) == ("toy", 1, platform.node())
+    assert trial.started is not None and abs(datetime.now() - trial.started) < timedelta(minutes=5)
+    (found,) = check_interrupted([trial], tmp_path / "runs")
+    assert found.state == "warn" and "trial 1 of toy" in found.message and "tuner launch" in found.remedy
+    assert trial.run_dir is not None
+    with locked(trial.run_dir, CLAIM):
+        (found,) = check_interrupted([trial], tmp_path / "elsewhere")
+    assert (found.state, found.message) == ("ok", "trial 1 of toy")
+
+
+def test_a_trial_that_has_not_said_where_it_runs_is_looked_for_by_its_number(tmp_path: Path) -> None:
+    trial = OpenTrial("toy", 3, datetime.now())
+    assert interrupted([trial], tmp_path) == [trial]
+    with locked(tmp_path / "toy" / "trial-00003", CLAIM):
+        assert interrupted([trial], tmp_path) == []
+
+
+def test_a_full_runs_curve_is_held_by_the_trainers_lock(tmp_path: Path) -> None:
+    trial = OpenTrial("toy.full", 0, datetime.now(), platform.node(), tmp_path / "full-trial-00001")
+    (found,) = check_interrupted([trial], tmp_path)
+    assert "tuner promote toy to go on" in found.remedy
+    with locked(tmp_path / "full-trial-00001"):
+        assert interrupted([trial], tmp_path) == []
+
+
+def test_a_trial_of_another_machine_is_doubted_after_a_day(tmp_path: Path) -> None:
+    started = datetime.now() - timedelta(hours=2)
+    fresh = OpenTrial("toy", 5, started, "another-machine", tmp_path)
+    assert interrupted([fresh], tmp_path) == [] and list(check_lost([fresh])) == []
+    old = OpenTrial("toy", 5, started - timedelta(days=2), "another-machine", tmp_path)
+    (found,) = check_lost([old], "toy")
+    assert found.state == "warn" and "another-machine" in found.message and "--trial-number 5" in found.remedy
+    assert list(check_lost([old], "other")) == []

@@ -1,0 +1,133 @@
+"""Whether the batch sizes of a spec go into the device's memory, and checkpoints' snapshots into the host's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from trainer.errors import UserError
+from trainer.memory import MemoryEstimate, Probe, available_memory
+from trainer.micro_batches import fit, shortage
+from tuner.doctor.check import Check, State, size
+from tuner.doctor.device import Machine
+from tuner.spec import StudySpec
+
+
+def check_memory(spec: StudySpec, probe: Probe, baseline: MemoryEstimate, machine: Machine) -> Iterator[Check]:
+    """[train]'s own batch size, then the others of the search space, as a launch would judge them."""
+    if probe.config.micro_batch_size == "auto":
+        probes: dict[tuple[str, ...], Probe] = {}
+        for batch_size in [baseline.batch_size, *_searched_batch_sizes(spec, baseline)]:
+            yield check_micro_batches(probe, batch_size, machine, probes)
+        return
+    fits = baseline.fits(machine.limit)
+    largest = None if fits else probe.largest_batch_size(machine.limit)
+    yield _check(probe, baseline, machine, "fail", "" if largest is None else _remedy(probe, largest))
+    for batch_size in _searched_batch_sizes(spec, baseline):
+        try:
+            estimate = probe.estimate(batch_size)
+        except UserError as error:
+            yield Check(f"memory, batch {batch_size}", "fail", str(error), "search smaller ones")
+            continue
+        if largest is None and not estimate.fits(machine.limit):
+            largest = probe.largest_batch_size(machine.limit)
+        remedy = (
+            f"its trials would end as infeasible: leave it out of [search], the largest that fits is {largest}; or "
+            f"cut it: {_cut(probe)}"
+        )
+        yield _check(probe, estimate, machine, "warn", remedy)
+
+
+def check_micro_batches(
+    probe: Probe, batch_size: int, machine: Machine, probes: dict[tuple[str, ...], Probe] | None = None
+) -> Check:
+    """What a launch would decide of a batch size where `train.micro_batch_size` is "auto".
+
+    Args:
+        probes: As `trainer.micro_batches.fit` takes them.
+    """
+    config = probe.config.model_copy(update={"batch_size": batch_size})
+    found = fit(probe.workload, config, machine.capabilities, machine.memory, probes)
+    name = f"memory, batch {batch_size}"
+    if found.needs is None:
+        return Check(name, "warn", found.reason, "watch the first steps of a run with this batch size")
+    message = f"micro-batches of {found.micro_batch_size}: {found.reason}"
+    if found.fits(machine.memory):
+        return Check(name, "ok", message)
+    message = f"one sample at a time {shortage(found, machine.memory)}"
+    if found.fits(machine.limit):
+        return _crowded(name, message)
+    return Check(name, "fail", message, _remedy(probe, 0))
+
+
+def _check(probe: Probe, estimate: MemoryEstimate, machine: Machine, unfit: State, remedy: str) -> Check:
+    parts = {
+        "parameters": estimate.parameters,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer_state,
+        "activations": estimate.activations,
+    }
+    shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+    peaks = {
+        "training": estimate.training_peak,
+        "the optimizer's step": estimate.step_peak,
+        "validation": estimate.evaluation_peak,
+    }
+    message = (
+        f"{size(estimate.total)} of {size(machine.memory)} in {probe.precision} on the longest samples "
+        f"({shown}; the peak is in {max(peaks, key=lambda name: peaks[name])})"
+    )
+    name = f"memory, batch {estimate.batch_size}"
+    if estimate.fits(machine.memory):
+        return Check(name, "ok", message)
+    if estimate.fits(machine.limit):
+        return _crowded(name, message)
+    return Check(name, unfit, message, remedy)
+
+
+def _crowded(name: str, message: str) -> Check:
+    """A CPU's memory holds it, but not beside what else runs; a launch starts it all the same."""
+    return Check(name, "warn", f"{message}: other programs hold the rest", "close some of them before a launch")
+
+
+def _remedy(probe: Probe, largest: int) -> str:
+    """What to do where [train] as it is does not fit."""
+    checkpointing = getattr(probe.workload, "gradient_checkpointing", None) is False
+    other = "workload.gradient_checkpointing = true" if checkpointing else ""
+    slices = probe.config.optimizer == "prodigy" and probe.config.slice_p == 1
+    other = other or ("train.slice_p = 11" if slices else "")
+    if largest == 0:
+        return f"no batch size fits: use {other or 'a smaller model'}" + (" or a smaller model" if other else "")
+    kept = f"train.batch_size = {largest} is the largest that fits at once; or cut it: {_cut(probe)}"
+    return f"{kept}; or {other}" if other else kept
+
+
+def _cut(probe: Probe) -> str:
+    micro = probe.config.micro_batch_size
+    return 'train.micro_batch_size = "auto"' + (f" in place of {json.dumps(micro)}" if micro else "")
+
+
+def _searched_batch_sizes(spec: StudySpec, baseline: MemoryEstimate) -> list[int]:
+    """Those beside the baseline's."""
+    space = spec.search.get("train.batch_size")
+    return sorted({int(corner) for corner in space.corners} - {baseline.batch_size}) if space else []
+
+
+def check_snapshot(checkpoint: int, taken: int, free: int | None = None) -> Check:
+    """Whether checkpoints are written while training goes on.
+
+    Args:
+        checkpoint: Bytes of one.
+        taken: Bytes of host memory that the run itself takes.
+        free: Bytes of host memory before it; default: this machine's.
+    """
+    host = max(0, (available_memory("cpu") if free is None else free) - taken)
+    message = f"a checkpoint's snapshot takes {size(checkpoint)} of host memory, {size(host)} free"
+    if checkpoint > host / 2:
+        return Check(
+            "snapshot",
+            "warn",
+            f"{message}: less than twice as much, so training waits while checkpoints are written",
+            "free host memory, or raise train.save_every",
+        )
+    return Check("snapshot", "ok", message)

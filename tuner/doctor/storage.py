@@ -1,0 +1,251 @@
+"""The database that studies stand in, looked at without changing it, and the trials left open in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import optuna
+import psutil
+import sqlalchemy
+from sqlalchemy import column, table
+from sqlalchemy.pool import NullPool
+
+from trainer.locks import is_locked
+from tuner.doctor.check import Check
+from tuner.doctor.disk import nearest
+from tuner.storage import DEFAULT_URL, storage_url
+from tuner.trials import CLAIM, HOST, trial_name
+
+TIMEOUT_S = 5
+NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
+LOST_AFTER = timedelta(days=1)
+"""A trial of another machine that has been open for longer is likely nobody's; a short run takes an hour or so."""
+
+
+@dataclass(frozen=True)
+class OpenTrial:
+    """A trial that the storage says is running."""
+
+    study: str
+    number: int
+    started: datetime | None
+    host: str | None = None
+    """None: it has not said yet."""
+    run_dir: Path | None = None
+
+    def __str__(self) -> str:
+        return f"trial {self.number} of {self.study}"
+
+
+def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
+    """Whether the storage can be opened, has the installed Optuna's schema, and SQLite a write-ahead log.
+
+    Args:
+        url: As given with `--storage`.
+        quick: Leave out what takes time, or what whoever opens it next does: ask a server, judge the journal mode.
+    """
+    try:
+        parsed = sqlalchemy.make_url(storage_url(url))
+    except sqlalchemy.exc.ArgumentError:
+        return Check("storage", "fail", f"{storage_url(url)}: not a database URL", f"use for example {DEFAULT_URL}")
+    name, file = parsed.render_as_string(), database_file(parsed)
+    if file is None and quick:
+        return Check("storage", "ok", f"{name}: not asked")
+    if file is not None and (problem := _check_file(name, file)):
+        return problem
+    try:
+        with reading(parsed) as connection:
+            return _check_content(name, connection, quick)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        remedy = "check the URL and the server" if file is None else "give another --storage, or move that file away"
+        return Check("storage", "fail", f"{name}: can't be opened ({reason})", remedy)
+
+
+def database_file(url: sqlalchemy.URL) -> Path | None:
+    """SQLite's file; None for a server, and for a database in memory."""
+    in_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
+    return Path(url.database or "").resolve() if in_file else None
+
+
+def _check_file(name: str, file: Path) -> Check | None:
+    """What can be said without opening it."""
+    folder = nearest(file.parent)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Check("storage", "fail", f"{name}: {folder} can't be written to", "give another --storage")
+    if file.is_file() and not os.access(file, os.R_OK | os.W_OK):
+        return Check("storage", "fail", f"{name}: the file can't be written to", "correct its permissions")
+    if (kind := filesystem(folder)) in NETWORK:
+        remedy = "put it on a local disk, or use PostgreSQL: --storage postgresql://..."
+        return Check("storage", "warn", f"{name}: on {kind}, where SQLite's locks and log do not hold", remedy)
+    if not file.exists():
+        return Check("storage", "ok", f"{name}: not there yet; a launch makes it")
+    return None
+
+
+def filesystem(folder: Path) -> str:
+    """The type of the filesystem that a folder lies on, such as "ext4" or "nfs4"."""
+    mounted = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
+    return next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "")
+
+
+@contextmanager
+def reading(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
+    """A connection that makes no table and no file."""
+    file = database_file(url)
+    if file is not None:
+        engine = sqlalchemy.create_engine(
+            "sqlite://",
+            creator=lambda: sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=TIMEOUT_S),
+            poolclass=NullPool,
+        )
+    else:
+        limited = url.get_backend_name() in ("postgresql", "mysql", "mariadb")
+        arguments = {"connect_timeout": TIMEOUT_S} if limited else {}
+        engine = sqlalchemy.create_engine(url, connect_args=arguments, poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _check_content(name: str, connection: sqlalchemy.Connection, quick: bool) -> Check:
+    tables = sqlalchemy.inspect(connection).get_table_names()
+    if "alembic_version" not in tables or "studies" not in tables:
+        return Check("storage", "ok", f"{name}: without studies yet")
+    found = connection.execute(sqlalchemy.select(table("alembic_version", column("version_num")))).scalar()
+    head, known = schema_versions()
+    if found != head:
+        problem = f"{name}: schema {found}, and the installed Optuna {optuna.__version__} has {head}"
+        upgrade = f"copy it, then: optuna storage upgrade --storage {name}"
+        return Check("storage", "fail", problem, upgrade if found in known else "pip install -U optuna")
+    count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(table("studies"))).scalar()
+    message = f"{name}: {count} {'study' if count == 1 else 'studies'}, schema {found}"
+    if quick or connection.dialect.name != "sqlite":
+        return Check("storage", "ok", message)
+    mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
+    if mode != "wal":
+        problem = f"{message}, journal mode {mode}: readers and the writer block each other"
+        return Check("storage", "warn", problem, "tuner status switches it over to a write-ahead log")
+    return Check("storage", "ok", f"{message}, write-ahead log")
+
+
+def schema_versions() -> tuple[str, set[str]]:
+    """The installed Optuna's newest schema, and all that it knows. Read as text: Alembic would take half a second."""
+    known, before = set[str](), set[str]()
+    for script in (Path(optuna.__file__).parent / "storages/_rdb/alembic/versions").glob("*.py"):
+        text = script.read_text(encoding="utf-8")
+        known |= set(re.findall(r'^revision = "(.+)"', text, re.MULTILINE))
+        before |= set(re.findall(r'^down_revision = "(.+)"', text, re.MULTILINE))
+    (head,) = known - before
+    return head, known
+
+
+def open_trials(url: str | None = None, *, quick: bool = False) -> list[OpenTrial]:
+    """The trials that the storage says are running; none where it can't be read, which `check_storage` says.
+
+    Args:
+        quick: As `check_storage` takes it.
+    """
+    try:
+        parsed = sqlalchemy.make_url(storage_url(url))
+        file = database_file(parsed)
+        if (quick and file is None) or (file is not None and not file.is_file()):
+            return []
+        with reading(parsed) as connection:
+            return _read_open_trials(connection)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError):
+        return []
+
+
+def _read_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
+    studies = table("studies", column("study_id"), column("study_name"))
+    started: sqlalchemy.ColumnClause[Any] = column("datetime_start", sqlalchemy.DateTime)
+    trials = table("trials", *map(column, ("trial_id", "number", "study_id", "state")), started)
+    attributes = table("trial_user_attributes", *map(column, ("trial_id", "key", "value_json")))
+    owned = (attributes.c.trial_id == trials.c.trial_id) & attributes.c.key.in_([HOST, "run_dir"])
+    query = (
+        sqlalchemy.select(studies.c.study_name, trials.c.number, started, attributes.c.key, attributes.c.value_json)
+        .select_from(trials)
+        .join(studies, studies.c.study_id == trials.c.study_id)
+        .outerjoin(attributes, owned)
+        .where(trials.c.state == "RUNNING")
+        .order_by(studies.c.study_name, trials.c.number)
+    )
+    found: dict[tuple[str, int], OpenTrial] = {}
+    for study, number, begun, key, value in connection.execute(query):
+        trial = found.setdefault((study, number), OpenTrial(study, number, begun))
+        if key == HOST:
+            trial = replace(trial, host=json.loads(value))
+        elif key == "run_dir":
+            trial = replace(trial, run_dir=Path(json.loads(value)))
+        found[study, number] = trial
+    return list(found.values())
+
+
+def interrupted(
+    trials: list[OpenTrial], run_root: Path, *, held: Callable[[Path, str], bool] = is_locked
+) -> list[OpenTrial]:
+    """Those of this machine that no process works on: what a launch would claim and go on with."""
+    return [t for t in trials if t.host in (None, platform.node()) and not _is_held(t, run_root, held)]
+
+
+def _is_held(trial: OpenTrial, run_root: Path, held: Callable[[Path, str], bool]) -> bool:
+    # A full run's curve is a trial too, and its run directory has the trainer's own lock.
+    lock = ".lock" if trial.study.endswith(".full") else CLAIM
+    places = {trial.run_dir, (run_root / trial.study / trial_name(trial.number)).resolve()} - {None}
+    return any(held(place, lock) for place in places if place is not None)
+
+
+def lost(trials: list[OpenTrial], now: datetime | None = None) -> list[OpenTrial]:
+    """Those of other machines that were begun long ago. Nothing here can tell whether somebody works on them."""
+    before = (now or datetime.now()) - LOST_AFTER
+    others = [t for t in trials if t.host not in (None, platform.node())]
+    return [t for t in others if t.started is not None and t.started < before]
+
+
+def check_interrupted(trials: list[OpenTrial], run_root: Path) -> Iterator[Check]:
+    """Open trials of this machine without a process, and those of machines that may be gone."""
+    if left := interrupted(trials, run_root):
+        names = ", ".join(map(str, left))
+        studies = sorted({trial.study for trial in left})
+        remedy = f"{' and '.join(map(_go_on, studies))} to go on from the checkpoint"
+        yield Check("open trials", "warn", f"{names}: running by the storage, and no process works on it", remedy)
+    yield from check_lost(trials)
+    if trials and not left:
+        yield Check("running", "ok", ", ".join(map(str, trials)))
+
+
+def _go_on(study: str) -> str:
+    if study.endswith(".full"):
+        return f"tuner promote {study.removesuffix('.full')}"
+    return f"tuner launch with the spec of {study}"
+
+
+def check_lost(trials: list[OpenTrial], study: str | None = None) -> Iterator[Check]:
+    """A trial of a machine that is gone counts as running for ever: its study never gets its last trial.
+
+    Args:
+        study: Look at this one alone.
+    """
+    for trial in lost(trials):
+        if study in (None, trial.study):
+            yield Check(
+                f"trial {trial.number}",
+                "warn",
+                f"{trial} runs on {trial.host} since {trial.started:%Y-%m-%d %H:%M}, as the storage says",
+                f"if that machine is gone: optuna tell --study-name {trial.study} --trial-number {trial.number} "
+                "--state fail --storage URL",
+            )
