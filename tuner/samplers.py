@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.errors import UserError
+from tuner.gaussian_process import GaussianProcessSampler
 from tuner.spec import Choice, StudySpec
 
 T = TypeVar("T")
@@ -21,6 +22,7 @@ T = TypeVar("T")
 STARTUP_TRIALS = 5
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
+    "gp": GaussianProcessSampler,
     "tpe": lambda **kw: optuna.samplers.TPESampler(**{"n_startup_trials": STARTUP_TRIALS, **kw}),
     "random": optuna.samplers.RandomSampler,
     "qmc": optuna.samplers.QMCSampler,
