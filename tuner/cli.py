@@ -7,6 +7,7 @@ Heavy imports happen inside the commands, so that help is quick.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,12 +17,16 @@ import typer
 from trainer.errors import UserError
 from tuner.terminal import (
     STOPPED,
+    Format,
+    LogFormat,
     Overrides,
     RunRoot,
     Spec,
     Storage,
     Track,
     explained,
+    follow_run,
+    follow_study,
     parse_duration,
     show_log,
     shown_log,
@@ -30,6 +35,8 @@ from tuner.terminal import (
 
 if TYPE_CHECKING:
     from trainer import TrainResult
+    from tuner.display.events import RunEvents
+    from tuner.display.run import RunDisplay
 
 app = typer.Typer(
     help="Tune a training run with short trials, look at the study, promote the best trial to the full run.",
@@ -44,9 +51,11 @@ def launch(
     spec: Spec,
     trials: Annotated[int | None, typer.Option(min=1, help="The study's total, in place of the spec's.")] = None,
     timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Trials at once, each on a GPU of its own.")] = 1,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
+    log_format: LogFormat = Format.auto,
 ) -> None:
     """Start a study, or continue it where it was.
 
@@ -55,26 +64,30 @@ def launch(
     seconds = parse_duration(timeout) if timeout else None
     from rich.console import Console
 
-    from tuner.display import StudyDisplay
+    from trainer.tracking import aim_command
+    from tuner.doctor.quick import before_spec, check_first
     from tuner.launcher import launch, open_study
     from tuner.run import Runtime
     from tuner.spec import StudySpec
+    from tuner.storage import storage_url
 
-    console = Console()
+    console = Console(stderr=log_format == Format.json)
     study_spec = StudySpec.load(spec)
-    with shown_log():
+    check_first(before_spec(study_spec, run_root, storage=storage_url(storage)))
+    with shown_log(log_format):
         # The first look at the data may index and pack it, which takes its time.
         study = open_study(study_spec, storage)
-    with stoppable(console.print) as stop:
+    with stoppable(console.print) as stop, shown_log(log_format, logging.WARNING):
         runtime = Runtime(run_root, track, stop)
         total = trials or study_spec.trial.num_trials
-        with StudyDisplay(study, study_spec, total=total, console=console) as display:
+        with follow_study(study, study_spec, total=total, log_format=log_format) as display:
             launch(
                 study_spec,
                 storage=study._storage,
                 runtime=runtime,
                 num_trials=trials,
                 timeout=seconds,
+                num_workers=workers,
                 display=display,
             )
         name = study_spec.study.name
@@ -83,8 +96,9 @@ def launch(
             raise typer.Exit(STOPPED)
     at = f" --storage {storage}" if storage else ""
     root = f" --run-root {run_root}" if run_root != Path("runs") else ""
+    aim = f" | {aim_command(run_root)}" if track else ""
     console.print(
-        f"Next: tuner status {name}{at} | tuner dashboard{at} | tuner promote {name}{at}{root}",
+        f"Next: tuner status {name}{at} | tuner dashboard{at} | tuner promote {name}{at}{root}{aim}",
         highlight=False,
         soft_wrap=True,
     )
@@ -94,17 +108,25 @@ def launch(
 def status(
     study: Annotated[str | None, typer.Argument(help="Name of a study. Without it: all studies.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    follow: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
     storage: Storage = None,
 ) -> None:
-    """Trials, the best one, and full runs.
+    """Trials, their curves, the best one, and full runs.
 
-    Example: tuner status indextts2-ko --json
+    Example: tuner status indextts2-ko --watch
     """
-    from tuner.report import print_status, print_studies, status
+    if follow and as_json:
+        raise UserError("--watch is for people: leave it or --json out.")
+    from rich.console import Console
+
+    from tuner.report import print_status, print_studies, status, watch
     from tuner.storage import load_study, open_storage
 
     opened = open_storage(storage, must_exist=True)
-    if study is None:
+    if follow:
+        watch(opened, load_study(study, opened) if study else None, interval=interval, console=Console())
+    elif study is None:
         print_studies(opened, as_json=as_json)
     elif as_json:
         print(json.dumps(status(load_study(study, opened)), indent=1))
@@ -151,6 +173,7 @@ def promote(
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
+    log_format: LogFormat = Format.auto,
 ) -> None:
     """Train the full run with the best trial's settings, or continue it.
 
@@ -162,27 +185,36 @@ def promote(
         raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
     from rich.console import Console
 
+    from tuner.doctor.data import check_paths
+    from tuner.doctor.quick import check_first, quick
     from tuner.full.confirmation import confirm as confirm_best
     from tuner.full.promotion import promote
     from tuner.objective import Interrupted
     from tuner.report import confirmation_table
     from tuner.run import Runtime
-    from tuner.storage import load_study, open_storage
+    from tuner.storage import load_study, open_storage, storage_url
+    from tuner.trials import stored_spec
 
-    show_log()
+    check_first(quick(run_root, study=study, storage=storage_url(storage)))
+    show_log(log_format)
     opened = load_study(study, open_storage(storage, must_exist=True))
-    with stoppable(print) as stop, explained():
+    check_first(check_paths(stored_spec(opened).build_workload()))
+    console = Console(stderr=log_format == Format.json)
+    with stoppable(console.print) as stop, explained():
         runtime, confirmed = Runtime(run_root, track, stop), None
         if confirm is not None:
             try:
                 confirmed = confirm_best(opened, confirm, num_seeds=seeds or 2, rung=rung, runtime=runtime)
             except Interrupted:
-                print("Stopped with a checkpoint; the same command goes on.")
+                console.print("Stopped with a checkpoint; the same command goes on.")
                 raise typer.Exit(STOPPED) from None
-            Console().print(confirmation_table(confirmed))
-            print(confirmed.verdict)
-        result = promote(opened, trial=trial, confirmed=confirmed, steps=steps, fresh=fresh, runtime=runtime)
-    _finish(result, "the same command")
+            console.print(confirmation_table(confirmed))
+            console.print(confirmed.verdict, markup=False, highlight=False, soft_wrap=True)
+        with follow_run(f"full run of {study}", log_format) as run:
+            result = promote(
+                opened, trial=trial, confirmed=confirmed, steps=steps, fresh=fresh, runtime=runtime, trackers=[run]
+            )
+    _finish(run, result, "the same command")
 
 
 @app.command()
@@ -194,30 +226,37 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help=r"\[default: RUN_ROOT/<study>/train]")] = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
+    log_format: LogFormat = Format.auto,
 ) -> None:
     """A full run without a study: the spec's [train] and [full] as they are.
 
     Example: tuner train studies/indextts2/study.toml --set train.batch_size=16 --set full.steps=50_000
     """
+    from rich.console import Console
+
+    from tuner.doctor.quick import before_spec, check_first
     from tuner.run import Runtime, tracked_train
     from tuner.search_space import full_setup
     from tuner.spec import StudySpec, parse_override
 
-    show_log()
+    show_log(log_format)
+    say = Console(stderr=log_format == Format.json).print
     study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
+    check_first(before_spec(study_spec, run_dir or run_root))
     name = study_spec.study.name
-    with stoppable(print) as stop, explained():
+    with stoppable(say) as stop, explained(), follow_run(f"{name}, full run without a study", log_format) as run:
         runtime = Runtime(run_root, track, stop)
         result = tracked_train(
             full_setup(study_spec, {}),
             run_dir.resolve() if run_dir else runtime.run_dir(name, "train"),
             runtime,
-            experiment=f"{name}.train",
+            experiment=name,
             lineage={"spec": str(spec.resolve()), "overrides": override or []},
+            trackers=[run],
             resume=resume,
             init=init.resolve() if init else None,
         )
-    _finish(result, "with --resume auto it" if resume == "never" else "the same command")
+    _finish(run, result, "with --resume auto it" if resume == "never" else "the same command")
 
 
 @app.command()
@@ -320,11 +359,12 @@ def new(
 
 @app.command()
 def doctor(
-    spec: Annotated[Path | None, typer.Argument(help="A study.toml. Without it: the installation alone.")] = None,
+    spec: Annotated[Path | None, typer.Argument(help="A study.toml. Without it: the machine alone.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     gpu_memory: Annotated[
         float | None, typer.Option(min=1, help="GB: judge for a CUDA card of this size, here or not.")
     ] = None,
+    storage: Storage = None,
     run_root: RunRoot = Path("runs"),
 ) -> None:
     """Say what a run needs, memory above all, and what is amiss. Exits 1 where something is.
@@ -333,23 +373,23 @@ def doctor(
     """
     from rich.console import Console
 
-    from tuner import doctor
+    from tuner.doctor.check import as_json as plain
+    from tuner.doctor.check import has_failed, show
+    from tuner.doctor.examine import examine
 
-    checks = doctor.examine(spec, run_root=run_root, gpu_memory=gpu_memory and gpu_memory * 1e9)
+    checks = examine(spec, run_root=run_root, gpu_memory=gpu_memory and gpu_memory * 1e9, storage=storage)
     if as_json:
-        print(json.dumps(doctor.as_json(checks), indent=1))
+        print(json.dumps(plain(checks), indent=1))
     else:
-        doctor.show(checks, Console())
-    if doctor.has_failed(checks):
+        show(checks, Console())
+    if has_failed(checks):
         raise typer.Exit(1)
 
 
-def _finish(result: TrainResult, again: str) -> None:
-    values = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    print(f"step {result.step}, {result.samples} samples: {values or 'not validated yet'}")
-    print(f"checkpoints: {result.run_dir}")
+def _finish(run: RunDisplay | RunEvents, result: TrainResult, again: str) -> None:
+    run.ended(result)
     if not result.finished:
-        print(f"Stopped with a checkpoint; {again} goes on.")
+        print(f"Stopped with a checkpoint; {again} goes on.", file=sys.stderr if run.as_json else sys.stdout)
         raise typer.Exit(STOPPED)
 
 

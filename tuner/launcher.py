@@ -2,57 +2,48 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-import platform
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import optuna
+import torch
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from trainer import DamagedSample, UserError
-from trainer.checkpoint import digest_path, is_locked, locked
+from trainer.checkpoint import digest_path
 from trainer.clock import clock
 from trainer.tracking import Tracker
+from tuner.claims import claim_trial, wants_more, why_complete
 from tuner.dashboard.page import StudyPage
 from tuner.objective import Interrupted, Objective
 from tuner.run import Runtime
 from tuner.samplers import build_pruner, build_sampler
-from tuner.search_space import baseline, largest_step
+from tuner.search_space import largest_step
 from tuner.spec import StudySpec
-from tuner.storage import open_storage
+from tuner.storage import for_other_processes, opened
+from tuner.supervisor import Display as Display
+from tuner.supervisor import Job, Supervisor, visible_devices, worker_environments
 from tuner.trials import (
     BASE_DIR,
     BASELINE,
-    CLAIM,
     DATA_DIGEST,
     ENDED,
-    HOST,
     SPEC,
     ranking,
     stored_spec,
-    trial_name,
-    trials_since_improvement,
 )
 
 log = logging.getLogger(__name__)
 
 KEEP_TRIALS = 3
-COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-class Display(Protocol):
-    """Shows a study's progress to a person."""
-
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker: ...
-
-    def trial_ended(self, trial: FrozenTrial) -> None: ...
 
 
 def launch(
@@ -62,6 +53,7 @@ def launch(
     runtime: Runtime | None = None,
     num_trials: int | None = None,
     timeout: float | None = None,
+    num_workers: int = 1,
     display: Display | None = None,
 ) -> optuna.Study:
     """Run a study's trials until it has as many as the spec says or they improve nothing any more, and return it.
@@ -72,10 +64,13 @@ def launch(
 
     Args:
         num_trials: The study's total, in place of `trial.num_trials`.
-        timeout: Seconds after which no new trial starts and the running one is stopped with a checkpoint.
+        timeout: Seconds after which no new trial starts and the running ones are stopped with a checkpoint.
+        num_workers: Trials at once: each in a process of its own, on a GPU of its own or with its share of the
+            CPU's threads. One runs in this process.
 
     Raises:
-        UserError: The spec can't be, or differs from the one that the study was started with.
+        UserError: The spec can't be, or differs from the one that the study was started with; with several workers
+            also: they can't share the storage or the GPUs, or died again and again.
     """
     spec = spec if isinstance(spec, StudySpec) else StudySpec.load(spec)
     given = runtime or Runtime()
@@ -86,22 +81,100 @@ def launch(
 
     runtime = replace(given, stop=stop)
     study = open_study(spec, storage)
-    page = StudyPage(study, runtime.run_root)
     total = num_trials or spec.trial.num_trials
     study.set_user_attr(ENDED, "")
-    while not stop():
-        with ExitStack() as claim:
-            claimed = _claim_trial(study, spec, runtime, total, claim)
-            if claimed is None:
-                study.set_user_attr(ENDED, _why_complete(study, spec, total))
-                break
-            _run_trial(study, spec, runtime, *claimed, display)
-        page.update()
-    else:
-        if timeout is not None and not given.stop():
+    with _page(study, runtime) as update_page:
+        if num_workers == 1:
+            is_complete = run_trials(study, spec, runtime, total, display, update_page)
+        else:
+            is_complete = _run_workers(study, spec, runtime, total, num_workers, display, update_page)
+        if is_complete:
+            study.set_user_attr(ENDED, why_complete(study, spec, total))
+        elif timeout is not None and not given.stop():
             study.set_user_attr(ENDED, f"the time given, {clock(timeout)}, is over")
-    page.update(now=True)
     return study
+
+
+def run_trials(
+    study: optuna.Study,
+    spec: StudySpec,
+    runtime: Runtime,
+    total: int,
+    display: Display | None,
+    on_trial_end: Callable[[], None] = lambda: None,
+) -> bool:
+    """Claim trials and run them, one after the other; True if none was left to claim, False if stopped."""
+    objective = Objective(spec, runtime)
+    try:
+        while not runtime.stop():
+            with ExitStack() as claim:
+                claimed = claim_trial(study, spec, runtime, total, claim)
+                if claimed is None:
+                    return True
+                _run_trial(study, objective, *claimed, display)
+            on_trial_end()
+            if not gc.get_freeze_count():
+                # What lives after a trial, modules above all, lives on: the collections that give back the memory of
+                # later ones need not walk over it, which would take them tenths of a second.
+                gc.freeze()
+    finally:
+        gc.unfreeze()
+    return False
+
+
+def _run_workers(
+    study: optuna.Study,
+    spec: StudySpec,
+    runtime: Runtime,
+    total: int,
+    num_workers: int,
+    display: Display | None,
+    on_trial_end: Callable[[], None],
+) -> bool:
+    """`run_trials` in several processes."""
+    device = spec.build_config({**spec.train, "steps": 1}).device
+    environments = worker_environments(num_workers, visible_devices(device), torch.get_num_threads())
+    job = Job(
+        study_name=study.study_name,
+        spec=spec.to_dict(),
+        base_dir=spec.base_dir,
+        storage=for_other_processes(study._storage),
+        run_root=runtime.run_root.resolve(),
+        track=runtime.track,
+        total=total,
+    )
+    while True:
+        supervisor = Supervisor(
+            job,
+            environments,
+            storage=study._storage,
+            stop=runtime.stop,
+            display=display,
+            on_trial_end=on_trial_end,
+        )
+        if not supervisor.run():
+            return False
+        # Patience may have sent one worker away before another one's trial improved the best.
+        if not wants_more(study, spec, total, study.get_trials(deepcopy=False)):
+            return True
+
+
+@contextmanager
+def _page(study: optuna.Study, runtime: Runtime) -> Iterator[Callable[[], None]]:
+    """The study's page, written in a thread of its own while the next trial starts, and once more at the end."""
+    page, pending = StudyPage(study, runtime.run_root), Future[None]()
+    pending.set_result(None)
+
+    def update() -> None:
+        nonlocal pending
+        if pending.done():
+            pending.result()
+            pending = thread.submit(page.update)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="page") as thread:
+        yield update
+    pending.result()
+    page.update(now=True)
 
 
 def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> optuna.Study:
@@ -110,7 +183,7 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     Raises:
         UserError: What differs, and the remedy.
     """
-    storage = storage if isinstance(storage, BaseStorage) else open_storage(storage)
+    storage = opened(storage)
     name = spec.study.name
     sampler, pruner = build_sampler(spec), build_pruner(spec)
     # Before anything is made: the data may be missing, broken, or too small for what is searched.
@@ -162,70 +235,17 @@ def _check_data(spec: StudySpec) -> str:
     return digest
 
 
-def _claim_trial(
-    study: optuna.Study, spec: StudySpec, runtime: Runtime, total: int, claim: ExitStack
-) -> tuple[optuna.Trial, bool] | None:
-    """An interrupted trial, or else a new one, held until `claim` closes; None when the study is complete."""
-    study_dir = runtime.run_dir(study.study_name, "")
-    # One at a time, so that no two processes take the same interrupted trial.
-    with _patiently_locked(study_dir):
-        trials = study.get_trials(deepcopy=False)
-        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        for frozen in running:
-            # Found by its number, so that a folder of runs may be moved; where it was, somebody may still work.
-            run_dir = study_dir / trial_name(frozen.number)
-            before = Path(frozen.user_attrs.get("run_dir", run_dir))
-            ours = frozen.user_attrs.get(HOST, platform.node()) == platform.node()
-            if ours and not is_locked(before, CLAIM) and not is_locked(run_dir, CLAIM):
-                claim.enter_context(locked(run_dir, CLAIM))
-                return optuna.Trial(study, frozen._trial_id), True
-        if sum(trial.state in COUNTED for trial in trials) + len(running) >= total or _is_stale(study, spec, trials):
-            return None
-        if not any(t.user_attrs.get(BASELINE) and t.state != TrialState.FAIL for t in trials):
-            study.enqueue_trial(baseline(spec), user_attrs={BASELINE: True})
-        trial = study.ask()
-        claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
-        return trial, False
-
-
-def _is_stale(study: optuna.Study, spec: StudySpec, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether as many trials as the spec's patience improved nothing."""
-    patience = spec.trial.patience
-    return patience > 0 and trials_since_improvement(study, trials, spec.trial.min_delta) >= patience
-
-
-def _why_complete(study: optuna.Study, spec: StudySpec, total: int) -> str:
-    """What ended a study that starts no more trials."""
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    if sum(state in (*COUNTED, TrialState.RUNNING) for state in states) >= total:
-        return f"the study has its {total} trials"
-    delta = f" by more than {spec.trial.min_delta:g}" if spec.trial.min_delta else ""
-    return f"no trial improved {spec.study.metric}{delta} in the last {spec.trial.patience}"
-
-
-def _patiently_locked(study_dir: Path) -> Any:
-    from filelock import FileLock
-
-    study_dir.mkdir(parents=True, exist_ok=True)
-    return FileLock(study_dir / ".claims", timeout=600)
-
-
 def _run_trial(
-    study: optuna.Study,
-    spec: StudySpec,
-    runtime: Runtime,
-    trial: optuna.Trial,
-    resumed: bool,
-    display: Display | None,
+    study: optuna.Study, objective: Objective, trial: optuna.Trial, resumed: bool, display: Display | None
 ) -> None:
     trackers: Sequence[Tracker] = [display.trial_started(trial, resumed)] if display else []
     try:
-        value = Objective(spec, runtime, trackers)(trial)
+        value = objective(trial, trackers)
     except optuna.TrialPruned:
         frozen = study.tell(trial, state=TrialState.PRUNED)
     except (Interrupted, UserError, KeyboardInterrupt):
         # The trial stays open: the next launch continues it.
-        if not runtime.stop():
+        if not objective.runtime.stop():
             raise
         return
     except BaseException:
@@ -247,5 +267,5 @@ def _drop_checkpoints(study: optuna.Study) -> None:
         if trial.number in kept or trial.user_attrs.get(BASELINE) or not trial.state.is_finished():
             continue
         for path in Path(trial.user_attrs.get("run_dir", "")).glob("*.pth") if "run_dir" in trial.user_attrs else ():
-            path.unlink()
+            path.unlink(missing_ok=True)  # another worker may be at it too
             digest_path(path).unlink(missing_ok=True)

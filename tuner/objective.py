@@ -17,14 +17,15 @@ import torch
 from trainer import Diverged, Evaluation, TrainResult, UserError
 from trainer.acceleration import Capabilities, detect
 from trainer.config import TrainConfig
-from trainer.memory import available_memory
-from trainer.micro_batches import Fit, fit, shortage
+from trainer.memory import Probe, available_memory
+from trainer.micro_batches import SIZED_BY, Fit, fit, shortage
 from trainer.tracking import Tracker
+from trainer.workload import Workload
 from tuner.peak_memory import PeakMemory
-from tuner.run import Runtime, log_file, tracked_train
+from tuner.run import Runtime, link_aim, log_file, tracked_train
 from tuner.search_space import Setup, full_setup, suggest, trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import BASELINE, HOST, INFEASIBLE, report_once, trial_name
+from tuner.trials import BASELINE, D_RISING, HOST, INFEASIBLE, report_once, trial_name
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,6 @@ MAX_STARTS = 3
 RISING = 1.01
 """Prodigy's d still rose if the last evaluation found it larger than the one before by more than this factor."""
 
-# What the memory estimate reads of a configuration. Proposals that differ in nothing of it are judged once.
-SIZED_BY = {"batch_size", "micro_batch_size", "grad_accumulation", "optimizer", "slice_p", "max_grad_norm"}
-SIZED_BY |= {"use_bias_correction", "fused_optimizer", "precision", "sdpa", "val_samples", "val_seed"}
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate",
     "CUDA error: out of memory",
@@ -62,17 +60,19 @@ class Infeasible(Exception):
 
 
 class Objective:
-    """Trains one trial of a study.
+    """Trains the trials of a study, one after the other, and keeps between them what the next one can use: the
+    workload with its data open, and the model without contents that the memory estimate reads."""
 
-    Args:
-        trackers: Follow the trial beside Aim, such as a display.
-    """
+    def __init__(self, spec: StudySpec, runtime: Runtime) -> None:
+        self.spec, self.runtime = spec, runtime
+        self._workload: tuple[str, Workload] | None = None
+        self._probes: dict[tuple[str, ...], Probe] = {}
 
-    def __init__(self, spec: StudySpec, runtime: Runtime, trackers: Sequence[Tracker] = ()) -> None:
-        self.spec, self.runtime, self.trackers = spec, runtime, trackers
-
-    def __call__(self, trial: optuna.Trial) -> float:
+    def __call__(self, trial: optuna.Trial, trackers: Sequence[Tracker] = ()) -> float:
         """Train, report at every point of the grid, and return the metric at the trial's end.
+
+        Args:
+            trackers: Follow the trial beside Aim, such as a display.
 
         Raises:
             optuna.TrialPruned: The trial is worse than others at a point of the grid, or infeasible.
@@ -85,7 +85,7 @@ class Objective:
         value, ending = math.nan, None
         try:
             _count_start(trial)
-            value = self._train(trial, params, run_dir)
+            value = self._train(trial, params, run_dir, trackers)
         except Infeasible as error:
             trial.set_constraint(error.constraint, 1.0)
             ending = str(error)
@@ -102,22 +102,34 @@ class Objective:
             raise optuna.TrialPruned(ending)
         return value
 
-    def _train(self, trial: optuna.Trial, params: dict[str, object], run_dir: Path) -> float:
+    def _train(
+        self, trial: optuna.Trial, params: dict[str, object], run_dir: Path, trackers: Sequence[Tracker]
+    ) -> float:
         setup = trial_setup(self.spec, params)
+        setup = replace(setup, workload=self._opened(setup.workload))
         capabilities = detect(setup.config.device)
         full_steps = full_setup(self.spec, params).config.num_steps
         with log_file(run_dir):
-            setup = _fitted(trial, setup, capabilities)
+            setup = _fitted(trial, setup, capabilities, self._probes)
 
         def on_eval(evaluation: Evaluation) -> None:
+            link_aim(trial, run_dir)
             self._report(trial, evaluation, setup.config, full_steps)
 
         with _measured(trial, capabilities):
-            result = self._run(trial, params, setup, run_dir, on_eval)
+            result = self._run(trial, params, setup, run_dir, trackers, on_eval)
         if not result.finished:
             raise Interrupted
-        trial.set_user_attr("samples_per_second", result.samples / result.seconds)
+        if result.samples_per_second is not None:
+            trial.set_user_attr("samples_per_second", result.samples_per_second)
         return result.metrics[self.spec.study.metric]
+
+    def _opened(self, workload: Workload) -> Workload:
+        """The workload of the trial before, if this one is the same: its data need not be opened and read again."""
+        key = workload.model_dump_json()
+        if self._workload is None or self._workload[0] != key:
+            self._workload = key, workload
+        return self._workload[1]
 
     def _report(self, trial: optuna.Trial, evaluation: Evaluation, config: TrainConfig, full_steps: int | None) -> None:
         """Tell Optuna of one point of the grid, and end the trial where it is not worth going on."""
@@ -126,14 +138,16 @@ class Objective:
         if not math.isfinite(value):
             raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
         if report_once(trial, value, round(min(evaluation.point, self.spec.trial.budget))):
-            found = [*trial.user_attrs.get("d", []), evaluation.d]
+            found = [*trial.user_attrs.get("d", []), float(f"{evaluation.d:.6g}")]
             before = found[-2] if len(found) > 1 else config.d0
             trial.set_user_attr("d", found)
-            trial.set_user_attr("d_rising", config.optimizer == "prodigy" and found[-1] > RISING * before)
-        if full_steps is not None:
-            trial.set_user_attr("full_hours", evaluation.seconds / evaluation.step * full_steps / 3600)
-        # The baseline is what everything is compared with, so it runs to its end; and at its end nothing is saved.
-        spared = trial.user_attrs.get(BASELINE) or evaluation.point >= self.spec.trial.budget
+            trial.set_user_attr(D_RISING, config.optimizer == "prodigy" and found[-1] > RISING * before)
+        if full_steps is not None and evaluation.seconds_per_step is not None:
+            trial.set_user_attr("full_hours", evaluation.seconds_per_step * full_steps / 3600)
+        # The baseline is what everything is compared with, so it runs to its end. While d rises a loss says little
+        # of a long run's. And at the grid's end nothing is saved.
+        early = trial.user_attrs.get(BASELINE) or trial.user_attrs.get(D_RISING)
+        spared = early or evaluation.point >= self.spec.trial.budget
         if not spared and trial.should_prune():
             raise optuna.TrialPruned(f"{metric} {value:.4f} after {evaluation.samples} samples")
 
@@ -143,6 +157,7 @@ class Objective:
         params: dict[str, object],
         setup: Setup,
         run_dir: Path,
+        trackers: Sequence[Tracker],
         on_eval: Callable[[Evaluation], None],
     ) -> TrainResult:
         lineage = {"study": self.spec.study.name, "trial": trial.number, "params": params}
@@ -153,7 +168,7 @@ class Objective:
                 self.runtime,
                 experiment=self.spec.study.name,
                 lineage=lineage,
-                trackers=self.trackers,
+                trackers=trackers,
                 on_eval=on_eval,
             )
         except Diverged as error:
@@ -163,6 +178,8 @@ class Objective:
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Infeasible("memory", f"out of memory: {reason}") from None
+        finally:
+            link_aim(trial, run_dir)
 
 
 def _count_start(trial: optuna.Trial) -> None:
@@ -175,10 +192,15 @@ def _count_start(trial: optuna.Trial) -> None:
     trial.set_user_attr(STARTS, [starts + 1, evaluations])
 
 
-def _fitted(trial: optuna.Trial, setup: Setup, capabilities: Capabilities) -> Setup:
+def _fitted(
+    trial: optuna.Trial,
+    setup: Setup,
+    capabilities: Capabilities,
+    probes: dict[tuple[str, ...], Probe] | None = None,
+) -> Setup:
     """The trial with its micro-batch size decided. Raises Infeasible where the device's memory can't hold it."""
     available = available_memory(capabilities.kind)
-    found = _judge(setup, capabilities, available)
+    found = _judge(setup, capabilities, available, probes)
     if capabilities.kind == "cpu":
         # What other programs hold they may give back: infeasible is only what the machine can never hold.
         available = capabilities.memory
@@ -192,7 +214,9 @@ def _fitted(trial: optuna.Trial, setup: Setup, capabilities: Capabilities) -> Se
     return replace(setup, config=setup.config.model_copy(update=decided))
 
 
-def _judge(setup: Setup, capabilities: Capabilities, available: int) -> Fit:
+def _judge(
+    setup: Setup, capabilities: Capabilities, available: int, probes: dict[tuple[str, ...], Probe] | None
+) -> Fit:
     """What the memory estimate says of a trial; where it was asked before, what it said."""
     workload, config = setup.workload, setup.config
     key = (
@@ -202,7 +226,7 @@ def _judge(setup: Setup, capabilities: Capabilities, available: int) -> Fit:
         capabilities.kind,
     )
     if key not in _judged or (config.micro_batch_size == "auto" and not _judged[key].fits(available)):
-        _judged[key] = fit(workload, config, capabilities, available)
+        _judged[key] = fit(workload, config, capabilities, available, probes)
     return _judged[key]
 
 

@@ -21,13 +21,13 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             return
         self._reset = _reset_high_water()
-        self._before = _high_water()
+        self._before = peak_memory(device)
 
     def read(self) -> int | None:
         """Bytes at the peak so far, or None where the system does not say."""
+        peak = peak_memory(self.device)
         if self.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        peak = _high_water()
+            return peak
         # A mark that could not be reset and did not rise is that of an earlier time.
         return peak if self._reset or peak != self._before else None
 
@@ -40,10 +40,13 @@ def _reset_high_water() -> bool:
     return True
 
 
-def _high_water() -> int | None:
-    """Bytes that the process held at most, since the last reset where there was one."""
+def peak_memory(device: str) -> int | None:
+    """The same since the process began or was last reset; its whole memory where the device is the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     try:
         status = (SELF / "status").read_text()
     except OSError:
         return None
+    # Not ru_maxrss: a new process takes over its parent's.
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), None)

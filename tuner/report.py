@@ -6,16 +6,21 @@ Imports no torch: `tuner status` is quick.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from trainer.errors import UserError
 from tuner.display import format_params, is_rising, trial_table
+from tuner.display.curves import curves_table
 from tuner.full.runs import full_runs
 from tuner.trials import (
     BASELINE,
@@ -31,7 +36,12 @@ from tuner.trials import (
 )
 
 if TYPE_CHECKING:
-    from tuner.full.confirmation import Confirmation
+    from tuner.full.confirmed import Confirmation
+
+
+NO_STUDIES = "no studies yet: tuner launch SPEC starts one"
+WATCH_FURNITURE = 20
+"""Lines of a study besides its trials and their curves: headings, remarks, full runs."""
 
 
 def status(study: optuna.Study) -> dict[str, Any]:
@@ -91,38 +101,78 @@ def _brief(trial: FrozenTrial | None) -> dict[str, Any] | None:
     return {"number": trial.number, "value": last_value(trial), "params": trial.params}
 
 
+def _studies(storage: BaseStorage) -> list[dict[str, Any]]:
+    studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+    return [status(study) for study in studies if SPEC in study.user_attrs]
+
+
 def print_studies(storage: BaseStorage, *, as_json: bool) -> None:
     """One line for each study of the storage that this tuner launched."""
-    studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
-    found = [status(study) for study in studies if SPEC in study.user_attrs]
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    for entry in found:
-        counts = ", ".join(f"{count} {state}" for state, count in entry["trials"].items() if count)
-        best = entry["best"]
-        shown = f"; best {entry['metric']} {best['value']:.4f} (trial {best['number']})" if best else ""
-        print(f"{entry['study']}: {counts or 'no trials'}{shown}; full runs: {len(entry['full_runs'])}")
-    if not found:
-        print("no studies yet: tuner launch SPEC starts one")
+    found = _studies(storage)
+    print(json.dumps(found, indent=1) if as_json else "\n".join(map(_study_line, found)) or NO_STUDIES)
+
+
+def _study_line(found: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in found["trials"].items() if count)
+    best = found["best"]
+    shown = f"; best {found['metric']} {best['value']:.4f} (trial {best['number']})" if best else ""
+    return f"{found['study']}: {counts or 'no trials'}{shown}; full runs: {len(found['full_runs'])}"
 
 
 def print_status(study: optuna.Study) -> None:
-    """A study's trials as a table, and its full runs."""
+    """A study's trials as a table, their curves, and its full runs."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    console.print(trial_table(study))
+    for part in status_parts(study, ascii_only=console.options.ascii_only):
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def status_parts(study: optuna.Study, *, last: int = 1000, ascii_only: bool = False) -> list[RenderableType]:
+    """What `tuner status STUDY` shows, of the `last` trials."""
+    parts: list[RenderableType] = [trial_table(study, last=last)]
+    curves = curves_table(study, last=last, ascii_only=ascii_only)
+    parts += [curves] if curves else []
     if ended := study.user_attrs.get(ENDED):
-        console.print(f"ended: {ended}", markup=False, highlight=False, soft_wrap=True)
+        parts.append(Text(f"ended: {ended}"))
     for run in full_runs(study):
         losses = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
-        console.print(
-            f"full run of trial {run.trial}: {run.state}, step {run.step:,} of {run.steps:,}; {losses}\n"
-            f"  {run.run_dir}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        steps = "?" if run.steps is None else f"{run.steps:,}"
+        parts.append(Text(f"full run of trial {run.trial}: {run.state}, step {run.step:,} of {steps}; {losses}"))
+        parts.append(Text(f"  {run.run_dir}"))
+    return parts
+
+
+def watch(
+    storage: BaseStorage,
+    study: optuna.Study | None,
+    *,
+    interval: float,
+    console: Console,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show a study, or the list of all, and renew it every `interval` seconds until Ctrl-C.
+
+    Raises:
+        UserError: There is no terminal to renew it on.
+    """
+    if not console.is_terminal:
+        raise UserError("--watch renews a terminal's screen, and there is none: leave it out, or use --json in a loop.")
+
+    def view() -> RenderableType:
+        if study is None:
+            return Text("\n".join(map(_study_line, _studies(storage))) or NO_STUDIES)
+        # Table and curves have a line each for a trial; what does not fit would push the end out of sight.
+        last = max(1, (console.height - WATCH_FURNITURE) // 2)
+        return Group(*status_parts(study, last=last, ascii_only=console.options.ascii_only))
+
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                live.update(Group(view(), Text(f"every {interval:g} s; Ctrl-C ends", style="dim")), refresh=True)
+                sleep(interval)
+        except KeyboardInterrupt:
+            return
 
 
 def confirmation_table(found: Confirmation) -> Table:

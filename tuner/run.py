@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from trainer import Evaluation, TrainResult, train
-from trainer.tracking import AimTracker, Tracker, Trackers
+from trainer.tracking import AIM_RUN, AimTracker, Tracker, Trackers, aim_command, aim_run
 from trainer.workload import Workload
 from tuner.search_space import Setup
 
@@ -22,6 +25,8 @@ WORKLOAD = "workload"
 """In a checkpoint's lineage: what it takes to build its workload again."""
 
 LOGGERS = ("trainer", "tuner", "studies")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,17 @@ def tracked_train(
     followers = list(trackers)
     lineage = {**lineage, "code_version": code_version()}
     if runtime.track:
-        params = {
+        # The study by name and the trial by number: these hold in whatever storage the study lies.
+        params: dict[str, Any] = {
+            **{key: lineage[key] for key in ("study", "trial") if key in lineage},
             "train": setup.config.model_dump(mode="json"),
             "workload": setup.workload.model_dump(mode="json"),
             "lineage": lineage,
         }
         followers.append(AimTracker(runtime.run_root, run_dir=run_dir, experiment=experiment, params=params))
     with log_file(run_dir):
+        if runtime.track:
+            log.info("curves: %s", aim_command(runtime.run_root))
         return train(
             setup.workload,
             setup.config,
@@ -72,6 +81,12 @@ def tracked_train(
             init=init,
             lineage={**lineage, WORKLOAD: describe_workload(setup.workload)},
         )
+
+
+def link_aim(trial: optuna.Trial, run_dir: Path) -> None:
+    """Give a trial the hash of the Aim run of its run directory, as soon as there is one."""
+    if (run_hash := aim_run(run_dir)) and trial.user_attrs.get(AIM_RUN) != run_hash:
+        trial.set_user_attr(AIM_RUN, run_hash)
 
 
 def describe_workload(workload: Workload) -> dict[str, Any]:
@@ -110,6 +125,7 @@ def log_file(run_dir: Path) -> Iterator[None]:
         handler.close()
 
 
+@cache
 def code_version() -> str:
     """The package's version, and the commit where it runs from a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]

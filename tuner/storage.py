@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 from filelock import FileLock
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy import event
 
 from trainer.errors import UserError
@@ -52,6 +52,23 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStor
     ) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"storage {url}: can't be opened ({reason}); check the URL and the server.") from error
+
+
+def opened(storage: BaseStorage | str | None) -> BaseStorage:
+    """A storage as it is, or the one at a URL. Raises UserError as `open_storage` does."""
+    return storage if isinstance(storage, BaseStorage) else open_storage(storage)
+
+
+def for_other_processes(storage: BaseStorage) -> BaseStorage | str:
+    """What another process opens the same storage by: a URL, or an object that can be pickled.
+
+    Raises:
+        UserError: It is in this process's memory.
+    """
+    storage = getattr(storage, "_backend", storage)  # Optuna's cache around a database
+    if isinstance(storage, InMemoryStorage) or (isinstance(storage, RDBStorage) and ":memory:" in storage.url):
+        raise UserError(f"several workers can't share a storage in memory: use a database, such as {DEFAULT_URL}.")
+    return storage.url if isinstance(storage, RDBStorage) else storage
 
 
 def _open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:

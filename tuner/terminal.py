@@ -6,14 +6,32 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from tuner.display.events import RunEvents, StudyEvents
+    from tuner.display.run import RunDisplay
+    from tuner.display.study import StudyDisplay
+    from tuner.spec import StudySpec
+
+
+class Format(StrEnum):
+    """How a run is shown: `auto` is live on a terminal and plain elsewhere."""
+
+    auto = "auto"
+    plain = "plain"
+    json = "json"
+
 
 Spec = Annotated[Path, typer.Argument(help="A study.toml.", show_default=False)]
 Storage = Annotated[
@@ -22,6 +40,10 @@ Storage = Annotated[
 RunRoot = Annotated[Path, typer.Option(help="Folder of the run directories and of the Aim repository.")]
 Track = Annotated[bool, typer.Option("--track/--no-track", help="Write losses and d to Aim.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, such as train.batch_size=16.")]
+
+LogFormat = Annotated[
+    Format, typer.Option("--log-format", help="plain: lines and no live view; json: a JSON object a line on stdout.")
+]
 
 STOPPED = 130
 """Exit code of a run that was stopped and can be continued."""
@@ -40,28 +62,69 @@ def parse_duration(text: str) -> float:
     return hours * 3600 + minutes * 60 + seconds
 
 
-def show_log() -> None:
-    """The trainer's log on stdout, a line as it stands."""
+class LogLines(logging.Handler):
+    """Writes to what stdout (or stderr) is at the moment: a live view stands in for it, and lets lines pass above."""
+
+    def __init__(self, stream: str, level: int) -> None:
+        super().__init__(level)
+        self._stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=getattr(sys, self._stream), flush=True)
+
+
+def _log_handlers(log_format: Format, level: int) -> Sequence[logging.Handler]:
     from tuner.run import LOGGERS
 
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
+    if log_format != Format.json:
+        return [LogLines("stdout", level)]
+    from tuner.display.events import JsonWarnings
+
+    return [LogLines("stderr", level), JsonWarnings()]
+
+
+def show_log(log_format: Format = Format.auto) -> None:
+    """The trainer's log on stdout, a line as it stands; as JSON, its warnings there and all of it on stderr."""
+    logging.basicConfig(format="%(message)s", handlers=_log_handlers(log_format, logging.INFO))
 
 
 @contextmanager
-def shown_log() -> Iterator[None]:
-    """The same for a while: trials have a display of their own."""
-    from tuner.run import LOGGERS
-
-    handler = logging.StreamHandler(sys.stdout)
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger().addHandler(handler)
+def shown_log(log_format: Format = Format.auto, level: int = logging.INFO) -> Iterator[None]:
+    """The same for a while, from a level on: trials have a display of their own."""
+    handlers = _log_handlers(log_format, level)
+    for handler in handlers:
+        logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
-        logging.getLogger().removeHandler(handler)
+        for handler in handlers:
+            logging.getLogger().removeHandler(handler)
+
+
+def follow_study(study: optuna.Study, spec: StudySpec, *, total: int, log_format: Format) -> StudyDisplay | StudyEvents:
+    """Shows a launch in this format; a context manager."""
+    from rich.console import Console
+
+    from tuner.display.events import StudyEvents
+    from tuner.display.study import StudyDisplay
+
+    if log_format == Format.json:
+        return StudyEvents(study, spec, total=total)
+    return StudyDisplay(study, spec, total=total, console=Console(), plain=log_format == Format.plain)
+
+
+def follow_run(name: str, log_format: Format) -> RunDisplay | RunEvents:
+    """Shows one run in this format, beside its log; a context manager and a tracker."""
+    from rich.console import Console
+
+    from tuner.display.events import RunEvents
+    from tuner.display.run import RunDisplay
+
+    if log_format == Format.json:
+        return RunEvents(name)
+    return RunDisplay(name, Console(), plain=log_format == Format.plain, quiet=True)
 
 
 @contextmanager

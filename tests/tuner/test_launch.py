@@ -188,7 +188,7 @@ def test_another_spec_under_the_same_name_is_refused(
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ('[sampler]\nname = "tpee"', "known are tpe, random, qmc"),
+        ('[sampler]\nname = "tpee"', "known are gp, tpe, random, qmc"),
         ('[sampler]\nname = "tpe"\nn_startup = 3', r"\[sampler\] tpe"),
         ('[pruner]\nname = "percentile"\npercentile = 300', r"\[pruner\] percentile"),
     ],

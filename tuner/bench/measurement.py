@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer import TrainConfig, UserError, Workload, train
 from trainer.acceleration import detect
 from tuner.bench.baseline import BaselineLoop, switched
 from tuner.objective import is_out_of_memory
+from tuner.peak_memory import peak_memory
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec
 
@@ -78,7 +77,7 @@ def measure(
         tokens=loop.tokens,
         real_token_share=loop.tokens / max(1, loop.slots),
         loss=sum(losses[:steps]) / max(1, len(losses[:steps])),
-        peak_memory_bytes=peak_memory(loop.device),
+        peak_memory_bytes=peak_memory(loop.device.type) or 0,
         note=note + _late(graphs() - num_graphs),
         losses=losses,
     )
@@ -161,7 +160,7 @@ def measure_trainer(workload: Workload, config: TrainConfig, *, steps: int) -> M
         tokens=values["train/tokens_per_second"] * seconds,
         real_token_share=values["train/real_token_share"],
         loss=intervals.values[0]["train/loss"],
-        peak_memory_bytes=peak_memory(torch.device(detect(config.device).kind)),
+        peak_memory_bytes=peak_memory(detect(config.device).kind) or 0,
         note="; ".join(line for line in reasons.lines if not line.startswith("device:")),
     )
 
@@ -185,18 +184,6 @@ def graphs() -> int:
 
 def _late(num_graphs: int) -> str:
     return f", {num_graphs} more in the timed steps" if num_graphs else ""
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's allocations at their peak; on a CPU the whole process at its peak, Python included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    # Not ru_maxrss: a new process takes over its parent's.
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def build_workload(spec: StudySpec, on: frozenset[str]) -> Workload:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -13,8 +12,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.config import TrainConfig
-from trainer.locks import is_locked
-from tuner.trials import BASELINE, ranking, state_of, stored_values
+from tuner.full.confirmed import Confirmation, stored_confirmation
+from tuner.full.runs import newest_curves
+from tuner.trials import BASELINE, ENDED, not_beaten, ranking, state_of, stored_values
 
 PLAIN = ("complete", "running", "waiting")
 
@@ -31,8 +31,14 @@ class Findings:
     trials: list[FrozenTrial]
     ranked: list[FrozenTrial]
     """Complete and feasible, the best one first."""
+    not_beaten: set[int]
+    """Numbers of the trials that no other beats in both metric and the full run's hours."""
     full_runs: list[FrozenTrial]
     """The curves of `<study>.full`, the newest one of each promoted trial."""
+    confirmation: Confirmation | None
+    """The last one that came to its end."""
+    ended: str
+    """Why the last launch came to its end; empty while one is under way or was stopped."""
 
     @classmethod
     def of(cls, study: optuna.Study) -> Findings:
@@ -49,7 +55,10 @@ class Findings:
             minimized=study.direction == StudyDirection.MINIMIZE,
             trials=trials,
             ranked=ranking(study, trials),
-            full_runs=_full_runs(study),
+            not_beaten=not_beaten(study, trials),
+            full_runs=newest_curves(study),
+            confirmation=stored_confirmation(study),
+            ended=study.user_attrs.get(ENDED, ""),
         )
 
     @property
@@ -97,24 +106,3 @@ class Findings:
             return {point: float(point * config.effective_batch_size) for point in sorted(points)}
         speed = trial.user_attrs.get("samples_per_second") if "seconds" in budget else 1.0
         return {} if speed is None else {point: point * speed for point in sorted(points)}
-
-
-def run_state(full_run: FrozenTrial) -> str:
-    """running, interrupted or finished."""
-    if full_run.state != TrialState.RUNNING:
-        return "finished"
-    return "running" if is_locked(Path(full_run.user_attrs["run_dir"])) else "interrupted"
-
-
-def open_full_study(study: optuna.Study) -> optuna.Study | None:
-    """`<study>.full`, which holds the curves of the full runs; None where none was promoted."""
-    name, storage = f"{study.study_name}.full", study._storage
-    if name not in optuna.get_all_study_names(storage):
-        return None
-    return optuna.load_study(study_name=name, storage=storage)
-
-
-def _full_runs(study: optuna.Study) -> list[FrozenTrial]:
-    full = open_full_study(study)
-    trials = full.get_trials(deepcopy=False) if full else []
-    return list({t.user_attrs["trial"]: t for t in trials if "run_dir" in t.user_attrs}.values())

@@ -15,10 +15,11 @@ from optuna.trial import FrozenTrial
 
 from trainer.clock import format_hours
 from tuner.dashboard.artifacts import database_url
-from tuner.dashboard.findings import Findings, run_state
-from tuner.display import format_params, format_value
+from tuner.dashboard.findings import Findings
+from tuner.display import format_params, format_value, is_rising
+from tuner.full.runs import run_state
 from tuner.storage import DEFAULT_URL
-from tuner.trials import BASELINE, INFEASIBLE, last_value, state_of
+from tuner.trials import BASELINE, FULL_HOURS, INFEASIBLE, last_value, state_of
 
 MAX_RANKED = 15
 MAX_INFEASIBLE = 8
@@ -39,6 +40,7 @@ def study_note(found: Findings, promote: str, files: Mapping[str, str]) -> str:
         _goal(found),
         _best(found),
         "### Leaderboard\n\n" + _leaderboard(found),
+        _confirmation(found),
         _infeasible(found),
         _full_runs(found),
         "### Promote\n\n" + _promotion(found, promote),
@@ -89,12 +91,14 @@ def _goal(found: Findings) -> str:
     unit = next(unit for unit in ("samples", "steps", "seconds") if unit in trial)
     states = [state_of(t) for t in found.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+    ended = [f"- **Ended**: {escape(found.ended)}"] if found.ended else []
     return "\n".join(
         [
             f"- **Goal**: the {'lowest' if found.minimized else 'highest'} {escape(found.metric)} "
             f"after {trial[unit]:,} {unit} of training",
             f"- **Searched**: {'; '.join(_space(name, space) for name, space in found.spec['search'].items())}",
             f"- **Budget**: {trial['num_trials']} trials; so far {counts or 'none'}",
+            *ended,
         ]
     )
 
@@ -116,9 +120,9 @@ def _best(found: Findings) -> str:
         text += ": the baseline itself"
     elif found.baseline is not None and (reference := last_value(found.baseline)) is not None:
         text += f", {abs(reference - (best.value or 0)):.4f} better than the baseline ({reference:.4f})"
-    hours = best.user_attrs.get("full_hours")
+    hours = best.user_attrs.get(FULL_HOURS)
     text += f". At its speed the full run takes about {format_hours(hours)}." if hours else "."
-    if best.user_attrs.get("d_rising"):
+    if is_rising(best):
         text += (
             "\n\n**d was still rising at its end**: the short run is too short for this d\\_coef. The order of the "
             "trials may change in a longer one; give `[trial]` more samples, or confirm before the full run."
@@ -149,14 +153,39 @@ def _comparison(found: Findings, trial: FrozenTrial) -> list[str]:
     """The leaderboard's last columns: against the baseline, hours of a full run, remarks."""
     reference = None if found.baseline is None else last_value(found.baseline)
     own = found.is_baseline(trial) or reference is None
-    hours = trial.user_attrs.get("full_hours")
+    hours = trial.user_attrs.get(FULL_HOURS)
     remarks = ["best"] * found.is_best(trial) + ["baseline"] * bool(trial.user_attrs.get(BASELINE))
-    remarks += ["d still rising"] * bool(trial.user_attrs.get("d_rising"))
+    remarks += ["d still rising"] * is_rising(trial)
+    remarks += _micro_batches(found, trial)
     return [
         "" if own else f"{(trial.value or 0.0) - (reference or 0.0):+.4f}",
         format_hours(hours) if hours else "",
         ", ".join(remarks),
     ]
+
+
+def _micro_batches(found: Findings, trial: FrozenTrial) -> list[str]:
+    """That a batch goes through the model in parts, where it does."""
+    micro = trial.user_attrs.get("micro_batch_size")
+    batch = trial.params.get("train.batch_size", found.spec["train"].get("batch_size"))
+    return [f"in micro-batches of {micro}"] if micro and batch and micro != batch else []
+
+
+def _confirmation(found: Findings) -> str:
+    """What longer runs on several seeds said."""
+    confirmed = found.confirmation
+    if confirmed is None:
+        return ""
+    heads = ["trial", "parameters", "mean", "over seeds", "over the baseline", "remarks"]
+    lines = [_row(heads), _row(["---:", ":---", "---:", "---:", "---:", ":---"], raw=True)]
+    for one in confirmed.trials:
+        values, margin = one.values.values(), confirmed.margin(one)
+        remarks = ["winner"] * (one is confirmed.winner) + ["baseline"] * (one.number == confirmed.baseline)
+        told = ["", ""] if one.failed else [f"{one.mean:.4f}", f"{min(values):.4f} to {max(values):.4f}"]
+        compared = "" if margin is None or one.number == confirmed.baseline else f"{margin:+.4f}"
+        lines.append(_row([one.number, format_params(one.params), *told, compared, ", ".join(remarks) or one.failed]))
+    length = f"Over {confirmed.rung:,} {confirmed.unit}: {confirmed.verdict}."
+    return f"### Confirmation\n\n{escape(length)}\n\n" + "\n".join(lines)
 
 
 def _infeasible(found: Findings) -> str:
@@ -175,15 +204,17 @@ def _full_runs(found: Findings) -> str:
     if not found.full_runs:
         return ""
     lines = [
-        _row(["of trial", "state", "step", "of", found.metric, "folder"]),
-        _row(["---:", ":---"] + ["---:"] * 3 + [":---"], raw=True),
+        _row(["of trial", "state", "step", "of", found.metric, "in all", "folder"]),
+        _row(["---:", ":---"] + ["---:"] * 4 + [":---"], raw=True),
     ]
     for run in found.full_runs[-MAX_FULL_RUNS:]:
         attrs = run.user_attrs
         steps, value = attrs.get("steps"), attrs.get("metrics", {}).get(found.metric, last_value(run))
         told = "" if value is None else f"{value:.4f}"
         total = f"{steps:,}" if steps else ""
-        lines.append(_row([attrs["trial"], run_state(run), f"{attrs.get('step', 0):,}", total, told, attrs["run_dir"]]))
+        hours = format_hours(attrs[FULL_HOURS]) if FULL_HOURS in attrs else ""
+        step = f"{attrs.get('step', 0):,}"
+        lines.append(_row([attrs["trial"], run_state(run), step, total, told, hours, attrs["run_dir"]]))
     left = len(found.full_runs) - MAX_FULL_RUNS
     return "### Full runs\n\n" + "\n".join(lines) + (f"\n\n{left} earlier ones are not listed." if left > 0 else "")
 
@@ -193,7 +224,14 @@ def _promotion(found: Findings, promote: str) -> str:
         return f"{_again(found)}\n\n{_code(promote)}"
     if found.best is None:
         return "Once a trial is complete:\n\n" + _code(promote)
-    return f"The full run with trial {found.best.number}, from its checkpoint:\n\n" + _code(promote)
+    return f"The full run with trial {_next(found)}, from its checkpoint:\n\n" + _code(promote)
+
+
+def _next(found: Findings) -> str:
+    """Whom the command would promote."""
+    assert found.best is not None
+    won = found.confirmation and found.confirmation.winner.number
+    return f"{found.best.number}" if won is None else f"{won}, which won the confirmation"
 
 
 def _again(found: Findings) -> str:

@@ -18,8 +18,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from trainer.errors import UserError
 from tuner.dashboard import artifacts, plots
-from tuner.dashboard.findings import Findings, open_full_study
+from tuner.dashboard.findings import Findings
 from tuner.dashboard.note import full_note, promote_command, study_note, with_own_text
+from tuner.full.runs import full_study
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class StudyPage:
             addresses[name] = f"/artifacts/{study._study_id}/{artifact_id}"
         promote = promote_command(study, self.run_root)
         _save_note(study, study_note(found, promote, addresses))
-        if (full := open_full_study(study)) is not None:
+        if (full := full_study(study)) is not None:
             _save_note(full, full_note(found, promote))
         for name, figure in plots.figures(found).items():
             # Each 2 kB are a commit: what has not changed is not written again.

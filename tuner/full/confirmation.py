@@ -11,9 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import optuna
@@ -22,6 +20,17 @@ from optuna.trial import FrozenTrial
 from trainer import Diverged, Evaluation, UserError
 from trainer.checkpoint import digest_path
 from trainer.tracking import Tracker
+from tuner.dashboard.page import StudyPage
+from tuner.full.confirmed import (
+    Asked,
+    Confirmation,
+    ConfirmedTrial,
+    keep_asked,
+    keep_found,
+    points_of,
+    read_record,
+    record_name,
+)
 from tuner.full.continuation import go_on_from
 from tuner.full.runs import CONTINUED_FROM
 from tuner.objective import Interrupted
@@ -31,73 +40,6 @@ from tuner.spec import StudySpec
 from tuner.trials import baseline_trial, ranking, stored_spec
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ConfirmedTrial:
-    """A trial's values at the rung's end."""
-
-    number: int
-    params: dict[str, Any]
-    values: dict[int, float]
-    """By training seed."""
-    failed: str = ""
-    """What ended one of its runs before the rung's end; such a trial can't win."""
-
-    @property
-    def mean(self) -> float:
-        return mean(self.values.values())
-
-    @property
-    def spread(self) -> float:
-        """Largest minus smallest value over the seeds."""
-        return max(self.values.values()) - min(self.values.values())
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """What the longer runs found."""
-
-    metric: str
-    minimized: bool
-    unit: str
-    rung: int
-    """How long the runs were, in `unit`: samples, steps or seconds."""
-    trials: list[ConfirmedTrial]
-    """The best mean first; those that failed last."""
-    baseline: int | None
-    """Number of the baseline among them."""
-
-    @property
-    def winner(self) -> ConfirmedTrial:
-        return self.trials[0]
-
-    def margin(self, trial: ConfirmedTrial) -> float | None:
-        """By how much its mean is better than the baseline's; None where one of them has none."""
-        base = next((each for each in self.trials if each.number == self.baseline), None)
-        if base is None or base.failed or trial.failed:
-            return None
-        return base.mean - trial.mean if self.minimized else trial.mean - base.mean
-
-    @property
-    def noise(self) -> float | None:
-        """The spread over seeds, pooled (root mean square) over the trials; None where there is one seed."""
-        spreads = [trial.spread for trial in self.trials if not trial.failed and len(trial.values) > 1]
-        return math.sqrt(mean(spread**2 for spread in spreads)) if spreads else None
-
-    @property
-    def verdict(self) -> str:
-        """What it says of the winner, in a line."""
-        name, margin, noise = f"trial {self.winner.number}", self.margin(self.winner), self.noise
-        if self.winner.number == self.baseline:
-            return f"the baseline ({name}) is the best of them: the study found nothing better"
-        if margin is None:
-            return f"{name} is the best of them; there is no baseline at the rung's end to compare it with"
-        if noise is None:
-            return f"{name} is {margin:.4f} better than the baseline; one seed does not say how much of it is noise"
-        if margin < noise:
-            return f"{name} is within noise of the baseline: {margin:.4f} better, and seeds alone differ by {noise:.4f}"
-        return f"{name} is {margin:.4f} better than the baseline, and seeds alone differ by {noise:.4f}"
 
 
 def confirm(
@@ -136,9 +78,15 @@ def confirm(
         len(jobs),
         len(left),
     )
+    asked = Asked(num_trials, num_seeds, rung, best=chosen[0].number)
+    if left:
+        keep_asked(study, asked)
     for trial, seed in left:
         _run(study, spec, trial, seed, rung, runtime, trackers)
-    return _summary(study, spec, chosen, base, range(first, first + num_seeds), rung)
+    found = _summary(study, spec, chosen, base, range(first, first + num_seeds), rung)
+    keep_found(study, asked, found)
+    StudyPage(study, runtime.run_root).update(now=True)
+    return found
 
 
 def own_seed(spec: StudySpec) -> int:
@@ -146,34 +94,19 @@ def own_seed(spec: StudySpec) -> int:
     return spec.build_config({**spec.train, "steps": 1}).seed
 
 
-def record_name(number: int, seed: int) -> str:
-    """Of a confirmation run: its directory, and the study's attribute that holds its record."""
-    return f"confirm-{number:05d}-seed-{seed}"
-
-
-def read_record(study: optuna.Study, number: int, seed: int) -> dict[str, Any]:
-    """What is known of a confirmation run: `run_dir`, `curve` (value by point, as text) and `failed`; {}: nothing."""
-    record: dict[str, Any] = study.user_attrs.get(record_name(number, seed), {})
-    return record
-
-
 def own_curve(study: optuna.Study, spec: StudySpec, trial: FrozenTrial) -> dict[int, float]:
     """A trial's values by point, and those of its confirmation on the study's own seed."""
-    return {**trial.intermediate_values, **_points(read_record(study, trial.number, own_seed(spec)))}
+    return {**trial.intermediate_values, **points_of(read_record(study, trial.number, own_seed(spec)))}
 
 
 def seed_spread(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, point: int) -> float | None:
     """Largest minus smallest value of a trial over its seeds at a point; None where fewer than two got there."""
     prefix = record_name(trial.number, 0)[:-1]
-    others = [_points(record) for name, record in study.user_attrs.items() if name.startswith(prefix)]
+    others = [points_of(record) for name, record in study.user_attrs.items() if name.startswith(prefix)]
     # Its own seed comes twice where it was confirmed, which changes no spread.
     curves = [own_curve(study, spec, trial), *others]
     values = {name: curve[point] for name, curve in enumerate(curves) if point in curve}
     return max(values.values()) - min(values.values()) if len(set(values.values())) > 1 else None
-
-
-def _points(record: Mapping[str, Any]) -> dict[int, float]:
-    return {int(point): value for point, value in record.get("curve", {}).items()}
 
 
 def _candidates(study: optuna.Study, num_trials: int) -> tuple[list[FrozenTrial], int | None]:
@@ -208,7 +141,7 @@ def _rung(spec: StudySpec, chosen: Sequence[FrozenTrial], asked: int | None) -> 
 
 
 def _is_done(record: Mapping[str, Any], rung: int) -> bool:
-    points = _points(record)
+    points = points_of(record)
     if record.get("failed") or rung in points:
         return True
     if points and max(points) > rung:
@@ -248,7 +181,7 @@ def _run(
             curve[str(round(evaluation.point))] = value
             keep()
 
-    experiment = f"{spec.study.name}.confirm"
+    experiment = spec.study.name
     try:
         result = tracked_train(
             setup, run_dir, runtime, experiment=experiment, lineage=lineage, trackers=trackers, on_eval=on_eval
@@ -283,7 +216,7 @@ def _summary(
     confirmed = []
     for trial in chosen:
         records = {seed: read_record(study, trial.number, seed) for seed in seeds}
-        values = {seed: _points(record)[rung] for seed, record in records.items() if not record["failed"]}
+        values = {seed: points_of(record)[rung] for seed, record in records.items() if not record["failed"]}
         failed = next((f"seed {seed}: {record['failed']}" for seed, record in records.items() if record["failed"]), "")
         confirmed.append(ConfirmedTrial(trial.number, trial.params, values, failed))
     minimized = spec.study.direction == "minimize"

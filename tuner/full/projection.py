@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -20,30 +21,58 @@ from tuner.trials import FULL_HOURS, baseline_trial
 log = logging.getLogger(__name__)
 
 
-def projections(study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, length: Mapping[str, Any]) -> list[str]:
-    """Hours, memory, samples and epochs of a trial's full run, and of the baseline's beside it; a line each.
+@dataclass(frozen=True)
+class Outlook:
+    """What the full run of a trial will take, as far as it is known before it runs."""
+
+    name: str
+    steps: int
+    samples: int
+    epochs: float
+    hours: float | None
+    """At the trial's own speed."""
+    memory: str | None
+
+    def __str__(self) -> str:
+        known = [f"{self.steps:,} steps", f"{self.samples:,} samples", f"{self.epochs:.2f} epochs"]
+        known += [f"about {format_hours(self.hours)}"] if self.hours else []
+        return ", ".join(known + ([self.memory] if self.memory else []))
+
+
+def outlooks(study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, length: Mapping[str, Any]) -> list[Outlook]:
+    """A trial's full run, and the baseline's beside it where it is another.
 
     Args:
         length: Of the full run, where it is not the spec's: fields of the configuration.
     """
-    lines = [f"full run of trial {chosen.number}: {_describe(spec, chosen, length)}"]
+    found = [_outlook(f"trial {chosen.number}", spec, chosen, length)]
     base = baseline_trial(study)
     if base is not None and base.number != chosen.number and base.params:
-        lines.append(f"full run of the baseline (trial {base.number}) would be: {_describe(spec, base, length)}")
-    return lines
+        found.append(_outlook(f"the baseline (trial {base.number})", spec, base, length))
+    return found
 
 
-def _describe(spec: StudySpec, trial: FrozenTrial, length: Mapping[str, Any]) -> str:
+def say(found: Sequence[Outlook]) -> None:
+    """Log what `outlooks` found, a line each."""
+    for i, one in enumerate(found):
+        log.info("full run of %s%s: %s", one.name, " would be" if i else "", one)
+
+
+def _outlook(name: str, spec: StudySpec, trial: FrozenTrial, length: Mapping[str, Any]) -> Outlook:
     setup = full_setup(spec, trial.params, **length)
     steps = setup.config.num_steps or 0
     samples = steps * setup.config.effective_batch_size
-    parts = [f"{steps:,} steps", f"{samples:,} samples", f"{samples / len(setup.workload.train_data()):.2f} epochs"]
-    if hours := trial.user_attrs.get(FULL_HOURS):
-        asked = full_setup(spec, trial.params).config.num_steps or steps
-        parts.append(f"about {format_hours(hours * steps / asked)}")
-    if memory := _memory(trial, setup):
-        parts.append(memory)
-    return ", ".join(parts)
+    hours = trial.user_attrs.get(FULL_HOURS)
+    # It was projected for the spec's length.
+    asked = full_setup(spec, trial.params).config.num_steps or steps
+    return Outlook(
+        name,
+        steps,
+        samples,
+        epochs=samples / len(setup.workload.train_data()),
+        hours=hours * steps / asked if hours else None,
+        memory=_memory(trial, setup),
+    )
 
 
 def _memory(trial: FrozenTrial, setup: Setup) -> str | None:
@@ -63,17 +92,28 @@ def _format_bytes(number: float) -> str:
 
 
 class MeasuredSpeed:
-    """A Tracker that says once how long the run will take at the speed that it has.
+    """A Tracker that says once what the full run takes at the speed and with the memory that it has, and the baseline's
+    beside it: its trial may have run under another plan.
 
     The first log interval is left out: it holds the compilation and the choice of kernels.
 
     Args:
-        samples: The whole run's.
+        found: What `outlooks` found, the run's own first.
+        peak: The most memory that the run took, in bytes; None where it is not known.
+        keep: Called with the hours of the whole run.
         steps: Over how many at least the speed is measured.
     """
 
-    def __init__(self, samples: int, steps: int = 50) -> None:
-        self.samples, self.steps = samples, steps
+    def __init__(
+        self,
+        found: Sequence[Outlook],
+        *,
+        peak: Callable[[], int | None] = lambda: None,
+        keep: Callable[[float], None] = lambda hours: None,
+        steps: int = 50,
+    ) -> None:
+        self.own, self.base = found[0], found[1] if len(found) > 1 else None
+        self.peak, self.keep, self.steps = peak, keep, steps
         self._first: tuple[int, int] | None = None
         self._last = (0, 0)
         self._seconds = 0.0
@@ -89,9 +129,18 @@ class MeasuredSpeed:
         self._last = (step, samples)
         if step - self._first[0] < self.steps:
             return
-        left = (self.samples - samples) * self._seconds / (samples - self._first[1])
-        log.info("measured over %d steps under its own plan: %s left", step - self._first[0], format_hours(left / 3600))
+        hours = self._seconds / (samples - self._first[1]) / 3600
+        self._say(step - self._first[0], hours * self.own.samples, hours * (self.own.samples - samples))
+        self.keep(hours * self.own.samples)
         self._said = True
+
+    def _say(self, steps: int, whole: float, left: float) -> None:
+        own, base, peak = self.own, self.base, self.peak()
+        known = [f"{format_hours(whole)} in all, {format_hours(left)} left"]
+        known += [f"{_format_bytes(peak)} of memory at the peak"] if peak else []
+        known += [f"{own.samples:,} samples", f"{own.epochs:.2f} epochs"]
+        beside = f"; {base.name} would take about {format_hours(base.hours)}" if base and base.hours else ""
+        log.info("measured over %d steps under its own plan: %s%s", steps, ", ".join(known), beside)
 
     def close(self) -> None:
         """Nothing to write at the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,18 +13,21 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from trainer import Evaluation, TrainResult, UserError
+from trainer.acceleration import detect
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
 from tuner.dashboard.page import StudyPage
-from tuner.full.confirmation import Confirmation, own_curve, own_seed, read_record
+from tuner.full.confirmation import own_curve, own_seed
+from tuner.full.confirmed import Confirmation, read_record, stored_asked, stored_confirmation
 from tuner.full.continuation import go_on_from
-from tuner.full.projection import MeasuredSpeed, projections
+from tuner.full.projection import MeasuredSpeed, outlooks, say
 from tuner.full.retracing import Retracing
 from tuner.full.runs import CONTINUED_FROM, curves_of, open_curve
-from tuner.run import Runtime, code_version, log_file, tracked_train
+from tuner.peak_memory import PeakMemory
+from tuner.run import Runtime, code_version, link_aim, log_file, tracked_train
 from tuner.search_space import Setup, full_setup, trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import ranking, report_once, stored_spec, trial_name
+from tuner.trials import FULL_HOURS, ranking, report_once, stored_spec, trial_name
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +51,19 @@ def promote(
     remembers where it came from, and `<study>.full` holds its curve.
 
     Args:
-        trial: Number of the trial. Default: that of the full run already started, else the best.
+        trial: Number of the trial. Default: that of the full run already started, else the winner of the study's
+            confirmation, else the best.
         confirmed: Promote the winner of this confirmation.
         steps: Length in optimizer updates, in place of the spec's `[full]`.
         fresh: Start at step 0, whatever checkpoints there are.
 
     Raises:
-        UserError: There is no such trial, it can't be promoted, or a better one has appeared since.
+        UserError: There is no such trial, it can't be promoted, a better one has appeared since, or a
+            confirmation is unfinished.
     """
-    runtime = runtime or Runtime()
-    spec = stored_spec(study)
+    runtime, spec = runtime or Runtime(), stored_spec(study)
+    if trial is None and confirmed is None:
+        confirmed = _confirmed_before(study)
     chosen = _choose(study, trial, confirmed)
     length = _length(study, spec, chosen, steps)
     setup = full_setup(spec, chosen.params, **length)
@@ -67,41 +73,65 @@ def promote(
     origin, past, lineage = _start(study, spec, chosen, run_dir, setup, fresh)
     _remember(study, chosen, run_dir, origin, confirmed)
     curve = open_curve(study, chosen, run_dir, setup.config.num_steps, past=past, continued_from=origin)
-    followers = list(trackers)
+    followers, page = list(trackers), StudyPage(study, runtime.run_root)
     if curve is not None:
-        with log_file(run_dir):
-            for line in projections(study, spec, chosen, length):
-                log.info("%s", line)
-        followers.append(MeasuredSpeed((setup.config.num_steps or 0) * setup.config.effective_batch_size))
-    page = StudyPage(study, runtime.run_root)
-    retracing = Retracing(study, spec, chosen)
-
-    def on_eval(evaluation: Evaluation) -> None:
-        assert curve is not None, "a finished run has nothing to evaluate"
-        value = evaluation.metrics[spec.study.metric]
-        if curve.user_attrs.get(CONTINUED_FROM, "unknown") is None:
-            retracing.check(curve, evaluation.point, value)
-        report_once(curve, value, evaluation.samples)
-        curve.set_user_attr("step", evaluation.step)
-        curve.set_user_attr("metrics", evaluation.metrics)
-        page.update()
-
+        followers.append(_measured(study, spec, chosen, setup, length, curve, run_dir))
     result = tracked_train(
         setup,
         run_dir,
         runtime,
-        experiment=f"{spec.study.name}.full",
+        experiment=spec.study.name,
         lineage=lineage,
         trackers=followers,
-        on_eval=on_eval,
+        on_eval=None if curve is None else _drawn(study, spec, chosen, curve, run_dir, page),
     )
     if curve is not None:
-        curve.set_user_attr("step", result.step)
-        curve.set_user_attr("metrics", result.metrics)
+        link_aim(curve, run_dir)
+        _stand(curve, result.step, result.metrics)
         if result.finished:
             curve.study.tell(curve, result.metrics[spec.study.metric])
     page.update(now=True)
     return result
+
+
+def _measured(
+    study: optuna.Study,
+    spec: StudySpec,
+    chosen: FrozenTrial,
+    setup: Setup,
+    length: Mapping[str, Any],
+    curve: optuna.Trial,
+    run_dir: Path,
+) -> Tracker:
+    """Says what the full run will take, at once by its trial, and by its own first steps once they are measured."""
+    found = outlooks(study, spec, chosen, length)
+    with log_file(run_dir):
+        say(found)
+    peak = PeakMemory(detect(setup.config.device).kind)
+    return MeasuredSpeed(found, peak=peak.read, keep=lambda hours: curve.set_user_attr(FULL_HOURS, hours))
+
+
+def _drawn(
+    study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, curve: optuna.Trial, run_dir: Path, page: StudyPage
+) -> Callable[[Evaluation], None]:
+    """Draws a full run's curve, evaluation by evaluation; one from step 0 is held against its trial's."""
+    retracing = Retracing(study, spec, chosen)
+
+    def on_eval(evaluation: Evaluation) -> None:
+        value = evaluation.metrics[spec.study.metric]
+        if curve.user_attrs.get(CONTINUED_FROM, "unknown") is None:
+            retracing.check(curve, evaluation.point, value)
+        report_once(curve, value, evaluation.samples)
+        link_aim(curve, run_dir)
+        _stand(curve, evaluation.step, evaluation.metrics)
+        page.update()
+
+    return on_eval
+
+
+def _stand(curve: optuna.Trial, step: int, metrics: Mapping[str, float]) -> None:
+    curve.set_user_attr("step", step)
+    curve.set_user_attr("metrics", dict(metrics))
 
 
 def rerun(
@@ -121,9 +151,7 @@ def rerun(
     runtime = runtime or Runtime()
     run_dir = runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{seed}")
     lineage = {"study": spec.study.name, "trial": number, "params": chosen.params, "seed": seed}
-    return tracked_train(
-        setup, run_dir, runtime, experiment=f"{spec.study.name}.rerun", lineage=lineage, trackers=trackers
-    )
+    return tracked_train(setup, run_dir, runtime, experiment=spec.study.name, lineage=lineage, trackers=trackers)
 
 
 def _length(study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, steps: int | None) -> dict[str, Any]:
@@ -182,6 +210,30 @@ def _go_on(
             return origin, step
     log.warning("the full run starts at step 0")
     return None, 0
+
+
+def _confirmed_before(study: optuna.Study) -> Confirmation | None:
+    """The study's confirmation, where no full run was started since.
+
+    Raises:
+        UserError: It has not come to its end, or there is a better trial since.
+    """
+    asked = stored_asked(study)
+    if asked is None or study.user_attrs.get(PROMOTIONS):
+        return None
+    found, best = stored_confirmation(study), ranking(study)[0].number
+    if found is None:
+        raise UserError(
+            f"a confirmation of {study.study_name} is unfinished: go on with it ({asked.options}), or promote the best "
+            f"trial without it (--trial {best})."
+        )
+    if best != asked.best:
+        raise UserError(
+            f"trial {best} is better than those that were confirmed: confirm again ({asked.options}), or choose with "
+            f"--trial {best} or --trial {found.winner.number} (which won)."
+        )
+    log.info("promoting the winner of the confirmation: %s", found.verdict)
+    return found
 
 
 def _choose(study: optuna.Study, number: int | None, confirmed: Confirmation | None) -> FrozenTrial:

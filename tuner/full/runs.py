@@ -37,16 +37,36 @@ class FullRun:
 
 def full_runs(study: optuna.Study) -> list[FullRun]:
     """The full runs that were promoted from a study, in the order of their start."""
-    curves = _curves(study)
-    if curves is None:
-        return []
-    newest = {t.user_attrs["trial"]: t for t in curves.get_trials(deepcopy=False) if "trial" in t.user_attrs}
-    return [_describe(t) for t in newest.values()]
+    return [_describe(curve) for curve in newest_curves(study)]
+
+
+def newest_curves(study: optuna.Study) -> list[FrozenTrial]:
+    """The newest trial of `<study>.full` of each promoted trial, in the order of their first starts."""
+    curves = full_study(study)
+    trials = curves.get_trials(deepcopy=False) if curves else []
+    # One that was just opened has no run yet.
+    known = (t for t in trials if {"trial", "run_dir"} <= t.user_attrs.keys())
+    return list({t.user_attrs["trial"]: t for t in known}.values())
+
+
+def full_study(study: optuna.Study) -> optuna.Study | None:
+    """`<study>.full`, which holds the curves of the full runs; None where none was promoted."""
+    name, storage = f"{study.study_name}.full", study._storage
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def run_state(curve: FrozenTrial) -> str:
+    """running, interrupted or finished."""
+    if curve.state != TrialState.RUNNING:
+        return "finished"
+    return "running" if is_locked(Path(curve.user_attrs["run_dir"])) else "interrupted"
 
 
 def curves_of(study: optuna.Study, chosen: FrozenTrial) -> list[FrozenTrial]:
     """The trials of `<study>.full` that drew full runs of this trial, the newest last."""
-    curves = _curves(study)
+    curves = full_study(study)
     trials = curves.get_trials(deepcopy=False) if curves else []
     return [trial for trial in trials if trial.user_attrs.get("trial") == chosen.number]
 
@@ -66,7 +86,7 @@ def open_curve(
     one that was under way (`past` None) has the curve that was drawn. Returns None where it has already finished at
     this length.
     """
-    curves = _curves(study)
+    curves = full_study(study)
     if curves is None:
         curves = optuna.create_study(
             study_name=f"{study.study_name}.full", storage=study._storage, direction=study.direction
@@ -96,15 +116,13 @@ def open_curve(
     return curve
 
 
-def _curves(study: optuna.Study) -> optuna.Study | None:
-    name = f"{study.study_name}.full"
-    storage = study._storage
-    return optuna.load_study(study_name=name, storage=storage) if name in optuna.get_all_study_names(storage) else None
-
-
 def _describe(curve: FrozenTrial) -> FullRun:
-    run_dir = Path(curve.user_attrs["run_dir"])
-    open_state = "running" if is_locked(run_dir) else "interrupted"
-    state = open_state if curve.state == TrialState.RUNNING else "finished"
     attrs = curve.user_attrs
-    return FullRun(attrs["trial"], run_dir, attrs.get("step", 0), attrs["steps"], state, attrs.get("metrics", {}))
+    return FullRun(
+        trial=attrs["trial"],
+        run_dir=Path(attrs["run_dir"]),
+        step=attrs.get("step", 0),
+        steps=attrs.get("steps"),
+        state=run_state(curve),
+        metrics=attrs.get("metrics", {}),
+    )

@@ -20,8 +20,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note, save_note
 
+from tests.tuner.dashboard.test_server import Client
 from tests.tuner.studies_for_tests import build
-from tests.tuner.test_dashboard import Client
 from trainer.locks import locked
 from tuner.dashboard import page as study_page
 from tuner.dashboard import plots
@@ -31,13 +31,14 @@ from tuner.dashboard.note import MAX_RANKED, escape, promote_command, study_note
 from tuner.dashboard.page import StudyPage
 from tuner.dashboard.plot_labels import AROUND, place_labels
 from tuner.dashboard.server import make_dashboard
+from tuner.full.confirmed import Asked, Confirmation, ConfirmedTrial, keep_found
 from tuner.full.promotion import promote
 from tuner.launcher import launch
 from tuner.run import Runtime
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec
 from tuner.storage import load_study, open_storage
-from tuner.trials import BASE_DIR, BASELINE, INFEASIBLE, SPEC, stored_spec
+from tuner.trials import BASE_DIR, BASELINE, ENDED, INFEASIBLE, SPEC, stored_spec
 
 GRID = (40, 80, 120, 160)
 OUT_OF_MEMORY = "out of memory: tried | 2.00 GiB of *23.6* <GiB>\nTraceback"
@@ -120,6 +121,34 @@ def test_the_note_says_goal_best_leaderboard_and_the_command(stored: optuna.Stud
     assert [row[-1] for row in rows] == ["best, d still rising", "baseline", ""]
     assert rows[0][5] == "-0.5000"
     assert f"    tuner promote toy --storage sqlite:///{tmp_path}/tuner.db --run-root /runs" in note
+
+
+def test_the_note_says_why_the_study_ended_and_what_the_confirmation_found(study: optuna.Study) -> None:
+    assert "**Ended**" not in note_of(study) and "### Confirmation" not in note_of(study)
+    study.set_user_attr(ENDED, "3 trials in a row improved nothing")
+    slow = ConfirmedTrial(2, {"train.d_coef": 2.0}, {0: 2.3}, failed="seed 1: no gradient was finite")
+    base = ConfirmedTrial(0, {"train.d_coef": 1.0}, {0: 2.4, 1: 2.8})
+    best = ConfirmedTrial(1, {"train.d_coef": 0.5}, {0: 2.2, 1: 2.6})
+    found = Confirmation("val/loss", True, "samples", 320, [best, base, slow], baseline=0)
+    keep_found(study, Asked(2, 2, 320, best=1), found)
+    note = note_of(study)
+    assert "- **Ended**: 3 trials in a row improved nothing" in note
+    assert "Over 320 samples: trial 1 is within noise of the baseline: 0.2000 better" in note
+    lines = [
+        line for line in note.partition("### Confirmation")[2].partition("###")[0].splitlines() if "d\\_coef" in line
+    ]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    assert [row[0] for row in rows] == ["1", "0", "2"]
+    assert rows[0][2:] == ["2.4000", "2.2000 to 2.6000", "+0.2000", "winner"]
+    assert rows[1][4:] == ["", "baseline"] and rows[2][5] == "seed 1: no gradient was finite"
+
+
+def test_the_leaderboard_names_micro_batches_where_they_are_smaller(tmp_path: Path) -> None:
+    study = new_study(tmp_path)
+    add(study, 8, 1.0, [4.0, 3.5, 3.2, 3.0], micro_batch_size=8)
+    add(study, 16, 1.0, [4.0, 3.5, 3.2, 3.1], micro_batch_size=4)
+    rows = table_rows(note_of(study), "Leaderboard")
+    assert [row[-1] for row in rows] == ["best", "in micro-batches of 4"]
 
 
 def test_infeasible_trials_are_named_with_their_reason_and_no_markdown_of_their_own(study: optuna.Study) -> None:
@@ -218,7 +247,7 @@ def test_d_is_labelled_where_it_still_rises(study: optuna.Study) -> None:
 
 def test_the_trials_that_no_other_beats_in_loss_and_time_are_joined(study: optuna.Study) -> None:
     found = Findings.of(study)
-    assert [t.number for t in plots.not_beaten(found, found.ranked)] == [1, 0]
+    assert found.not_beaten == {0, 1}
     drawn = traces(plots.loss_and_hours(found))
     front = drawn["no other trial is better in both"]
     assert (front["x"], front["y"]) == ([30.0, 36.25], [3.0, 2.5])

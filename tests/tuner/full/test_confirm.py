@@ -18,7 +18,15 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.cli import main
-from tuner.full.confirmation import Confirmation, ConfirmedTrial, confirm, record_name
+from tuner.full.confirmation import confirm
+from tuner.full.confirmed import (
+    Asked,
+    Confirmation,
+    ConfirmedTrial,
+    keep_found,
+    record_name,
+    stored_confirmation,
+)
 from tuner.full.promotion import PROMOTIONS, promote
 from tuner.launcher import launch, open_study
 from tuner.objective import Interrupted
@@ -130,6 +138,33 @@ def test_a_confirmed_run_is_a_prefix_of_one_from_step_zero(study: optuna.Study, 
     assert "deviation" not in curve.user_attrs
 
 
+def test_an_unfinished_confirmation_is_said_and_a_finished_one_is_promoted(
+    study: optuna.Study, runtime: Runtime
+) -> None:
+    asked = itertools.count()
+    with pytest.raises(Interrupted):
+        confirm(study, 1, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 12))
+    best = ranking(study)[0].number
+    unfinished = rf"is unfinished: go on with it \(--confirm 1 --seeds 2 --rung 320\).*--trial {best}"
+    with pytest.raises(UserError, match=unfinished):
+        promote(study, runtime=runtime)
+    assert PROMOTIONS not in study.user_attrs and stored_confirmation(study) is None
+
+    found = confirm(study, 1, runtime=runtime)
+    assert stored_confirmation(study) == found, "the storage's JSON gives back the same"
+    result = promote(study, runtime=runtime)
+    assert result.run_dir.name == f"full-trial-{found.winner.number:05d}"
+    assert study.user_attrs[PROMOTIONS][0]["confirmation"]["verdict"] == found.verdict
+
+
+def test_a_better_trial_since_the_confirmation_asks_for_a_choice(runtime: Runtime, tmp_path: Path) -> None:
+    study = with_trials(tmp_path, 2.0, 1.0)
+    keep_found(study, Asked(1, 2, 320, best=1), found(one(0, 2.0, 2.1), one(1, 1.0, 1.1)))
+    study.add_trial(create_trial(value=0.5, params=study.trials[0].params, distributions=study.trials[0].distributions))
+    with pytest.raises(UserError, match=r"trial 2 is better .*--trial 2 or --trial 1 \(which won\)"):
+        promote(study, runtime=runtime)
+
+
 def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
     confirmed = confirm(study, 1, runtime=runtime)
     other = next(trial.number for trial in ranking(study) if trial.number != confirmed.winner.number)
@@ -139,7 +174,7 @@ def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Ru
 
 
 def test_a_run_that_diverges_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) -> None:
-    study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.test_confirm:Diverging"})
+    study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.full.test_confirm:Diverging"})
     with pytest.raises(UserError, match=r"no trial got to the end .*trial 0, seed 1: none of the last 5 gradients"):
         confirm(study, 1, runtime=runtime)
     assert study.user_attrs[record_name(0, 1)]["failed"] and not study.user_attrs[record_name(0, 0)]["failed"]

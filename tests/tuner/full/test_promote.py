@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.full.projection import MeasuredSpeed
+from tuner.full.projection import MeasuredSpeed, Outlook
 from tuner.full.promotion import PROMOTIONS, promote
 from tuner.full.runs import full_runs
 from tuner.launcher import launch
@@ -247,12 +247,39 @@ def test_what_the_full_run_takes_is_said_beside_the_baselines(
     assert len([line for line in caplog.messages if line.startswith("full run of ")]) == 2, "a finished run takes none"
 
 
-def test_the_measured_speed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fresh", [True, False], ids=["from step zero", "from the trial's checkpoint"])
+def test_only_a_run_from_step_zero_is_held_against_its_trial(
+    study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture, fresh: bool
+) -> None:
+    """A trial with the best one's checkpoint that claims other values than that had."""
+    best = ranking(study)[0]
+    study.add_trial(
+        optuna.trial.create_trial(
+            value=0.0,
+            params=best.params,
+            distributions=best.distributions,
+            intermediate_values={160: 1.2 * best.intermediate_values[160]},
+            user_attrs={"run_dir": best.user_attrs["run_dir"]},
+        )
+    )
+    promote(study, trial=4, fresh=fresh, runtime=runtime)
+    (curve,) = curves(study)
+    assert ("does not retrace" in caplog.text) == ("deviation" in curve.user_attrs) == fresh
+
+
+def test_the_measured_speed_is_said_once_beside_the_baselines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    speed = MeasuredSpeed(samples=8 * 10_000, steps=50)
+    own = Outlook("trial 3", 10_000, 80_000, 2.5, hours=None, memory=None)
+    base = Outlook("the baseline (trial 0)", 10_000, 80_000, 2.5, hours=12.5, memory=None)
+    kept: list[float] = []
+    speed = MeasuredSpeed([own, base], peak=lambda: 3_200_000_000, keep=kept.append, steps=50)
     for step in range(20, 200, 20):
         # The first interval compiles, and says nothing of the rest.
         speed.track({"train/samples_per_second": 0.1 if step == 20 else 2.0}, step=step, samples=8 * step)
         speed.track({"val/loss": 1.0}, step=step, samples=8 * step)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said == "measured over 60 steps under its own plan: 11.0 h left"
+    assert said == (
+        "measured over 60 steps under its own plan: 11.1 h in all, 11.0 h left, 3.2 GB of memory at the peak, "
+        "80,000 samples, 2.50 epochs; the baseline (trial 0) would take about 12.5 h"
+    )
+    assert kept == [pytest.approx(80_000 / 2 / 3600)]

@@ -1,0 +1,91 @@
+"""The commands on a terminal, in a pipe, and read by a program."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.studies_for_tests import build, write
+from tests.tuner.test_cli import tuner
+from tuner.cli import main
+from tuner.launcher import open_study
+from tuner.terminal import Format, follow_run, shown_log
+
+
+def events(output: str) -> list[str]:
+    """The kinds of the events, one a line; anything else on stdout is an error."""
+    return [json.loads(line)["event"] for line in output.splitlines()]
+
+
+def test_as_json_nothing_else_is_on_stdout(tmp_path: Path) -> None:
+    write(tmp_path)
+    launched = tuner(tmp_path, "launch", "study.toml", "--no-track", "--trials", "1", "--log-format", "json")
+    assert launched.returncode == 0, launched.stderr
+    found = events(launched.stdout)
+    assert (found[0], found[-1]) == ("trial_started", "study_ended") and "evaluation" in found
+    assert "Next: tuner status toy" in launched.stderr
+
+    promoted = tuner(tmp_path, "promote", "toy", "--no-track", "--log-format", "json")
+    assert promoted.returncode == 0, promoted.stderr
+    found = events(promoted.stdout)
+    assert (found[0], found[-1]) == ("run_started", "run_ended") and {"metrics", "checkpoint"} <= set(found)
+    assert "[Step 60] Loss: " in promoted.stderr
+
+
+def test_warnings_go_where_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("trainer.test")
+    with shown_log(Format.plain, logging.WARNING):
+        log.info("not this")
+        log.warning("the GPU is idle")
+    assert capsys.readouterr() == ("the GPU is idle\n", "")
+    with shown_log(Format.json, logging.WARNING):
+        log.warning("the GPU is idle")
+    out, err = capsys.readouterr()
+    assert events(out) == ["warning"] and err == "the GPU is idle\n"
+
+
+def test_a_run_is_followed_as_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with follow_run("a run", Format.json) as run:
+        run.track({"train/loss": 1.0}, step=1, samples=8)
+    assert events(capsys.readouterr().out) == ["run_started", "metrics"]
+    with follow_run("a run", Format.plain) as run:
+        run.track({"val/loss": 1.0}, step=1, samples=8)
+    # Its log says all of it.
+    assert capsys.readouterr().out == ""
+
+
+def test_watching_ends_with_ctrl_c_and_code_0(tmp_path: Path) -> None:
+    open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tuner.cli", "status", "toy", "--watch", "--interval", "0.2"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    with subprocess.Popen(
+        [*command, "--storage", f"sqlite:///{tmp_path}/tuner.db"], stdout=theirs, stderr=theirs, env=environment
+    ) as process:
+        seen, deadline = b"", time.monotonic() + 300
+        while seen.count(b"Ctrl-C ends") < 2 and time.monotonic() < deadline:
+            seen += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    os.close(theirs)
+    os.close(ours)
+    assert b"study toy" in seen and b"Traceback" not in seen
+
+
+def test_watching_and_json_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tuner", "status", "--watch", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "tuner: --watch is for people: leave it or --json out.\n"

@@ -1,0 +1,48 @@
+"""A study's runs in Aim: trials and full runs name their Aim run, and the Aim runs name study and trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from tests.tuner.studies_for_tests import build
+from trainer.tracking import AimTracker, aim_run
+from tuner.full.promotion import promote
+from tuner.launcher import launch
+from tuner.run import Runtime
+
+# Aim's own code leaves files to the garbage collector and calls deprecated functions.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def aim_runs(repo: Path) -> dict[str, Any]:
+    from aim.sdk.repo import Repo
+
+    return {run.hash: run for run in Repo.from_path(str(repo)).iter_runs()}
+
+
+def test_trials_and_full_runs_and_their_aim_runs_name_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AimTracker, "PATIENCE_S", 300.0)
+    url, runtime = f"sqlite:///{tmp_path}/tuner.db", Runtime(tmp_path / "runs")
+    study = launch(build(**{"trial.num_trials": 2}), storage=url, runtime=runtime)
+    promote(study, trial=1, runtime=runtime)
+    (full,) = optuna.load_study(study_name="toy.full", storage=url).trials
+    found = aim_runs(tmp_path / "runs")
+    assert len(found) == 3
+    for trial, number, name in ((study.trials[0], 0, "trial-00000"), (full, 1, "full-trial-00001")):
+        run = found[trial.user_attrs["aim_run"]]
+        assert aim_run(Path(trial.user_attrs["run_dir"])) == run.hash
+        assert (run.experiment, run.name, run["study"], run["trial"]) == ("toy", name, "toy", number)
+        assert run["train", "batch_size"] == trial.params["train.batch_size"]
+        assert "sqlite" not in str(run[...]), "the link must hold in another storage too"
+
+
+def test_without_tracking_there_is_no_aim_run(tmp_path: Path, runtime: Runtime) -> None:
+    study = launch(build(**{"trial.num_trials": 1}), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+    assert "aim_run" not in study.trials[0].user_attrs
+    assert not (runtime.run_root / ".aim").exists()

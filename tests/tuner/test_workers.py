@@ -1,0 +1,266 @@
+"""`launch --workers N`: a machine divided, one study shared, and what becomes of workers that stop, err or die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.tuner.studies_for_tests import TOML, build, write
+from trainer import UserError
+from trainer.tracking import Tracker
+from tuner.launcher import launch
+from tuner.run import Runtime
+from tuner.storage import for_other_processes, load_study, open_storage
+from tuner.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
+from tuner.trials import ENDED
+
+# A worker's side of the pipe without what takes seconds to import: it leaves the job unread, and knows its number.
+PRETEND = """
+import os, signal, sys, time
+from multiprocessing.connection import Connection
+line = Connection(int(sys.argv[1]))
+line.recv_bytes()
+number = 1
+while True:
+    try:
+        os.mkdir(os.environ["STARTS"] + f"-{number}")
+        break
+    except FileExistsError:
+        number += 1
+"""
+FAREWELL = 'line.send(("farewell", "done", ""))\n'
+UNTIL_STOPPED = "line.recv()\n" + FAREWELL
+
+
+class Witness:
+    """A display that notes what it is told, and may do something then."""
+
+    def __init__(self, do: Callable[[str, int], None] = lambda *_: None) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self._do = do
+
+    def note(self, what: str, number: int) -> None:
+        self.seen.append((what, number))
+        self._do(what, number)
+
+    def numbers(self, what: str) -> list[int]:
+        return sorted(number for said, number in self.seen if said == what)
+
+    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker:
+        self.note("resumed" if resumed else "started", trial.number)
+        return Follower(self, trial.number)
+
+    def trial_ended(self, trial: FrozenTrial) -> None:
+        assert trial.state.is_finished()
+        self.note("ended", trial.number)
+
+
+class Follower:
+    def __init__(self, witness: Witness, number: int) -> None:
+        self.witness, self.number = witness, number
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        if "val/loss" in values:
+            self.witness.note("validated", self.number)
+
+    def close(self) -> None:
+        self.witness.note("closed", self.number)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/tuner.db"
+
+
+@pytest.fixture
+def supervise(tmp_path: Path) -> Callable[..., Supervisor]:
+    """A supervisor of two workers that run `PRETEND` and this code."""
+
+    def make(code: str, display: Witness | None = None, stop: Callable[[], bool] = lambda: False) -> Supervisor:
+        storage = InMemoryStorage()
+        optuna.create_study(study_name="toy", storage=storage)
+        environment = {"OMP_NUM_THREADS": "1", "STARTS": str(tmp_path / "starts")}
+        job = Job("toy", {}, tmp_path, "sqlite://", tmp_path, track=False, total=2)
+        return Supervisor(
+            job,
+            [environment] * 2,
+            storage=storage,
+            stop=stop,
+            display=display,
+            on_trial_end=lambda: None,
+            start=PRETEND + code,
+        )
+
+    return make
+
+
+def num_starts(folder: Path) -> int:
+    return len(list(folder.glob("starts-*")))
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_each_worker_has_a_gpu_of_its_own_and_its_share_of_the_threads() -> None:
+    environments = worker_environments(2, ["3", "GPU-5ebe9f43"], threads=12)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["3", "GPU-5ebe9f43"]
+    assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["6", "6"]
+    spared = worker_environments(1, ["0", "1"], threads=12)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in spared] == ["0"]
+
+
+@pytest.mark.parametrize(("num_workers", "threads", "share"), [(2, 8, "4"), (3, 8, "2"), (4, 2, "1")])
+def test_without_gpus_each_worker_has_its_share_of_the_threads(num_workers: int, threads: int, share: str) -> None:
+    environments = worker_environments(num_workers, [], threads)
+    assert [environment["OMP_NUM_THREADS"] for environment in environments] == [share] * num_workers
+    assert not any("CUDA_VISIBLE_DEVICES" in environment for environment in environments)
+
+
+def test_more_workers_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--workers 3: 2 GPUs can be used, .*: give --workers 2, or more in CUDA_"):
+        worker_environments(3, ["0", "1"], threads=8)
+
+
+def test_a_storage_in_memory_is_refused_and_a_database_is_opened_by_its_url(url: str) -> None:
+    with pytest.raises(UserError, match="can't share a storage in memory: use a database"):
+        for_other_processes(InMemoryStorage())
+    study = optuna.create_study(storage=open_storage(url))
+    assert for_other_processes(study._storage) == url
+
+
+def test_a_worker_that_dies_is_replaced(supervise: Callable[..., Supervisor], tmp_path: Path) -> None:
+    assert supervise("if number == 1: os.kill(os.getpid(), signal.SIGKILL)\n" + FAREWELL).run()
+    assert num_starts(tmp_path) == 3
+
+
+def test_workers_that_die_again_and_again_end_the_launch(supervise: Callable[..., Supervisor], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{2 * MAX_DEATHS} workers in a row died .* by SIGKILL; .*worker-\d\.log"):
+        supervise("os.kill(os.getpid(), signal.SIGKILL)").run()
+    assert 2 * MAX_DEATHS <= num_starts(tmp_path) <= 2 * MAX_DEATHS + 1
+
+
+def test_deaths_between_which_a_trial_was_validated_do_not_add_up(
+    supervise: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    last = 3 * MAX_DEATHS
+    code = f"if number >= {last}: {FAREWELL}"
+    code += "else: line.send(('track', 0, {'val/loss': 1.0}, 1, 8)); os.kill(os.getpid(), signal.SIGKILL)\n"
+    assert supervise(code).run()
+    assert num_starts(tmp_path) >= last
+
+
+def test_a_mistake_in_one_worker_stops_all_and_is_said_once(supervise: Callable[..., Supervisor]) -> None:
+    code = 'if number == 1: line.send(("farewell", "mistake", "no weights: give some"))\nelse:\n    ' + UNTIL_STOPPED
+    code = code.replace("line.recv()\n", "line.recv(); ")
+    with pytest.raises(UserError, match=r"^no weights: give some$"):
+        supervise(code).run()
+    assert not children()
+
+
+def test_a_defect_in_one_worker_is_raised_with_its_traceback(supervise: Callable[..., Supervisor]) -> None:
+    with pytest.raises(WorkerError, match="ZeroDivisionError"):
+        supervise('line.send(("farewell", "defect", "ZeroDivisionError"))').run()
+
+
+def test_a_stop_reaches_all_workers(supervise: Callable[..., Supervisor]) -> None:
+    began = time.monotonic()
+    assert not supervise(UNTIL_STOPPED, stop=lambda: time.monotonic() > began + 0.3).run()
+    assert not children()
+
+
+def test_a_second_interrupt_leaves_no_worker_behind(supervise: Callable[..., Supervisor]) -> None:
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise("time.sleep(600)", stop=interrupted).run()
+    assert not children()
+
+
+def test_two_workers_share_a_study_and_none_of_its_trials_runs_twice(runtime: Runtime, url: str) -> None:
+    witness, at_once = Witness(), []
+    witness._do = lambda *_: at_once.append(len(witness.numbers("started")) - len(witness.numbers("ended")))
+    study = launch(build(**{"trial.num_trials": 6}), storage=url, runtime=runtime, num_workers=2, display=witness)
+    assert [trial.state.is_finished() for trial in study.trials] == [True] * 6
+    for what in ("started", "ended", "closed"):
+        assert witness.numbers(what) == [0, 1, 2, 3, 4, 5]
+    assert set(witness.numbers("validated")) == {0, 1, 2, 3, 4, 5} and not witness.numbers("resumed")
+    assert max(at_once) == 2
+    # Each trial's sampler has a seed of its own, in whatever process.
+    assert len({trial.params["train.d_coef"] for trial in study.trials}) == 6
+    assert study.user_attrs[ENDED] == "the study has its 6 trials"
+
+
+def test_a_killed_workers_trial_goes_on(runtime: Runtime, url: str) -> None:
+    killed: list[int] = []
+
+    def kill(what: str, number: int) -> None:
+        claim = str(runtime.run_dir("toy", f"trial-{number:05d}") / ".claim")
+        for worker in children() if what == "validated" and not killed else []:
+            if any(file.path == claim for file in worker.open_files()):
+                worker.kill()
+                killed.append(number)
+
+    witness = Witness(kill)
+    changes: dict[str, Any] = {"train.save_every": 5, "trial.samples": 2000, "trial.num_trials": 3}
+    study = launch(build(**changes), storage=url, runtime=runtime, num_workers=2, display=witness)
+    assert witness.numbers("resumed") == killed and len(killed) == 1
+    assert "continuing from" in (runtime.run_dir("toy", f"trial-{killed[0]:05d}") / "train.log").read_text()
+    assert witness.numbers("started") == witness.numbers("ended") == [0, 1, 2]
+    assert len(study.trials) == 3 and all(trial.state != TrialState.FAIL for trial in study.trials)
+
+
+REFUSING = """
+from tests.toy import Toy
+from trainer import UserError
+
+
+class Refusing(Toy):
+    def build_model(self):
+        raise UserError("no weights: give base_checkpoint another value")
+"""
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, url: str) -> None:
+    (tmp_path / "refusing.py").write_text(REFUSING)
+    spec = write(tmp_path, TOML.replace("tests.toy:Toy", "refusing:Refusing"))
+    command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--workers", "2"]
+    command += ["--run-root", str(tmp_path / "runs")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "tuner: no weights: give base_checkpoint another value"
+    # Nothing is lost: the trials are open.
+    states = {trial.state for trial in load_study("toy", open_storage(url)).trials}
+    assert states == {TrialState.RUNNING}
+
+
+def test_ctrl_c_stops_all_workers_with_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, url: str) -> None:
+    spec = write(tmp_path, TOML.replace("samples = 160", "samples = 40_000\n", 1))
+    command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--workers", "2"]
+    command += ["--run-root", str(tmp_path / "runs")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"runs/toy/trial-0000{number}/train.log" for number in (0, 1)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 300
+        while not all(log.exists() and "[Step 5]" in log.read_text() for log in logs) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "The same command goes on" in output
+    for number in (0, 1):
+        assert (tmp_path / f"runs/toy/trial-0000{number}/latest.pth").exists()
+    assert [trial.state for trial in load_study("toy", open_storage(url)).trials] == [TrialState.RUNNING] * 2
