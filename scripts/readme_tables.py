@@ -101,6 +101,20 @@ def end_to_end(record: Record) -> Iterator[str]:
             yield f"| {name} | {row['end_to_end']['seconds']:.0f} | {row['end_to_end']['tokens_a_second']:,.0f} |"
 
 
+def search(record: Record) -> Iterator[str]:
+    shown = (0.5, 0.75, 1, 1.5, 2, 4)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    yield f"`{record['command']}`: mean of {record['seeds']} seeds; {versions}."
+    yield ""
+    yield "| mean regret after so many full runs' compute | " + " | ".join(f"{at:g}" for at in shown) + " | to 1% |"
+    yield "|---|" + "---:|" * (len(shown) + 1)
+    for row in record["rows"]:
+        values = " | ".join(f"{row['mean'][record['compute'].index(at)]:.2%}" for at in shown)
+        reached = "never" if row["compute_to_goal"] is None else f"{row['compute_to_goal']:g}"
+        name = f"**{row['name']}**" if row["name"].startswith("prodigy-tuner") else row["name"]
+        yield f"| {name} | {values} | {reached} |"
+
+
 def bench(record: Record) -> Iterator[str]:
     yield source(
         record, f"batches of {record['batch_size']}, medians of {record['rounds']} rounds of {record['steps']} steps"
@@ -134,6 +148,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], Iterator[str]]]] = {
     "training": ("training_cpu.json", training),
     "end_to_end": ("end_to_end_cpu.json", end_to_end),
     "bench": ("bench_cpu.json", bench),
+    "search_demo": ("search_demo.json", search),
+    "search_other": ("search_other.json", search),
 }
 
 

@@ -46,7 +46,7 @@ class GaussianProcessSampler(BaseSampler):
         n_startup_trials: Until so many trials are finished, points of a Sobol sequence are proposed.
     """
 
-    def __init__(self, seed: int = 0, n_startup_trials: int = 4) -> None:
+    def __init__(self, seed: int = 0, n_startup_trials: int = 3) -> None:
         if n_startup_trials < 1:
             raise ValueError(f"n_startup_trials {n_startup_trials} must be at least 1")
         self._seed, self._n_startup_trials = seed, n_startup_trials

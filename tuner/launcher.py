@@ -185,7 +185,7 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     """
     storage = opened(storage)
     name = spec.study.name
-    sampler, pruner = build_sampler(spec), build_pruner(spec)
+    sampler, pruner = build_sampler(spec.sampler, spec.study.seed), build_pruner(spec.pruner, spec.trial.first_point)
     # Before anything is made: the data may be missing, broken, or too small for what is searched.
     digest = _check_data(spec)
     study = optuna.create_study(

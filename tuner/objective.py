@@ -139,9 +139,8 @@ class Objective:
             raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
         if report_once(trial, value, round(min(evaluation.point, self.spec.trial.budget))):
             found = [*trial.user_attrs.get("d", []), float(f"{evaluation.d:.6g}")]
-            before = found[-2] if len(found) > 1 else config.d0
             trial.set_user_attr("d", found)
-            trial.set_user_attr(D_RISING, config.optimizer == "prodigy" and found[-1] > RISING * before)
+            trial.set_user_attr(D_RISING, config.optimizer == "prodigy" and rises(found, config.d0))
         if full_steps is not None and evaluation.seconds_per_step is not None:
             trial.set_user_attr("full_hours", evaluation.seconds_per_step * full_steps / 3600)
         # The baseline is what everything is compared with, so it runs to its end. While d rises a loss says little
@@ -180,6 +179,11 @@ class Objective:
             raise Infeasible("memory", f"out of memory: {reason}") from None
         finally:
             link_aim(trial, run_dir)
+
+
+def rises(d: Sequence[float], d0: float) -> bool:
+    """Whether Prodigy's d rose since the evaluation before, or has not begun to; after one evaluation it counts so."""
+    return len(d) < 2 or d[-1] > RISING * d[-2] or d[-1] <= RISING * d0
 
 
 def _count_start(trial: optuna.Trial) -> None:

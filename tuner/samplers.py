@@ -14,12 +14,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from trainer.errors import UserError
 from tuner.gaussian_process import GaussianProcessSampler
-from tuner.spec import Choice, StudySpec
+from tuner.spec import Choice
 
 T = TypeVar("T")
 
 # Of 20 trials Optuna would spend 10 at random.
 STARTUP_TRIALS = 5
+# Optuna would let 5 trials run to their end: most of a short study. A trial whose d still rises is spared besides.
+MEDIAN_STARTUP = 2
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
     "gp": GaussianProcessSampler,
@@ -31,11 +33,14 @@ PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "percentile": lambda **kw: optuna.pruners.PercentilePruner(
         **{"percentile": 75.0, "n_startup_trials": STARTUP_TRIALS, **kw}
     ),
-    "median": optuna.pruners.MedianPruner,
+    "median": lambda **kw: optuna.pruners.MedianPruner(**{"n_startup_trials": MEDIAN_STARTUP, **kw}),
     "hyperband": optuna.pruners.HyperbandPruner,
     "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
     "none": optuna.pruners.NopPruner,
 }
+
+
+WITH_RUNGS = ("hyperband", "successive_halving")
 
 
 class PerTrialSampler(BaseSampler):
@@ -75,22 +80,30 @@ class PerTrialSampler(BaseSampler):
         self._for(trial).after_trial(study, trial, state, values)
 
 
-def build_sampler(spec: StudySpec) -> BaseSampler:
+def build_sampler(choice: Choice, seed: int) -> BaseSampler:
     """The sampler that `[sampler]` names.
 
     Raises:
         UserError: There is no such sampler, or it does not take these arguments.
     """
+    if "seed" in choice.arguments:
+        raise UserError(f"[sampler] seed {choice.arguments['seed']!r}: set study.seed instead.")
 
     def build(seed: int) -> BaseSampler:
-        return _build("sampler", SAMPLERS, spec.sampler, {"seed": seed})
+        return _build("sampler", SAMPLERS, choice, {"seed": seed})
 
-    return PerTrialSampler(build, spec.study.seed)
+    # Its proposals depend on the trial's number already.
+    return build(seed) if choice.name == "gp" else PerTrialSampler(build, seed)
 
 
-def build_pruner(spec: StudySpec) -> BasePruner:
-    """The pruner that `[pruner]` names. Raises UserError as `build_sampler` does."""
-    return _build("pruner", PRUNERS, spec.pruner, {})
+def build_pruner(choice: Choice, first_point: int) -> BasePruner:
+    """The pruner that `[pruner]` names; those with rungs have the first one at the first point of the grid.
+
+    Raises UserError as `build_sampler` does.
+    """
+    # Optuna's default counts epochs: over thousands of samples it makes many rungs below the first validation.
+    rungs = choice.name in WITH_RUNGS and "min_resource" not in choice.arguments
+    return _build("pruner", PRUNERS, choice, {"min_resource": first_point} if rungs else {})
 
 
 def _build(kind: str, known: Mapping[str, Callable[..., T]], choice: Choice, extra: dict[str, Any]) -> T:

@@ -129,6 +129,11 @@ class TrialSection(_Section):
     def budget(self) -> float:
         return self.samples or self.steps or self.seconds or 0
 
+    @property
+    def first_point(self) -> int:
+        """The first point of the grid as it is reported: rounded, and at least 1."""
+        return max(1, round(self.budget / self.evaluations))
+
 
 class Choice(BaseModel):
     """A sampler or a pruner: its name, and the arguments that Optuna's class of that name takes."""
@@ -164,8 +169,8 @@ class StudySpec(_Section):
     train: dict[str, Any] = {}
     search: dict[str, Space]
     trial: TrialSection
-    sampler: Choice = Choice(name="tpe")
-    pruner: Choice = Choice(name="percentile")
+    sampler: Choice = Choice(name="gp")
+    pruner: Choice = Choice(name="median")
     full: FullSection
     base_dir: Path = Path()
     """Folder of the study.toml: relative paths and the workload's module are looked for here."""

@@ -121,8 +121,8 @@ def _work(job: Job, line: Line) -> tuple[str, str]:
         study = optuna.load_study(
             study_name=job.study_name,
             storage=opened(job.storage),
-            sampler=build_sampler(spec),
-            pruner=build_pruner(spec),
+            sampler=build_sampler(spec.sampler, spec.study.seed),
+            pruner=build_pruner(spec.pruner, spec.trial.first_point),
         )
         runtime = Runtime(job.run_root, job.track, line.stopped.is_set)
         run_trials(study, spec, runtime, job.total, RemoteDisplay(line))

@@ -29,14 +29,14 @@ from contenders import STRATEGIES
 from curves import Curves
 from replay import COMPUTE, GOAL, RECORDS, judge, regrets
 
-TRIAL_LENGTHS = (200, 400, 600, 800, 1_000, 1_200, 1_600, 2_400, 3_200)
+TRIAL_LENGTHS = (400, 600, 800, 1_000, 1_200, 1_600, 2_400, 3_200)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    shown = [0.5, 1, 2, 3, 4, 6]
-    places = [int(np.searchsorted(COMPUTE, at)) for at in shown]
+    shown = [0.4, 0.6, 0.8, 1, 1.5, 2, 3, 4]
+    places = [int(np.searchsorted(COMPUTE, at - 1e-6)) for at in shown]
     width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}}  mean regret after so many full runs' compute            compute to")
+    print(f"{'':{width}}  mean regret after so many full runs' compute{'compute to':>42}")
     print(f"{'strategy':{width}} " + "".join(f"{at:>9g}" for at in shown) + f"{f'{GOAL:.0%}':>12}")
     for row in rows:
         values = "".join(f"{row['mean'][place]:>9.2%}" for place in places)
@@ -45,27 +45,26 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def write_chart(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Mean regret over compute, a line a strategy, its name at the line's end."""
+    """Mean regret over compute, a line a strategy; the parts of ours, and full-length trials, stand in the table."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
-    from matplotlib.ticker import PercentFormatter
 
-    # Okabe and Ito's palette; ours is the thick one, and styles differ too.
-    palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000"]
+    # Okabe and Ito's palette; ours are the thick ones, and styles differ too.
+    palette = ["#0072B2", "#D55E00", "#000000", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"]
     matplotlib.rcParams["svg.hashsalt"] = "prodigy-tuner"
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
-    for number, row in enumerate(rows):
-        ours = row["name"].startswith("prodigy-tuner")
-        style = ("-", "--", "-.", ":")[number // len(palette)] if not ours else "-"
-        axes.plot(
-            COMPUTE, row["mean"], style, color=palette[number % len(palette)], lw=3 if ours else 1.3, label=row["name"]
-        )
-    axes.axhline(GOAL, color="grey", lw=0.8)
-    axes.set(yscale="log", xlabel="compute, in full runs", ylabel="mean regret at full length", title=title)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    axes.yaxis.set_minor_formatter(PercentFormatter(1.0, decimals=1))
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    shown = [row for row in rows if not row["name"].startswith("ours") and "full length" not in row["name"]]
+    for number, row in enumerate(shown):
+        style = "-" if number < 2 else ("--", "-.", ":")[number // len(palette)]
+        color, width = palette[number % len(palette)], 3 if number < 2 else 1.3
+        axes.plot(COMPUTE, [100 * value for value in row["mean"]], style, color=color, lw=width, label=row["name"])
+    axes.axhline(100 * GOAL, color="grey", lw=0.8)
+    axes.set(yscale="log", ylim=(0.04, 12), xlabel="compute, in full runs", ylabel="mean regret, %", title=title)
+    ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, metadata={"Date": None})
 
@@ -88,8 +87,10 @@ def main() -> None:
         parser.error(f"--only {' '.join(args.only)}: the strategies are {', '.join(STRATEGIES)}")
     correlations = {samples: round(curves.rank_correlation(samples), 3) for samples in TRIAL_LENGTHS}
     print(f"{path.name}: {np.prod(curves.losses.shape[:2])} configurations x {len(curves.seeds)} seeds")
-    print("rank correlation with full length, by trial length: ", end="")
-    print(", ".join(f"{samples:,}: {value:.2f}" for samples, value in correlations.items()), flush=True)
+    resting = {samples: round(curves.rank_correlation(samples, resting=True), 3) for samples in TRIAL_LENGTHS}
+    for whose, values in (("", correlations), (", where d rests", resting)):
+        print(f"rank correlation with full length, by trial length{whose}: ", end="")
+        print(", ".join(f"{samples:,}: {value:.2f}" for samples, value in values.items()), flush=True)
     tasks = [(name, args.grid, seed) for name in names for seed in range(args.seeds)]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         found = np.array(pool.map(regrets, tasks, chunksize=5)).reshape(len(names), args.seeds, -1)
@@ -105,6 +106,7 @@ def main() -> None:
             "seeds": args.seeds,
             "length": curves.length,
             "rank_correlation": correlations,
+            "rank_correlation_where_d_rests": resting,
             "compute": COMPUTE.tolist(),
             "rows": rows,
         }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import optuna
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from strategies import OptunaSearch, RayASHA, ShortThenTop, Strategy
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from strategies import Confirmed, OptunaSearch, RayASHA, ShortThenTop, Strategy
 
-from tuner.samplers import PRUNERS, SAMPLERS, PerTrialSampler
+from tuner.samplers import PRUNERS, build_sampler
+from tuner.spec import Choice
 
 SHORT, FULL = 1_200, 6_400
 
@@ -18,8 +20,8 @@ def default_tpe(seed: int) -> BaseSampler:
     return TPESampler(seed=seed)
 
 
-def ours(name: str = "tpe", **options: object) -> Callable[[int], BaseSampler]:
-    return lambda seed: PerTrialSampler(lambda mixed: SAMPLERS[name](seed=mixed, **options), seed)
+def ours(name: str) -> Callable[[int], BaseSampler]:
+    return lambda seed: build_sampler(Choice(name=name), seed)
 
 
 # Made for resources of any size; the lengths here are in samples, and the first point is at 200.
@@ -31,14 +33,21 @@ PEERS: dict[str, Callable[[], BasePruner]] = {
     "SuccessiveHalving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=200),
     "Wilcoxon": optuna.pruners.WilcoxonPruner,
 }
+OURS = OptunaSearch(ours("gp"), PRUNERS["median"], SHORT, with_baseline=True, spare_rising=True)
 
 STRATEGIES: dict[str, Strategy] = {
+    "prodigy-tuner": OURS,
+    "prodigy-tuner, then --confirm 3": Confirmed(OURS, num_trials=3, rung=1_600),
+    "ours without pruning": replace(OURS, pruner=optuna.pruners.NopPruner),
+    "ours, pruning while d rises": replace(OURS, spare_rising=False),
+    "ours with TPE": replace(OURS, sampler=ours("tpe")),
+    "ours with Optuna's GP": replace(OURS, sampler=lambda seed: GPSampler(seed=seed, n_startup_trials=3)),
     "random": OptunaSearch(lambda seed: RandomSampler(seed=seed), length=SHORT),
     "random, full length": OptunaSearch(lambda seed: RandomSampler(seed=seed), length=FULL),
-    **{f"TPE, {name}": OptunaSearch(default_tpe, pruner, length=SHORT) for name, pruner in PEERS.items()},
-    **{f"TPE, {name}, full length": OptunaSearch(default_tpe, pruner, length=FULL) for name, pruner in PEERS.items()},
-    "short, then top 3": ShortThenTop(3, SHORT),
-    "Ray ASHA": RayASHA(FULL),
-    "Ray ASHA, short": RayASHA(SHORT),
-    "prodigy-tuner before": OptunaSearch(ours(), PRUNERS["percentile"], length=SHORT, with_baseline=True),
+    **{f"TPE, {name}": OptunaSearch(default_tpe, pruner, SHORT) for name, pruner in PEERS.items()},
+    **{f"TPE, {name}, full length": OptunaSearch(default_tpe, pruner, FULL) for name, pruner in PEERS.items()},
+    "Optuna's GP, none": OptunaSearch(lambda seed: GPSampler(seed=seed), length=SHORT),
+    "short, then the top 3": ShortThenTop(3, SHORT),
+    "Ray ASHA": RayASHA(SHORT),
+    "Ray ASHA, full length": RayASHA(FULL),
 }

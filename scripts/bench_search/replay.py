@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from contenders import STRATEGIES
 from curves import Curves, Floats
 from strategies import Task
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
-COMPUTE = np.arange(0.25, 6.01, 0.25)
+COMPUTE = np.arange(0.05, 4.01, 0.05).round(2)
 """Full runs' worth of samples at which regrets are compared."""
 GOAL = 0.01
 
@@ -20,12 +21,13 @@ GOAL = 0.01
 def regrets(task: tuple[str, str, int]) -> Floats:
     """Of one strategy under one seed: the regret at each of `COMPUTE`."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
     name, grid, seed = task
     curves = Curves.load(RECORDS / f"curves_{grid}.json")
     search = Task(curves, seed % len(curves.seeds), seed, int(COMPUTE[-1] * curves.length))
     spent, found = zip(*STRATEGIES[name].choices(search), strict=True)
     known = np.array([curves.regret(configuration) for configuration in found])
-    return known[np.searchsorted(spent, COMPUTE * curves.length, side="right") - 1]
+    return known[np.searchsorted(spent, (COMPUTE * curves.length).round(), side="right") - 1]
 
 
 def compute_to_goal(mean: Floats) -> float | None:

@@ -22,6 +22,8 @@ from tuner.full.promotion import rerun
 from tuner.launcher import launch
 from tuner.report import status
 from tuner.run import Runtime
+from tuner.samplers import build_pruner
+from tuner.spec import Choice
 from tuner.storage import load_study, open_storage
 from tuner.trials import INFEASIBLE, baseline_trial, ranking
 
@@ -48,16 +50,28 @@ def always(_: object) -> bool:
     return True
 
 
-def test_a_trial_is_pruned_at_a_point_of_the_grid_but_not_at_its_end_and_never_the_baseline(
+def test_the_baseline_runs_to_its_end_and_other_trials_are_pruned_once_their_d_rests(
     runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optuna.Trial, "should_prune", always)
-    study = launch(build(), storage=url, runtime=runtime, num_trials=2)
+    study = launch(build(), storage=url, runtime=runtime, num_trials=6)
+    pruned = [trial.number for trial in study.trials if trial.state == TrialState.PRUNED]
+    assert pruned and 0 not in pruned
+    for trial in study.trials[1:]:
+        d = trial.user_attrs["d"]
+        resting = [at for at in range(1, 3) if at < len(d) and 1.01e-6 < d[at] <= 1.01 * d[at - 1]]
+        assert len(d) == (resting[0] + 1 if trial.number in pruned else 4)
+        assert bool(resting) == (trial.number in pruned)
+
+
+def test_a_trial_is_not_pruned_at_its_end(runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optuna.Trial, "should_prune", always)
+    adamw = {"train.optimizer": "adamw", "search.train.d_coef": {"low": 0.1, "high": 10.0}}
+    study = launch(build(**adamw, **{"trial.evaluations": 1}), storage=url, runtime=runtime, num_trials=2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    study = launch(build(**adamw, **{"study.name": "two"}), storage=url, runtime=runtime, num_trials=2)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
     assert sorted(study.trials[1].intermediate_values) == [40]
-    alone = build(**{"study.name": "one-point", "trial.evaluations": 1})
-    study = launch(alone, storage=url, runtime=runtime, num_trials=2)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
 
 
 def test_the_default_pruner_ends_the_worst_trials(runtime: Runtime, url: str) -> None:
@@ -190,12 +204,20 @@ def test_another_spec_under_the_same_name_is_refused(
     [
         ('[sampler]\nname = "tpee"', "known are gp, tpe, random, qmc"),
         ('[sampler]\nname = "tpe"\nn_startup = 3', r"\[sampler\] tpe"),
+        ('[sampler]\nname = "gp"\nn_startup_trials = 0', "n_startup_trials 0 must be at least 1"),
+        ('[sampler]\nname = "tpe"\nseed = 3', r"\[sampler\] seed 3: set study\.seed instead"),
         ('[pruner]\nname = "percentile"\npercentile = 300', r"\[pruner\] percentile"),
     ],
 )
 def test_an_unknown_sampler_or_pruner_is_refused(tmp_path: Path, url: str, section: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         launch(write(tmp_path, TOML + section), storage=url, runtime=Runtime(tmp_path, track=False))
+
+
+@pytest.mark.parametrize("name", ["hyperband", "successive_halving"])
+def test_the_first_rung_of_a_pruner_is_the_first_point_of_the_grid(name: str) -> None:
+    assert build_pruner(Choice(name=name), 200)._min_resource == 200
+    assert build_pruner(Choice(name=name, min_resource=400), 200)._min_resource == 400
 
 
 def test_only_the_best_trials_and_the_baseline_keep_their_checkpoints(runtime: Runtime, url: str) -> None:
