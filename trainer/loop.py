@@ -154,7 +154,7 @@ def _loop(
         step(run, loss_sums, acceleration.precision, batches, meter)
         progress.step += 1
         values = None
-        if progress.step % config.log_every == 0 or run.finished:
+        if progress.step % config.log_every == 0 or run.finished or run.first_log(progress.step - first_step):
             values = meter.read()
         seconds = time.perf_counter() - started
         meter.add_step(seconds, warm_up=warm_up)

@@ -78,7 +78,7 @@ class IntervalMeter:
         self.first_step = step
         self.tokens = self.slots = 0
         self.seconds = self.data_wait = 0.0
-        self._timed_steps, self._timed_seconds = 0, 0.0
+        self.timed_steps, self._timed_seconds = 0, 0.0
         self._skipped: Tensor | float = 0.0
         self._last: tuple[Tensor | float, Tensor | float, float] = (0.0, 0.0, 0.0)
         self.losses.reset()
@@ -96,7 +96,7 @@ class IntervalMeter:
         """Count the time of a step; a step of the warm-up says nothing of the rates."""
         self.seconds += seconds
         if not warm_up:
-            self._timed_steps += 1
+            self.timed_steps += 1
             self._timed_seconds += seconds
 
     def rates(self, steps: int, batch_size: int) -> dict[str, float]:
@@ -107,7 +107,7 @@ class IntervalMeter:
             batch_size: Samples of a step.
         """
         # An interval of nothing but warm-up has only that to go by.
-        pace = self._timed_steps / self._timed_seconds if self._timed_steps else steps / self.seconds
+        pace = self.timed_steps / self._timed_seconds if self.timed_steps else steps / self.seconds
         return {
             "train/samples_per_second": pace * batch_size,
             "train/tokens_per_second": pace * self.tokens / steps,

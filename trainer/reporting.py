@@ -37,6 +37,7 @@ class Reporter:
         if values["train/skipped_updates"] == steps and steps > 1:
             raise Diverged(f"none of the last {steps} gradients was finite, at step {progress.step}")
         values |= meter.rates(steps, config.effective_batch_size) | self.monitor.read()
+        values["train/timed_steps"] = meter.timed_steps
         if config.num_steps is not None:
             samples_left = (config.num_steps - progress.step) * config.effective_batch_size
             values["train/seconds_left"] = samples_left / values["train/samples_per_second"]

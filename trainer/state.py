@@ -20,6 +20,8 @@ from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
 
+FIRST_LOG_STEPS = 53
+"""A person who starts a run of days wants to see it run: the warm-up and 50 steps more."""
 WARM_UP_STEPS = 3
 """The first steps after a start or a continuation. In the first of them code is compiled and caches are cold; kernels
 that are chosen for a length, or compiled when they are first needed, follow in the next ones. Their time is left out of
@@ -76,6 +78,13 @@ class Run:
         """
         left_out, timed = self.progress.step - self.progress.timed_steps, self.progress.timed_steps
         return steps_here < WARM_UP_STEPS and left_out < max(WARM_UP_STEPS, timed)
+
+    def first_log(self, steps_here: int) -> bool:
+        """Whether a log line is due after so many steps since the start, besides those of `log_every`.
+
+        The first figures, and the speed under this run's own plan, then come early.
+        """
+        return steps_here == FIRST_LOG_STEPS < self.config.log_every
 
     def size(self, *, compiled_before: bool = False) -> RunSize:
         """The rest of the run, as `acceleration.plan` wants to know it."""

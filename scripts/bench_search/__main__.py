@@ -53,7 +53,7 @@ def write_chart(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 
     # Okabe and Ito's palette; ours are the thick ones, and styles differ too.
     palette = ["#0072B2", "#D55E00", "#000000", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"]
-    matplotlib.rcParams["svg.hashsalt"] = "prodigy-tuner"
+    matplotlib.rcParams |= {"svg.hashsalt": "prodigy-tuner", "svg.fonttype": "none"}
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     shown = [row for row in rows if not row["name"].startswith("ours") and "full length" not in row["name"]]
     for number, row in enumerate(shown):
@@ -67,6 +67,13 @@ def write_chart(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     axes.set_yticks([], minor=True)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, metadata={"Date": None})
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """A strategy a line."""
+    head = json.dumps({key: value for key, value in record.items() if key != "rows"})
+    rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
+    path.write_text(f'{head[:-1]},\n "rows": [\n  {rows}\n]}}\n', encoding="utf-8")
 
 
 def main() -> None:
@@ -110,7 +117,7 @@ def main() -> None:
             "compute": COMPUTE.tolist(),
             "rows": rows,
         }
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(args.json, record)
 
 
 if __name__ == "__main__":

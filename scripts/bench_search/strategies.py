@@ -70,7 +70,9 @@ class OptunaSearch:
     def trials(self, task: Task) -> Iterator[tuple[int, list[Trial]]]:
         """After each trial: the samples trained so far, and all trials."""
         curves, spent, done = task.curves, 0, list[Trial]()
-        study = optuna.create_study(sampler=self.sampler(task.seed), pruner=self.pruner())
+        # Hyperband draws a trial's bracket from the study's name.
+        name = f"replay-{task.seed}"
+        study = optuna.create_study(study_name=name, sampler=self.sampler(task.seed), pruner=self.pruner())
         if self.with_baseline:
             study.enqueue_trial({"batch_size": BASELINE.batch_size, "d_coef": BASELINE.d_coef})
         while spent < task.samples:

@@ -117,6 +117,27 @@ def test_the_rate_of_the_first_interval_is_that_of_its_timed_steps(tmp_path: Pat
     assert known == [(4 / STEP_SECONDS, left * STEP_SECONDS) for left in steps_left]
 
 
+class Steps(Rates):
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        if "train/timed_steps" in values:
+            self.found.append((step, values["train/timed_steps"]))
+
+
+@pytest.mark.parametrize(
+    ("log_every", "lines"),
+    [(100, [(53, 50), (100, 47), (120, 20)]), (40, [(40, 37), (80, 40), (120, 40)])],
+)
+def test_the_first_figures_come_after_fifty_timed_steps(
+    tmp_path: Path, log_every: int, lines: list[tuple[int, int]]
+) -> None:
+    steps, again = Steps(), Steps()
+    train(Toy(), config(steps=120, log_every=log_every), run_dir=tmp_path, tracker=steps)
+    assert steps.found == lines
+    # A continuation may run under another plan: its first figures come early too.
+    train(Toy(), config(steps=300, log_every=200), run_dir=tmp_path, tracker=again)
+    assert again.found == [(173, 50), (200, 27), (300, 100)]
+
+
 @pytest.mark.usefixtures("clock")
 def test_a_continuation_warms_up_again(tmp_path: Path) -> None:
     workload = Timed(compilation=60.0)

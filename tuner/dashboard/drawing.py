@@ -60,11 +60,9 @@ class Figure:
         return json.dumps({"data": self.data, "layout": self.layout}, separators=(",", ":"))
 
 
-def trial_trace(
-    found: Findings, trial: FrozenTrial, x: Sequence[float], y: Sequence[float], remark: str = ""
-) -> dict[str, Any]:
+def trial_trace(found: Findings, trial: FrozenTrial, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     named = _marks(found, trial)
-    label = " ".join([str(trial.number), *named]) + remark if remark or named else ""
+    label = " ".join([str(trial.number), *named]) if named else ""
     return line_trace(found.role(trial), x, y, label, _hover(found, trial))
 
 
@@ -89,12 +87,20 @@ def line_trace(role: str, x: Sequence[float], y: Sequence[float], label: str, ho
     }
 
 
-def line_figure(title: str, curves: list[dict[str, Any]], axes: tuple[dict[str, Any], dict[str, Any]]) -> Figure | None:
+def line_figure(
+    title: str,
+    curves: list[dict[str, Any]],
+    axes: tuple[dict[str, Any], dict[str, Any]],
+    positions: Sequence[str] = RIGHT,
+) -> Figure | None:
     """Lines with their labels at the right ends; the last lines have the first choice of room."""
     curves = [curve for curve in curves if curve["x"]]
     ends = [(curve["x"][-1], curve["y"][-1]) for curve in reversed(curves)]
     texts = [curve["text"][-1] if curve["text"] else "" for curve in reversed(curves)]
-    places = place_labels(ends, texts, [axis.get("type") == "log" for axis in axes], RIGHT)
+    # The axes span the whole curves: by the ends alone, close ends would seem far apart.
+    values = [[v for curve in curves for v in curve[key] if v is not None] for key in ("x", "y")]
+    extent = [(min(column), max(column)) if column else None for column in values]
+    places = place_labels(ends, texts, [axis.get("type") == "log" for axis in axes], positions, extent=extent)
     for curve, place in zip(reversed(curves), places, strict=True):
         curve["textposition"] = place or "middle right"
         # At the same end as others and without a place of its own, a label would only blur theirs.
@@ -120,7 +126,11 @@ def point_traces(
     trials = trials[:MAX_POINTS]
     spots = [(x(trial), y(trial)) for trial in trials]
     texts = [_label(found, trial) if i < MAX_LABELS else "" for i, trial in enumerate(trials)]
-    placed = place_labels(spots, texts, [axis.get("type") == "log" for axis in axes], positions)
+    logs = [axis.get("type") == "log" for axis in axes]
+    # To the right of a coloured plot stands its colour bar.
+    edges = (0.0, 1.0) if coloured else (-math.inf, math.inf)
+    extent = [_shown_range(axis) for axis in axes]
+    placed = place_labels(spots, texts, logs, positions, extent=extent, edges=edges)
     traces = []
     for role, style in STYLES.items():
         mine = [i for i, trial in enumerate(trials) if found.role(trial) == role]
@@ -162,6 +172,14 @@ def padded(axis: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
     scaled = [math.log10(v) for v in values] if axis.get("type") == "log" else list(values)
     room = 0.15 * (max(scaled) - min(scaled)) or 0.5
     return {**axis, "range": [rounded(min(scaled) - room), rounded(max(scaled) + room)]}
+
+
+def _shown_range(axis: dict[str, Any]) -> tuple[float, float] | None:
+    """From which value to which the axis shows; None where plotly chooses."""
+    if "range" not in axis:
+        return None
+    low, high = (10**end if axis.get("type") == "log" else end for end in axis["range"])
+    return low, high
 
 
 def build_figure(

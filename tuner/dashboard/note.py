@@ -203,18 +203,21 @@ def _infeasible(found: Findings) -> str:
 def _full_runs(found: Findings) -> str:
     if not found.full_runs:
         return ""
+    shown = found.full_runs[-MAX_FULL_RUNS:]
+    # A run that ends before its speed is measured has no hours.
+    timed = ["in all"] if any(FULL_HOURS in run.user_attrs for run in shown) else []
     lines = [
-        _row(["of trial", "state", "step", "of", found.metric, "in all", "folder"]),
-        _row(["---:", ":---"] + ["---:"] * 4 + [":---"], raw=True),
+        _row(["of trial", "state", "step", "of", found.metric, *timed, "folder"]),
+        _row(["---:", ":---"] + ["---:"] * (3 + len(timed)) + [":---"], raw=True),
     ]
-    for run in found.full_runs[-MAX_FULL_RUNS:]:
+    for run in shown:
         attrs = run.user_attrs
         steps, value = attrs.get("steps"), attrs.get("metrics", {}).get(found.metric, last_value(run))
         told = "" if value is None else f"{value:.4f}"
         total = f"{steps:,}" if steps else ""
-        hours = format_hours(attrs[FULL_HOURS]) if FULL_HOURS in attrs else ""
+        hours = [format_hours(attrs[FULL_HOURS]) if FULL_HOURS in attrs else ""] if timed else []
         step = f"{attrs.get('step', 0):,}"
-        lines.append(_row([attrs["trial"], run_state(run), step, total, told, hours, attrs["run_dir"]]))
+        lines.append(_row([attrs["trial"], run_state(run), step, total, told, *hours, attrs["run_dir"]]))
     left = len(found.full_runs) - MAX_FULL_RUNS
     return "### Full runs\n\n" + "\n".join(lines) + (f"\n\n{left} earlier ones are not listed." if left > 0 else "")
 

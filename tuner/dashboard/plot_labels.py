@@ -8,24 +8,33 @@ from html import escape
 
 # plotly's words for a text's place, in the order in which they are tried.
 RIGHT = ("top right", "middle right", "bottom right")
+LEVEL = ("middle right", "top right", "bottom right")
 AROUND = ("middle right", "middle left", "top center", "bottom center")
 UPWARDS = ("top right", "top left", "top center", "bottom center", "bottom right")
 
 # In shares of a plot's width and height, as it stands on the dashboard: half a screen wide, 450 pixels high.
 LETTER_WIDTH, HALF_LINE, LINE = 0.015, 0.025, 0.055
-HALF_MARKER, GAP = 0.012, 0.015
+HALF_MARKER, GAP = 0.012, 0.055
 
 
 def place_labels(
-    spots: Sequence[tuple[float, float | None]], texts: Sequence[str], log: Sequence[bool], positions: Sequence[str]
+    spots: Sequence[tuple[float, float | None]],
+    texts: Sequence[str],
+    log: Sequence[bool],
+    positions: Sequence[str],
+    *,
+    extent: Sequence[tuple[float, float] | None] = (None, None),
+    edges: tuple[float, float] = (-math.inf, math.inf),
 ) -> list[str]:
     """Where each text stands beside its spot so that none covers another; "" where there is no room left.
 
     Args:
         log: For x and y, whether the axis is logarithmic.
         positions: plotly's words for the places to try, in this order.
+        extent: The least and the greatest value that x and y show. Default: those of the spots.
+        edges: Where texts must begin and end, in shares of the width. Default: they may reach into the margins.
     """
-    columns = [_unit_interval([spot[i] for spot in spots], is_log) for i, is_log in enumerate(log)]
+    columns = [_unit_interval([spot[i] for spot in spots], is_log, extent[i]) for i, is_log in enumerate(log)]
     # A spot is a box as well: a text that covers a marker would seem to be that marker's.
     taken = [(x - HALF_MARKER, x + HALF_MARKER, y - HALF_LINE, y + HALF_LINE) for x, y in zip(*columns, strict=True)]
     chosen = []
@@ -36,6 +45,8 @@ def place_labels(
             left = {"left": x - GAP - width, "center": x - width / 2, "right": x + GAP}[side]
             middle = y + {"top": LINE, "middle": 0.0, "bottom": -LINE}[vertical]
             box = (left, left + width, middle - HALF_LINE, middle + HALF_LINE)
+            if left < edges[0] or left + width > edges[1]:
+                continue
             if not any(_overlap(box, other) for j, other in enumerate(taken) if j != i):
                 taken.append(box)
                 found = position
@@ -51,9 +62,13 @@ def beside(text: str, position: str) -> str:
     return f"{before}{escape(text)}{after}" if position else ""
 
 
-def _unit_interval(values: Sequence[float | None], log: bool) -> list[float]:
-    scaled = [0.0 if v is None else math.log(v) if log and v > 0 else float(v) for v in values]
-    low, high = min(scaled, default=0.0), max(scaled, default=1.0)
+def _unit_interval(values: Sequence[float | None], log: bool, extent: tuple[float, float] | None = None) -> list[float]:
+    def scale(value: float | None) -> float:
+        return 0.0 if value is None else math.log(value) if log and value > 0 else float(value)
+
+    scaled = [scale(value) for value in values]
+    shown = [scale(value) for value in extent] if extent else scaled
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
     return [(value - low) / (high - low or 1.0) for value in scaled]
 
 

@@ -24,11 +24,12 @@ from tuner.dashboard.drawing import (
     trial_trace,
 )
 from tuner.dashboard.findings import Findings
-from tuner.dashboard.plot_labels import UPWARDS
+from tuner.dashboard.plot_labels import LEVEL, UPWARDS
 from tuner.display import format_params, format_value, is_rising
 from tuner.trials import FULL_HOURS, last_value
 
 MAX_CURVES = 40
+STILL_RISES = "d still rises"
 
 
 def figures(found: Findings) -> dict[str, Figure]:
@@ -63,16 +64,29 @@ def learning_curves(found: Findings) -> Figure | None:
 
 
 def d_over_samples(found: Findings) -> Figure | None:
-    """Prodigy's d at each validation; where it still rose at the end, the label says so."""
-    curves = []
+    """Prodigy's d at each validation; where it still rose at the end, a ring of its own is around that end."""
+    curves, rising = [], []
     for trial in shown(found):
         samples = list(found.samples_at(trial).values())
         # A zero has no place on a logarithmic axis, and AdamW has no d at all.
         pairs = [(x, d) for x, d in zip(samples, trial.user_attrs.get("d", ()), strict=False) if d]
-        rising = " still rises" if is_rising(trial) and trial in found.ranked else ""
-        curves.append(trial_trace(found, trial, [x for x, _ in pairs], [d for _, d in pairs], rising))
+        curves.append(trial_trace(found, trial, [x for x, _ in pairs], [d for _, d in pairs]))
+        if pairs and is_rising(trial) and trial in found.ranked:
+            rising.append((rounded(pairs[-1][0]), rounded(pairs[-1][1])))
+    ring = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": STILL_RISES,
+        "legendgroup": STILL_RISES,
+        "x": [x for x, _ in rising],
+        "y": [d for _, d in rising],
+        "text": "",
+        "marker": {"symbol": "circle-open", "size": 18, "color": "#0072B2", "line": {"width": 2}},
+        "cliponaxis": False,
+        "hoverinfo": "skip",
+    }
     d_axis = {**build_axis("d", log=True), "dtick": 1, "exponentformat": "power"}
-    return line_figure("Prodigy's d", curves, (build_axis("samples"), d_axis))
+    return line_figure("Prodigy's d", [*curves, ring], (build_axis("samples"), d_axis), LEVEL)
 
 
 def landscape(found: Findings) -> Figure | None:

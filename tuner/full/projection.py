@@ -95,7 +95,7 @@ class MeasuredSpeed:
     """A Tracker that says once what the full run takes at the speed and with the memory that it has, and the baseline's
     beside it: its trial may have run under another plan.
 
-    The first log interval is left out: it holds the compilation and the choice of kernels.
+    A run of fewer steps than it takes to measure says nothing: it is over soon.
 
     Args:
         found: What `outlooks` found, the run's own first.
@@ -114,23 +114,22 @@ class MeasuredSpeed:
     ) -> None:
         self.own, self.base = found[0], found[1] if len(found) > 1 else None
         self.peak, self.keep, self.steps = peak, keep, steps
-        self._first: tuple[int, int] | None = None
-        self._last = (0, 0)
+        self._steps = 0.0
         self._seconds = 0.0
         self._said = False
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
-        if self._said or "train/samples_per_second" not in values:
+        # Those of the warm-up, which holds the compilation and the choice of kernels, are not among the timed ones.
+        timed = values.get("train/timed_steps", 0)
+        if self._said or not timed:
             return
-        if self._first is None:
-            self._first = self._last = (step, samples)
+        batch_size = self.own.samples / self.own.steps
+        self._steps += timed
+        self._seconds += timed * batch_size / values["train/samples_per_second"]
+        if self._steps < self.steps:
             return
-        self._seconds += (samples - self._last[1]) / values["train/samples_per_second"]
-        self._last = (step, samples)
-        if step - self._first[0] < self.steps:
-            return
-        hours = self._seconds / (samples - self._first[1]) / 3600
-        self._say(step - self._first[0], hours * self.own.samples, hours * (self.own.samples - samples))
+        hours = self._seconds / (self._steps * batch_size) / 3600
+        self._say(round(self._steps), hours * self.own.samples, hours * (self.own.samples - samples))
         self.keep(hours * self.own.samples)
         self._said = True
 

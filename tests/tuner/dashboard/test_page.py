@@ -239,10 +239,23 @@ def test_one_searched_number_is_a_scatter_and_none_is_no_plot(study: optuna.Stud
     assert plots.landscape(Findings.of(study)) is None
 
 
-def test_d_is_labelled_where_it_still_rises(study: optuna.Study) -> None:
+def test_d_is_ringed_where_it_still_rises(study: optuna.Study) -> None:
     drawn = traces(plots.d_over_samples(Findings.of(study)))
     assert drawn["best trial"]["y"] == [1e-6, 1e-5, 1e-4, 1e-3]
-    assert "still rises" in drawn["best trial"]["text"][-1] and "still rises" not in str(drawn["baseline"]["text"])
+    ring = drawn[plots.STILL_RISES]
+    assert (ring["x"][-1], ring["y"][-1]) == (drawn["best trial"]["x"][-1], 1e-3) and ring["showlegend"]
+    assert len(ring["x"]) == sum(trial.user_attrs.get("d_rising", False) for trial in study.trials) < len(study.trials)
+    assert "still rises" not in str([drawn["best trial"]["text"], drawn["baseline"]["text"]])
+
+
+def test_a_label_keeps_within_its_edges_and_beside_the_whole_axis() -> None:
+    spots, texts = [(0.0, 0.0), (1.0, 1.0)], ["7: 3.485 best", "4: 4.199"]
+    placed = place_labels(spots, texts, [False, False], AROUND, extent=[(-0.1, 1.1), None], edges=(0.0, 1.0))
+    assert placed == ["middle right", "middle left"]
+    # Two ends that lie close together on the axis leave room for one label only.
+    ends = [(1.0, 1.0), (1.0, 1.01)]
+    assert "" in place_labels(ends, ["a", "b"], [False, False], ["middle right"], extent=[(0, 1), (0, 5)])
+    assert "" not in place_labels(ends, ["a", "b"], [False, False], ["middle right"])
 
 
 def test_the_trials_that_no_other_beats_in_loss_and_time_are_joined(study: optuna.Study) -> None:

@@ -274,12 +274,13 @@ def test_the_measured_speed_is_said_once_beside_the_baselines(caplog: pytest.Log
     kept: list[float] = []
     speed = MeasuredSpeed([own, base], peak=lambda: 3_200_000_000, keep=kept.append, steps=50)
     for step in range(20, 200, 20):
-        # The first interval compiles, and says nothing of the rest.
-        speed.track({"train/samples_per_second": 0.1 if step == 20 else 2.0}, step=step, samples=8 * step)
+        # The first interval holds the compilation, and three steps that are not timed.
+        timed = {"train/samples_per_second": 2.0, "train/timed_steps": 17 if step == 20 else 20}
+        speed.track(timed, step=step, samples=8 * step)
         speed.track({"val/loss": 1.0}, step=step, samples=8 * step)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
-        "measured over 60 steps under its own plan: 11.1 h in all, 11.0 h left, 3.2 GB of memory at the peak, "
+        "measured over 57 steps under its own plan: 11.1 h in all, 11.0 h left, 3.2 GB of memory at the peak, "
         "80,000 samples, 2.50 epochs; the baseline (trial 0) would take about 12.5 h"
     )
     assert kept == [pytest.approx(80_000 / 2 / 3600)]
