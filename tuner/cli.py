@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -185,6 +186,7 @@ def promote(
         raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
     from rich.console import Console
 
+    from tuner.display.events import confirmation_ended
     from tuner.doctor.data import check_paths
     from tuner.doctor.quick import check_first, quick
     from tuner.full.confirmation import confirm as confirm_best
@@ -204,12 +206,21 @@ def promote(
         runtime, confirmed = Runtime(run_root, track, stop), None
         if confirm is not None:
             try:
-                confirmed = confirm_best(opened, confirm, num_seeds=seeds or 2, rung=rung, runtime=runtime)
+                confirmed = confirm_best(
+                    opened,
+                    confirm,
+                    num_seeds=seeds or 2,
+                    rung=rung,
+                    runtime=runtime,
+                    follow=partial(follow_run, log_format=log_format),
+                )
             except Interrupted:
                 console.print("Stopped with a checkpoint; the same command goes on.")
                 raise typer.Exit(STOPPED) from None
             console.print(confirmation_table(confirmed))
             console.print(confirmed.verdict, markup=False, highlight=False, soft_wrap=True)
+            if log_format == Format.json:
+                confirmation_ended(study, confirmed)
         with follow_run(f"full run of {study}", log_format) as run:
             result = promote(
                 opened, trial=trial, confirmed=confirmed, steps=steps, fresh=fresh, runtime=runtime, trackers=[run]

@@ -27,7 +27,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from trainer.errors import UserError
-from trainer.tracking import Tracker
+from trainer.tracking import CheckpointTracker, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +220,10 @@ class Supervisor:
                     self._deaths = 0
                 if number in worker.trackers:
                     worker.trackers[number].track(values, step=step, samples=samples)
+            case ("checkpoint", int(number), str(name), int(step)):
+                tracker = worker.trackers.get(number)
+                if isinstance(tracker, CheckpointTracker):
+                    tracker.checkpoint(name, step=step)
             case ("ended", int(number)):
                 self._deaths = 0
                 if self.display:

@@ -86,6 +86,9 @@ class RemoteTracker:
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         self._line.tell("track", self._number, dict(values), step, samples)
 
+    def checkpoint(self, name: str, *, step: int) -> None:
+        self._line.tell("checkpoint", self._number, name, step)
+
     def close(self) -> None:
         """The trial's end is told by the display."""
 

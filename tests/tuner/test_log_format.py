@@ -41,6 +41,19 @@ def test_as_json_nothing_else_is_on_stdout(tmp_path: Path) -> None:
     assert "[Step 60] Loss: " in promoted.stderr
 
 
+def test_a_confirmation_is_told_run_by_run_and_as_a_whole(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert tuner(tmp_path, "launch", "study.toml", "--no-track", "--trials", "2").returncode == 0
+    promoted = tuner(tmp_path, "promote", "toy", "--confirm", "1", "--no-track", "--log-format", "json")
+    assert promoted.returncode == 0, promoted.stderr
+    lines = [json.loads(line) for line in promoted.stdout.splitlines()]
+    told = next(line for line in lines if line["event"] == "confirmation")
+    assert told["winner"] == told["trials"][0]["number"] and set(told["trials"][0]["values"]) == {"0", "1"}
+    runs = [line["run"] for line in lines if line["event"] == "run_started"]
+    assert runs[-1] == "full run of toy" and len(runs) == 1 + 2 * len(told["trials"])
+    assert f"confirmation of trial {told['winner']}, seed 1, of toy" in runs
+
+
 def test_warnings_go_where_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("trainer.test")
     with shown_log(Format.plain, logging.WARNING):

@@ -75,6 +75,9 @@ class Follower:
         if "val/loss" in values:
             self.witness.note("validated", self.number)
 
+    def checkpoint(self, name: str, *, step: int) -> None:
+        self.witness.note(f"{name} at step {step}", self.number)
+
     def close(self) -> None:
         self.witness.note("closed", self.number)
 
@@ -198,6 +201,7 @@ def test_two_workers_share_a_study_and_none_of_its_trials_runs_twice(runtime: Ru
     for what in ("started", "ended", "closed"):
         assert witness.numbers(what) == [0, 1, 2, 3, 4, 5]
     assert set(witness.numbers("validated")) == {0, 1, 2, 3, 4, 5} and not witness.numbers("resumed")
+    assert {number for what, number in witness.seen if what.startswith("latest.pth at step ")} == {0, 1, 2, 3, 4, 5}
     assert max(at_once) == 2
     # Each trial's sampler has a seed of its own, in whatever process.
     assert len({trial.params["train.d_coef"] for trial in study.trials}) == 6

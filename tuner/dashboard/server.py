@@ -54,6 +54,29 @@ def guarded(app: WSGIApp, *, token: str, read_only: bool) -> WSGIApp:
     return application
 
 
+def with_bodies(app: WSGIApp) -> WSGIApp:
+    """The same application without answers that have no body.
+
+    optuna-dashboard 0.21's page reads every answer as JSON. At a 204 it says that it failed to delete a study that is
+    gone, and keeps it on its list.
+    """
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        started: list[str] = []
+
+        def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            started.append(status)
+            if not status.startswith("204"):
+                return start_response(status, headers, *rest)
+            kept = [(name, value) for name, value in headers if name.lower() not in ("content-type", "content-length")]
+            return start_response("200 OK", [*kept, ("Content-Type", "application/json")], *rest)
+
+        body = app(environ, start)
+        return [b"{}"] if started and started[0].startswith("204") else body
+
+    return application
+
+
 def make_dashboard(
     storage: BaseStorage,
     *,
@@ -72,7 +95,8 @@ def make_dashboard(
     if not read_only:
         # Who opens the dashboard may add files of their own.
         files.mkdir(parents=True, exist_ok=True)
-    app = guarded(wsgi(storage, artifact_store=FileSystemArtifactStore(files)), token=token, read_only=read_only)
+    app = with_bodies(wsgi(storage, artifact_store=FileSystemArtifactStore(files)))
+    app = guarded(app, token=token, read_only=read_only)
     try:
         server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
     except (OSError, OverflowError) as error:

@@ -1,7 +1,8 @@
 """The same for programs: one JSON object a line on stdout, with what it tells under `event`.
 
 `trial_started`, `metrics`, `evaluation`, `checkpoint`, `trial_ended`, `study_ended` of a launch; `run_started`,
-`metrics`, `evaluation`, `checkpoint`, `run_ended` of a run; `warning` of either. Each has its `time` (UTC).
+`metrics`, `evaluation`, `checkpoint`, `run_ended` of a run; `confirmation` after the runs of one; `warning` of either.
+Each has its `time` (UTC).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from tuner.trials import BASELINE, ENDED, INFEASIBLE, last_value, ranking, state
 
 if TYPE_CHECKING:
     from trainer import TrainResult
+    from tuner.full.confirmed import Confirmation
     from tuner.spec import StudySpec
 
 # Several trials may tell something at once.
@@ -114,6 +117,21 @@ class StudyEvents:
             seconds=taken,
             reason=trial.user_attrs.get(INFEASIBLE),
         )
+
+
+def confirmation_ended(study: str, found: Confirmation) -> None:
+    """Tell what a confirmation found: its trials, the best first."""
+    emit(
+        "confirmation",
+        study=study,
+        metric=found.metric,
+        rung=found.rung,
+        unit=found.unit,
+        winner=found.winner.number,
+        baseline=found.baseline,
+        verdict=found.verdict,
+        trials=[asdict(trial) for trial in found.trials],
+    )
 
 
 class RunEvents(Events):

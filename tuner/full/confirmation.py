@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from optuna.trial import FrozenTrial
 
 from trainer import Diverged, Evaluation, UserError
 from trainer.checkpoint import digest_path
-from trainer.tracking import Tracker
+from trainer.tracking import Tracker, Trackers
 from tuner.dashboard.page import StudyPage
 from tuner.full.confirmed import (
     Asked,
@@ -39,6 +40,9 @@ from tuner.search_space import full_setup, trial_setup
 from tuner.spec import StudySpec
 from tuner.trials import baseline_trial, ranking, stored_spec
 
+Follow = Callable[[str], AbstractContextManager[Tracker]]
+"""Given a run's name, what follows it while it trains."""
+
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +53,7 @@ def confirm(
     num_seeds: int = 2,
     rung: int | None = None,
     runtime: Runtime | None = None,
-    trackers: Sequence[Tracker] = (),
+    follow: Follow = lambda name: nullcontext(Trackers([])),
 ) -> Confirmation:
     """Run the best trials and the baseline for longer, each on several seeds; what was run before is taken over.
 
@@ -82,7 +86,7 @@ def confirm(
     if left:
         keep_asked(study, asked)
     for trial, seed in left:
-        _run(study, spec, trial, seed, rung, runtime, trackers)
+        _run(study, spec, trial, seed, rung, runtime, follow)
     found = _summary(study, spec, chosen, base, range(first, first + num_seeds), rung)
     keep_found(study, asked, found)
     StudyPage(study, runtime.run_root).update(now=True)
@@ -156,7 +160,7 @@ def _run(
     seed: int,
     rung: int,
     runtime: Runtime,
-    trackers: Sequence[Tracker],
+    follow: Follow,
 ) -> None:
     """Train one run to the rung's end, or go on with it, and keep what it finds in the study."""
     setup = trial_setup(spec, trial.params, **{spec.trial.unit: rung, "seed": seed})
@@ -183,9 +187,10 @@ def _run(
 
     experiment = spec.study.name
     try:
-        result = tracked_train(
-            setup, run_dir, runtime, experiment=experiment, lineage=lineage, trackers=trackers, on_eval=on_eval
-        )
+        with follow(f"confirmation of trial {trial.number}, seed {seed}, of {experiment}") as tracker:
+            result = tracked_train(
+                setup, run_dir, runtime, experiment=experiment, lineage=lineage, trackers=[tracker], on_eval=on_eval
+            )
     except Diverged as error:
         log.warning("%s: %s", name, error)
         keep(failed=str(error))

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import optuna
@@ -96,7 +97,7 @@ def test_what_was_run_is_not_run_again(study: optuna.Study, runtime: Runtime) ->
     first = confirm(study, 1, runtime=runtime)
     shutil.rmtree(runtime.run_root)
     steps = Steps()
-    assert confirm(study, 1, runtime=runtime, trackers=[steps]) == first
+    assert confirm(study, 1, runtime=runtime, follow=lambda name: nullcontext(steps)) == first
     assert steps.count == 0
     assert len(confirm(study, 1, num_seeds=1, runtime=runtime).winner.values) == 1
 
