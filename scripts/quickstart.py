@@ -17,12 +17,12 @@ from rich.table import Table
 from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
 from trainer.clock import clock
+from tuner.cli.terminal import stoppable
 from tuner.display import RunDisplay, StudyDisplay, format_params, trial_table
 from tuner.full.promotion import promote, rerun
 from tuner.launcher import launch, open_study
 from tuner.run import Runtime
 from tuner.spec import StudySpec
-from tuner.terminal import stoppable
 from tuner.trials import baseline_trial, ranking, trial_name
 
 ROOT = Path(__file__).resolve().parent.parent

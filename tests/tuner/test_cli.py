@@ -15,7 +15,7 @@ from tests.tuner.studies_for_tests import TOML, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.cli import main
-from tuner.terminal import parse_duration
+from tuner.cli.terminal import parse_duration
 
 NO_TRACK = {command: ["--no-track"] for command in ("launch", "promote", "train")}
 
@@ -128,6 +128,11 @@ def test_help_is_quick_because_it_imports_no_torch(tmp_path: Path) -> None:
     result = tuner(tmp_path, "launch", "--help")
     assert result.returncode == 0 and "Example: tuner launch" in result.stdout
     assert time.monotonic() - started < 10
+
+
+def test_help_shows_the_tables_of_a_spec_in_their_brackets(tmp_path: Path) -> None:
+    # The help is marked up, and what stands in brackets would be taken for a style.
+    assert "the spec's [train] and [full] as they are." in tuner(tmp_path, "train", "--help").stdout
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("8h", 28800), ("30m", 1800), ("90s", 90), ("1h30m", 5400), ("5", 5)])

@@ -17,8 +17,8 @@ import pytest
 from tests.tuner.studies_for_tests import build, write
 from tests.tuner.test_cli import tuner
 from tuner.cli import main
+from tuner.cli.terminal import Format, follow_run, shown_log
 from tuner.launcher import open_study
-from tuner.terminal import Format, follow_run, shown_log
 
 
 def events(output: str) -> list[str]:

@@ -19,6 +19,7 @@ from trainer.errors import UserError
 if TYPE_CHECKING:
     import optuna
 
+    from trainer import TrainResult
     from tuner.display.events import RunEvents, StudyEvents
     from tuner.display.run import RunDisplay
     from tuner.display.study import StudyDisplay
@@ -162,3 +163,11 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def finish(run: RunDisplay | RunEvents, result: TrainResult, again: str) -> None:
+    """Say how a run ended, and leave with its exit code; `again` is what continues a stopped one."""
+    run.ended(result)
+    if not result.finished:
+        print(f"Stopped with a checkpoint; {again} goes on.", file=sys.stderr if run.as_json else sys.stdout)
+        raise typer.Exit(STOPPED)

@@ -1,0 +1,207 @@
+"""Commands on a study: launch, status, dashboard, promote."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.errors import UserError
+from tuner.cli.terminal import (
+    STOPPED,
+    Format,
+    LogFormat,
+    RunRoot,
+    Spec,
+    Storage,
+    Track,
+    explained,
+    finish,
+    follow_run,
+    follow_study,
+    parse_duration,
+    show_log,
+    shown_log,
+    stoppable,
+)
+
+
+def launch(
+    spec: Spec,
+    trials: Annotated[int | None, typer.Option(min=1, help="The study's total, in place of the spec's.")] = None,
+    timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Trials at once, each on a GPU of its own.")] = 1,
+    storage: Storage = None,
+    run_root: RunRoot = Path("runs"),
+    track: Track = True,
+    log_format: LogFormat = Format.auto,
+) -> None:
+    """Start a study, or continue it where it was.
+
+    Example: tuner launch studies/indextts2/study.toml --timeout 8h
+    """
+    seconds = parse_duration(timeout) if timeout else None
+    from rich.console import Console
+
+    from trainer.tracking import aim_command
+    from tuner.doctor.quick import before_spec, check_first
+    from tuner.launcher import launch, open_study
+    from tuner.run import Runtime
+    from tuner.spec import StudySpec
+    from tuner.storage import storage_url
+
+    console = Console(stderr=log_format == Format.json)
+    study_spec = StudySpec.load(spec)
+    check_first(before_spec(study_spec, run_root, storage=storage_url(storage)))
+    with shown_log(log_format):
+        # The first look at the data may index and pack it, which takes its time.
+        study = open_study(study_spec, storage)
+    with stoppable(console.print) as stop, shown_log(log_format, logging.WARNING):
+        runtime = Runtime(run_root, track, stop)
+        total = trials or study_spec.trial.num_trials
+        with follow_study(study, study_spec, total=total, log_format=log_format) as display:
+            launch(
+                study_spec,
+                storage=study._storage,
+                runtime=runtime,
+                num_trials=trials,
+                timeout=seconds,
+                num_workers=workers,
+                display=display,
+            )
+        name = study_spec.study.name
+        if stop():
+            console.print("Stopped with a checkpoint. The same command goes on.", highlight=False)
+            raise typer.Exit(STOPPED)
+    at = f" --storage {storage}" if storage else ""
+    root = f" --run-root {run_root}" if run_root != Path("runs") else ""
+    aim = f" | {aim_command(run_root)}" if track else ""
+    console.print(
+        f"Next: tuner status {name}{at} | tuner dashboard{at} | tuner promote {name}{at}{root}{aim}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def status(
+    study: Annotated[str | None, typer.Argument(help="Name of a study. Without it: all studies.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    follow: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
+    storage: Storage = None,
+) -> None:
+    """Trials, their curves, the best one, and full runs.
+
+    Example: tuner status indextts2-ko --watch
+    """
+    if follow and as_json:
+        raise UserError("--watch is for people: leave it or --json out.")
+    from rich.console import Console
+
+    from tuner.report import print_status, print_studies, status, watch
+    from tuner.storage import load_study, open_storage
+
+    opened = open_storage(storage, must_exist=True)
+    if follow:
+        watch(opened, load_study(study, opened) if study else None, interval=interval, console=Console())
+    elif study is None:
+        print_studies(opened, as_json=as_json)
+    elif as_json:
+        print(json.dumps(status(load_study(study, opened)), indent=1))
+    else:
+        print_status(load_study(study, opened))
+
+
+def dashboard(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
+    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse everything that changes a study.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Serve optuna-dashboard on the storage, behind a token.
+
+    Example: tuner dashboard --read-only
+    """
+    from tuner.dashboard.server import make_dashboard
+    from tuner.storage import open_storage
+
+    opened = open_storage(storage, must_exist=True)
+    server, address = make_dashboard(opened, host=host, port=port, read_only=read_only)
+    print(f"Open {address}  (Ctrl-C stops)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+def promote(
+    study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
+    trial: Annotated[int | None, typer.Option(min=0, help=r"Promote this trial. \[default: the best]")] = None,
+    confirm: Annotated[
+        int | None, typer.Option(min=1, help="First run so many of the best, and the baseline, for longer.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help=r"Seeds of a confirmation. \[default: 2]")] = None,
+    rung: Annotated[
+        int | None, typer.Option(min=1, help="Length of the confirmation, in samples if the trials' is.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start at step 0, not from a checkpoint.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in optimizer updates.")] = None,
+    storage: Storage = None,
+    run_root: RunRoot = Path("runs"),
+    track: Track = True,
+    log_format: LogFormat = Format.auto,
+) -> None:
+    """Train the full run with the best trial's settings, or continue it.
+
+    Example: tuner promote indextts2-ko --confirm 3
+    """
+    if confirm is None and (seeds or rung):
+        raise UserError("--seeds and --rung belong to a confirmation: give --confirm 3 too.")
+    if confirm is not None and trial is not None:
+        raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
+    from rich.console import Console
+
+    from tuner.display.events import confirmation_ended
+    from tuner.doctor.data import check_paths
+    from tuner.doctor.quick import check_first, quick
+    from tuner.full.confirmation import confirm as confirm_best
+    from tuner.full.promotion import promote
+    from tuner.objective import Interrupted
+    from tuner.report import confirmation_table
+    from tuner.run import Runtime
+    from tuner.storage import load_study, open_storage, storage_url
+    from tuner.trials import stored_spec
+
+    check_first(quick(run_root, study=study, storage=storage_url(storage)))
+    show_log(log_format)
+    opened = load_study(study, open_storage(storage, must_exist=True))
+    check_first(check_paths(stored_spec(opened).build_workload()))
+    console = Console(stderr=log_format == Format.json)
+    with stoppable(console.print) as stop, explained():
+        runtime, confirmed = Runtime(run_root, track, stop), None
+        if confirm is not None:
+            try:
+                confirmed = confirm_best(
+                    opened,
+                    confirm,
+                    num_seeds=seeds or 2,
+                    rung=rung,
+                    runtime=runtime,
+                    follow=partial(follow_run, log_format=log_format),
+                )
+            except Interrupted:
+                console.print("Stopped with a checkpoint; the same command goes on.")
+                raise typer.Exit(STOPPED) from None
+            console.print(confirmation_table(confirmed))
+            console.print(confirmed.verdict, markup=False, highlight=False, soft_wrap=True)
+            if log_format == Format.json:
+                confirmation_ended(study, confirmed)
+        with follow_run(f"full run of {study}", log_format) as run:
+            result = promote(
+                opened, trial=trial, confirmed=confirmed, steps=steps, fresh=fresh, runtime=runtime, trackers=[run]
+            )
+    finish(run, result, "the same command")

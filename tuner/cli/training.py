@@ -1,0 +1,146 @@
+"""Commands on one training: train, evaluate, export, bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli.terminal import (
+    Format,
+    LogFormat,
+    Overrides,
+    RunRoot,
+    Spec,
+    Track,
+    explained,
+    finish,
+    follow_run,
+    show_log,
+    stoppable,
+)
+
+
+def train(
+    spec: Spec,
+    override: Overrides = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint to continue from.")] = "auto",
+    init: Annotated[Path | None, typer.Option(help="Take the weights of this checkpoint for step 0.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help=r"\[default: RUN_ROOT/<study>/train]")] = None,
+    run_root: RunRoot = Path("runs"),
+    track: Track = True,
+    log_format: LogFormat = Format.auto,
+) -> None:
+    r"""A full run without a study: the spec's \[train] and \[full] as they are.
+
+    Example: tuner train studies/indextts2/study.toml --set train.batch_size=16 --set full.steps=50_000
+    """
+    from rich.console import Console
+
+    from tuner.doctor.quick import before_spec, check_first
+    from tuner.run import Runtime, tracked_train
+    from tuner.search_space import full_setup
+    from tuner.spec import StudySpec, parse_override
+
+    show_log(log_format)
+    say = Console(stderr=log_format == Format.json).print
+    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
+    check_first(before_spec(study_spec, run_dir or run_root))
+    name = study_spec.study.name
+    with stoppable(say) as stop, explained(), follow_run(f"{name}, full run without a study", log_format) as run:
+        runtime = Runtime(run_root, track, stop)
+        result = tracked_train(
+            full_setup(study_spec, {}),
+            run_dir.resolve() if run_dir else runtime.run_dir(name, "train"),
+            runtime,
+            experiment=name,
+            lineage={"spec": str(spec.resolve()), "overrides": override or []},
+            trackers=[run],
+            resume=resume,
+            init=init.resolve() if init else None,
+        )
+    finish(run, result, "with --resume auto it" if resume == "never" else "the same command")
+
+
+def evaluate(
+    spec: Spec,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, a run directory, or a gpt.pth.", show_default=False)],
+    samples: Annotated[int | None, typer.Option(min=1, help="Only so many of the set, in place of all.")] = None,
+    override: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """A checkpoint's metrics on the spec's validation data, dropout off.
+
+    Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
+    """
+    from tuner.full.evaluation import evaluate_checkpoint
+    from tuner.spec import StudySpec, parse_override
+
+    if not as_json:
+        show_log()
+    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
+    with explained():
+        found = evaluate_checkpoint(study_spec, checkpoint, samples=samples)
+    values = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+    print(json.dumps(found.to_dict()) if as_json else f"{found.checkpoint}, {found.samples:,} samples: {values}")
+
+
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="best_text, latest, a step or a path; left out: best_mel, else latest.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="pth or safetensors; left out: by the name of the file.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="Take the workload from this study.toml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a checkpoint's weights for inference, in the form of the base checkpoint.
+
+    Example: tuner export runs/indextts2-ko/full-trial-00007 --to gpt.pth
+    """
+    from tuner.full.export import export
+
+    show_log()
+    done = export(run_dir, to, checkpoint=checkpoint, format=format, spec=spec, force=force)
+    print(f"{done.path}: {done.num_bytes / 1e9:.2f} GB, from {done.checkpoint}, step {done.step}")
+
+
+def bench(
+    spec: Spec,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every row is measured.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a row and round, after a warm-up.")] = 30,
+    only: Annotated[
+        list[str] | None, typer.Option(help="This row, or group of rows, and the baseline; may be repeated.")
+    ] = None,
+    override: Overrides = None,
+    chart: Annotated[Path | None, typer.Option(help="Write the chart to this .svg file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What each optimization of a training run gives on this machine.
+
+    Example: tuner bench studies/korean_demo/study.toml --chart speed.svg
+    """
+    from rich.console import Console
+
+    from tuner.bench.report import check_chart_path, print_table, write_chart
+    from tuner.bench.table import Bench
+    from tuner.spec import StudySpec, parse_override
+
+    if chart:
+        check_chart_path(chart)
+    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
+    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    measurement = Bench(study_spec, rounds=rounds, steps=steps, only=only or [], say=say)
+    measurement.run()
+    result = measurement.result()
+    if chart:
+        write_chart(result, chart)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_table(result, Console())
+    if measurement.failed:
+        raise typer.Exit(1)
