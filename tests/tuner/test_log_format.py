@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.tuner.studies_for_tests import build, write
+from tests.tuner.studies_for_tests import TOML, build, write
 from tests.tuner.test_cli import tuner
 from tuner.cli import main
 from tuner.cli.terminal import Format, follow_run, shown_log
 from tuner.launcher import open_study
+from tuner.storage import load_study, open_storage
 
 
 def events(output: str) -> list[str]:
@@ -74,6 +75,56 @@ def test_a_run_is_followed_as_the_format_says(capsys: pytest.CaptureFixture[str]
         run.track({"val/loss": 1.0}, step=1, samples=8)
     # Its log says all of it.
     assert capsys.readouterr().out == ""
+
+
+LONG = TOML.replace("samples = 160\nevaluations = 4", "samples = 200_000\nevaluations = 2_000").replace(
+    "samples = 480", "samples = 400_000"
+)
+"""One that does not end by itself within a test."""
+
+
+def started(tmp_path: Path, text: str, *, stdout: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tuner.cli", "launch", str(write(tmp_path, text)), "--no-track", "--trials", "1"]
+    root = str(Path(__file__).parents[2])
+    storage = f"sqlite:///{tmp_path}/tuner.db"
+    environment = {**os.environ, "TUNER_STORAGE": storage, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    return subprocess.Popen(
+        command, cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def test_a_launch_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    with started(tmp_path, LONG, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert "trial 0" in process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(300) == 130
+        assert process.stderr.read() == ""
+    (trial,) = load_study("toy", open_storage(f"sqlite:///{tmp_path}/tuner.db")).trials
+    assert trial.state.name == "RUNNING", "the same command goes on with it"
+    assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
+
+
+def test_a_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    with started(tmp_path, LONG, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert "trial 0" in process.stdout.readline()
+        assert "after" in process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(300) == 130
+    assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
+
+
+def test_a_launch_outlives_its_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    with started(tmp_path, TOML, stdout=theirs) as process:
+        os.close(theirs)
+        assert os.read(ours, 4096)
+        # A session without this terminal gets no hang-up: all it meets is that nothing can be written.
+        os.close(ours)
+        assert process.wait(300) == 0
+    (trial,) = load_study("toy", open_storage(f"sqlite:///{tmp_path}/tuner.db")).trials
+    assert trial.state.name == "COMPLETE"
 
 
 def test_watching_ends_with_ctrl_c_and_code_0(tmp_path: Path) -> None:

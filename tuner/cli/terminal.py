@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 import signal
 import sys
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -148,7 +150,8 @@ def explained() -> Iterator[None]:
 
 @contextmanager
 def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM asks the run to stop at the next step with a checkpoint; a second one stops at once."""
+    """Ctrl-C, SIGTERM or a terminal that closes asks the run to stop at the next step with a checkpoint, and so does a
+    pipe that nobody reads any more; a second signal stops at once."""
     asked: list[int] = []
 
     def ask(number: int, _: Any) -> None:
@@ -157,12 +160,63 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
         asked.append(number)
         say("Stopping at the next step with a checkpoint; once more stops at once.")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        yield lambda: bool(asked)
+        with outlived(lambda: asked.append(signal.SIGPIPE)):
+            yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Outlived:
+    """A stream that may lose its reader: what can't be written any more is dropped.
+
+    Args:
+        on_broken_pipe: Called where a pipe's reader is gone. A terminal that is gone or a disk that is full ends
+            nothing: the run's log is a file, too.
+    """
+
+    def __init__(self, stream: TextIO, on_broken_pipe: Callable[[], Any]) -> None:
+        self._stream, self._on_broken_pipe = stream, on_broken_pipe
+
+    def write(self, text: str) -> int:
+        with self._kept():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            self._stream.flush()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What is in its buffer goes there too, else the interpreter would fail on it at its end.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if error.errno == errno.EPIPE:
+                self._on_broken_pipe()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def outlived(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
+    """Standard output and errors may lose their readers meanwhile."""
+    streams: Any = (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = (cast(TextIO, Outlived(stream, on_broken_pipe)) for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def finish(run: RunDisplay | RunEvents, result: TrainResult, again: str) -> None:
