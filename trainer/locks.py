@@ -21,7 +21,8 @@ def locked(run_dir: Path, name: str = ".lock") -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / name)
     try:
-        lock.acquire(timeout=0)
+        # Who looks whether it is locked holds it for a moment.
+        lock.acquire(timeout=1)
     except Timeout:
         raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.") from None
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trainer.locks import is_locked, locked
 from tuner.run import Runtime
@@ -33,17 +33,57 @@ def claim_trial(
             # Found by its number, so that a folder of runs may be moved; where it was, somebody may still work.
             run_dir = study_dir / trial_name(frozen.number)
             before = Path(frozen.user_attrs.get("run_dir", run_dir))
-            ours = frozen.user_attrs.get(HOST, platform.node()) == platform.node()
-            if ours and not is_locked(before, CLAIM) and not is_locked(run_dir, CLAIM):
+            if (
+                frozen.user_attrs.get(HOST) == platform.node()
+                and not is_locked(before, CLAIM)
+                and not is_locked(run_dir, CLAIM)
+            ):
                 claim.enter_context(locked(run_dir, CLAIM))
-                return optuna.Trial(study, frozen._trial_id), True
+                return _propose(study, frozen._trial_id), True
         if not wants_more(study, spec, total, trials):
             return None
-        if not any(t.user_attrs.get(BASELINE) and t.state != TrialState.FAIL for t in trials):
-            study.enqueue_trial(baseline(spec), user_attrs={BASELINE: True})
-        trial = study.ask()
-        claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
-        return trial, False
+        if any(trial.state == TrialState.WAITING for trial in trials):
+            # Enqueued by a person, through Optuna.
+            trial = study.ask()
+            trial.set_user_attr(HOST, platform.node())
+            claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
+            return trial, False
+        return _new_trial(study, spec, study_dir, claim), False
+
+
+def _new_trial(study: optuna.Study, spec: StudySpec, study_dir: Path, claim: ExitStack) -> optuna.Trial:
+    """A trial that is this machine's from its first moment on.
+
+    `Study.ask` would make one that nobody owns while the sampler thinks, and another machine, whom the lock on
+    `study_dir` does not reach, would take it for an interrupted one.
+    """
+    attrs: dict[str, Any] = {HOST: platform.node()}
+    fixed: dict[str, Any] = {}
+    if not _has_baseline(study.get_trials(deepcopy=False)):
+        attrs[BASELINE], fixed["fixed_params"] = True, baseline(spec)
+    storage = study._storage
+    template = create_trial(state=TrialState.RUNNING, user_attrs=attrs, system_attrs=fixed)
+    trial_id = storage.create_new_trial(study._study_id, template)
+    number = storage.get_trial_number_from_id(trial_id)
+    if fixed and _has_baseline(study.get_trials(deepcopy=False)[:number]):
+        # Another machine's came first.
+        storage.set_trial_user_attr(trial_id, BASELINE, False)
+        storage.set_trial_system_attr(trial_id, "fixed_params", {})
+    run_dir = study_dir / trial_name(number)
+    claim.enter_context(locked(run_dir, CLAIM))
+    storage.set_trial_user_attr(trial_id, "run_dir", str(run_dir))
+    return _propose(study, trial_id)
+
+
+def _propose(study: optuna.Study, trial_id: int) -> optuna.Trial:
+    """Let the sampler propose for a trial what it has not yet."""
+    # As `Study.ask` does: what the sampler saw of the study's trials last time is old.
+    study._thread_local.cached_all_trials = None
+    return optuna.Trial(study, trial_id)
+
+
+def _has_baseline(trials: Sequence[FrozenTrial]) -> bool:
+    return any(trial.user_attrs.get(BASELINE) and trial.state != TrialState.FAIL for trial in trials)
 
 
 def wants_more(study: optuna.Study, spec: StudySpec, total: int, trials: Sequence[FrozenTrial]) -> bool:

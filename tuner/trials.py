@@ -5,6 +5,7 @@ Imports no torch: `tuner status` is quick.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,9 @@ def state_of(trial: FrozenTrial) -> str:
 
 def is_interrupted(trial: FrozenTrial) -> bool:
     """Whether an open trial of this machine has no process that trains it; the next launch continues it."""
-    run_dir = Path(trial.user_attrs.get("run_dir", ""))
-    return trial.state == TrialState.RUNNING and run_dir.is_absolute() and not is_locked(run_dir, CLAIM)
+    run_dir, host = Path(trial.user_attrs.get("run_dir", "")), trial.user_attrs.get(HOST)
+    is_ours = trial.state == TrialState.RUNNING and host == platform.node() and run_dir.is_absolute()
+    return is_ours and not is_locked(run_dir, CLAIM)
 
 
 def last_value(trial: FrozenTrial) -> float | None:

@@ -1,0 +1,96 @@
+"""Claims of several machines on one study, whose processes share no lock."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.tuner.studies_for_tests import build
+from tuner.claims import claim_trial
+from tuner.display.trial_table import is_interrupted
+from tuner.launcher import open_study
+from tuner.run import Runtime
+from tuner.storage import open_storage
+from tuner.trials import BASELINE
+
+ClaimOn = Callable[..., tuple[optuna.Trial, bool]]
+
+
+@pytest.fixture
+def claim_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Claim a trial as a machine of this name, with its own run root; it is held until the test ends."""
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    with ExitStack() as held:
+
+        def claim(machine: str, sampler: optuna.samplers.BaseSampler | None = None) -> tuple[optuna.Trial, bool]:
+            study = open_study(build(), open_storage(url))
+            study.sampler = sampler or RandomSampler(seed=0)
+            name = platform.node()
+            monkeypatch.setattr(platform, "node", lambda: machine)
+            found = claim_trial(study, build(), Runtime(tmp_path / machine, track=False), 10, held)
+            monkeypatch.setattr(platform, "node", lambda: name)
+            assert found is not None
+            return found
+
+        yield claim
+
+
+class Slow(RandomSampler):
+    """While it thinks, another machine claims a trial."""
+
+    def __init__(self, meanwhile: Callable[[], Any]) -> None:
+        super().__init__(seed=0)
+        self._meanwhile = meanwhile
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._meanwhile()
+
+
+def test_a_trial_that_is_still_being_proposed_is_no_other_machines(claim_on: ClaimOn) -> None:
+    claim_on("alpha")
+    others: list[tuple[optuna.Trial, bool]] = []
+    mine, resumed = claim_on("alpha", Slow(lambda: others.append(claim_on("beta"))))
+    ((other, other_resumed),) = others
+    assert (resumed, other_resumed) == (False, False)
+    assert mine.number != other.number
+    assert (mine.user_attrs["host"], other.user_attrs["host"]) == ("alpha", "beta")
+
+
+def test_only_the_first_machine_has_the_baseline(claim_on: ClaimOn) -> None:
+    others: list[tuple[optuna.Trial, bool]] = []
+    first, _ = claim_on("alpha", Slow(lambda: others.append(claim_on("beta"))))
+    assert first.user_attrs[BASELINE] and first.suggest_float("train.d_coef", 0.1, 10.0) == 1.0
+    assert not others[0][0].user_attrs.get(BASELINE)
+
+
+def test_of_two_baselines_made_at_once_the_later_one_becomes_a_usual_trial(
+    claim_on: ClaimOn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_on("alpha")
+    looks = iter((False, True))
+    monkeypatch.setattr("tuner.claims._has_baseline", lambda trials: next(looks))
+    later, _ = claim_on("beta")
+    assert later.number == 1 and later.user_attrs[BASELINE] is False
+    assert later.suggest_float("train.d_coef", 0.1, 10.0) != 1.0, "not the baseline's value"
+
+
+def test_what_a_person_enqueued_comes_next(claim_on: ClaimOn) -> None:
+    first, _ = claim_on("alpha")
+    first.study.enqueue_trial({"train.d_coef": 3.0})
+    mine, resumed = claim_on("alpha")
+    assert not resumed and mine.user_attrs["host"] == "alpha"
+    assert mine.suggest_float("train.d_coef", 0.1, 10.0) == 3.0
+
+
+def test_another_machines_trial_is_not_shown_as_interrupted(claim_on: ClaimOn) -> None:
+    trial, _ = claim_on("alpha")
+    (frozen,) = trial.study.get_trials()
+    assert frozen.state == TrialState.RUNNING and not is_interrupted(frozen)
