@@ -135,6 +135,11 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return dict(state)
 
 
+def holds_state(run_dir: Path) -> bool:
+    """Whether there is something to continue, whole or not; `best_*.pth` alone are weights without a state."""
+    return (run_dir / LATEST).exists() or any(run_dir.glob("step_*.pth"))
+
+
 class Checkpoints:
     """The checkpoints of one run directory. A context manager: leaving it waits for the last write."""
 

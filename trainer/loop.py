@@ -77,7 +77,7 @@ def train(
     Raises:
         UserError: The data, the device or what is in `run_dir` does not fit; nothing is lost. With
             `micro_batch_size` "auto" also: the device can't hold one sample at a time.
-        Diverged: No gradient of a whole log interval was finite.
+        Diverged: No gradient was finite any more, or the validation loss was not; the checkpoints before stay.
     """
     run_dir = Path(run_dir)
     followers = Trackers([] if tracker is None else [tracker])

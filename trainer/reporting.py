@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from trainer.advice import Advice
@@ -15,8 +16,12 @@ from trainer.tracking import Trackers
 log = logging.getLogger(__name__)
 
 
+RUIN = 5
+"""So many gradients in a row that are not finite end a run. A single one may be a bad batch: its update is skipped."""
+
+
 class Diverged(RuntimeError):
-    """No update was possible over a whole log interval: every gradient was infinite or not a number."""
+    """The run is past saving: no gradient is finite any more, or the validation loss is not."""
 
 
 class Reporter:
@@ -25,17 +30,20 @@ class Reporter:
     def __init__(self, run: Run, tracker: Trackers, monitor: DeviceMonitor) -> None:
         self.run, self.tracker, self.monitor = run, tracker, monitor
         self._advice = Advice(run.progress.step)
+        self._lost_steps = 0
+        """In whole log intervals without one finite gradient, up to now."""
 
     def interval(self, meter: IntervalMeter, values: dict[str, float]) -> None:
         """A log interval has ended; `values` is what the meter read.
 
         Raises:
-            Diverged: None of its gradients was finite.
+            Diverged: None of its gradients was finite, nor of those just before.
         """
         progress, config = self.run.progress, self.run.config
         steps = progress.step - meter.first_step
-        if values["train/skipped_updates"] == steps and steps > 1:
-            raise Diverged(f"none of the last {steps} gradients was finite, at step {progress.step}")
+        self._lost_steps = self._lost_steps + steps if values["train/skipped_updates"] == steps else 0
+        if self._lost_steps >= RUIN:
+            raise Diverged(f"none of the last {self._lost_steps} gradients was finite, at step {progress.step}")
         values |= meter.rates(steps, config.effective_batch_size) | self.monitor.read()
         values["train/timed_steps"] = meter.timed_steps
         if config.num_steps is not None:
@@ -49,11 +57,17 @@ class Reporter:
             log.warning("[Step %d] %s", progress.step, text)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """A validation has ended. The tracker also gets the best values so far: `best/mel_loss`."""
+        """A validation has ended. The tracker also gets the best values so far: `best/mel_loss`.
+
+        Raises:
+            Diverged: The loss is not finite.
+        """
         shown = ", ".join(f"{name}: {value:.4f}" for name, value in evaluation.metrics.items())
         log.info("[Step %d] validation after %d samples: %s", evaluation.step, evaluation.samples, shown)
         best = {f"best/{metric.removeprefix('val/')}": value for metric, value in self.run.progress.best.items()}
         self.tracker.track({**evaluation.metrics, **best}, step=evaluation.step, samples=evaluation.samples)
+        if not math.isfinite(evaluation.metrics["val/loss"]):
+            raise Diverged(f"val/loss was {evaluation.metrics['val/loss']} after {evaluation.samples} samples")
 
     def saved(self, names: Sequence[str]) -> None:
         """Checkpoints of the run as it stands were taken; their writing may still be under way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from tests.toy import Toy
@@ -288,9 +290,28 @@ def test_a_gradient_that_is_not_finite_skips_its_update_alone(tmp_path: Path, op
         assert state["optimizer"]["param_groups"][0]["d"] > 10 * 1e-6
 
 
-def test_a_run_without_any_update_ends_as_diverged(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="none of the last 5 gradients was finite"):
-        train(Exploding(always=True), config(), run_dir=tmp_path)
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_run_without_any_update_ends_as_diverged(tmp_path: Path, log_every: int) -> None:
+    with pytest.raises(Diverged, match="none of the last 5 gradients was finite, at step 5"):
+        train(Exploding(always=True), config(log_every=log_every), run_dir=tmp_path)
+
+
+class Overflowing(Toy):
+    """Its validation loss is no number after 20 batches."""
+
+    _batches: int = PrivateAttr(0)
+
+    def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._batches += model.training
+        ruined = not model.training and self._batches >= 20
+        return {name: value * (math.nan if ruined else 1) for name, value in super().loss_sums(model, inputs).items()}
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run_and_leaves_its_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"val/loss was nan after 80 samples"):
+        train(Overflowing(), config(eval_every=40, save_every=5), run_dir=tmp_path)
+    assert 0 < read_checkpoint(tmp_path / "best_token_model.pth")["metrics"]["val/loss"] < 10
+    assert read_checkpoint(tmp_path / "latest.pth")["step"] == 15
 
 
 def test_loader_workers_change_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from trainer import Diverged, Evaluation, UserError
-from trainer.checkpoint import digest_path
+from trainer.checkpoint import digest_path, holds_state
 from trainer.tracking import Tracker, Trackers
 from tuner.dashboard.page import StudyPage
 from tuner.full.confirmed import (
@@ -32,7 +32,7 @@ from tuner.full.confirmed import (
     read_record,
     record_name,
 )
-from tuner.full.continuation import go_on_from
+from tuner.full.continuation import go_on_from, step_to_go_on_from
 from tuner.full.runs import CONTINUED_FROM
 from tuner.objective import Interrupted
 from tuner.run import Runtime, tracked_train
@@ -168,9 +168,11 @@ def _run(
     run_dir = runtime.run_dir(spec.study.name, name)
     lineage = {"study": spec.study.name, "trial": trial.number, "params": trial.params, "seed": seed}
     log.info("%s", name)
-    if own and not any(run_dir.glob("*.pth")):
+    if own and not holds_state(run_dir):
         origin = Path(trial.user_attrs["run_dir"])
-        step = go_on_from(origin, run_dir, setup.workload)
+        step = step_to_go_on_from(origin, run_dir)
+        if step is not None:
+            go_on_from(origin, run_dir, setup.workload)
         lineage[CONTINUED_FROM] = None if step is None else {"run_dir": str(origin), "step": step}
     curve = dict(read_record(study, trial.number, seed).get("curve", {}))
 

@@ -13,24 +13,25 @@ from trainer.checkpoint import LATEST, digest_path, read_checkpoint
 log = logging.getLogger(__name__)
 
 
-def go_on_from(origin: Path, run_dir: Path, workload: Workload) -> int | None:
-    """Put the checkpoints of `origin` into `run_dir`, so that `train()` goes on from there.
-
-    Returns:
-        The step that it goes on from; None where `origin` has no checkpoint that is whole. The log says why.
-    """
+def step_to_go_on_from(origin: Path, run_dir: Path) -> int | None:
+    """The step of `origin`'s newest checkpoint; None where there is none that is whole. The log says why."""
     try:
         step: int = read_checkpoint(origin / LATEST, mmap=True)["step"]
     except UserError as error:
         log.warning("%s can't go on from %s: %s", run_dir.name, origin.name, error)
         return None
+    return step
+
+
+def go_on_from(origin: Path, run_dir: Path, workload: Workload) -> None:
+    """Put the checkpoints of `origin` into `run_dir`, so that `train()` goes on from there."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    # The best ones too: else a run that never beats its first samples would have none.
+    # The best ones too: else a run that never beats its first samples would have none. The state last: until it is
+    # there, nothing has begun.
     for name in (*workload.best_checkpoints().values(), LATEST):
         for one in (origin / name, digest_path(origin / name)):
             if one.is_file():
                 _link(one, run_dir / one.name)
-    return step
 
 
 def _link(source: Path, target: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,24 @@ from optuna.trial import FrozenTrial
 
 from trainer import Evaluation, TrainResult, UserError
 from trainer.acceleration import detect
+from trainer.checkpoint import holds_state
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
 from tuner.dashboard.page import StudyPage
 from tuner.full.confirmation import own_curve, own_seed
 from tuner.full.confirmed import Confirmation, read_record, stored_asked, stored_confirmation
-from tuner.full.continuation import go_on_from
+from tuner.full.continuation import go_on_from, step_to_go_on_from
+from tuner.full.lineage import CONTINUED_AT, PROMOTIONS, lineage_of, promotion_of, remember
 from tuner.full.projection import MeasuredSpeed, outlooks, say
 from tuner.full.retracing import Retracing
 from tuner.full.runs import CONTINUED_FROM, curves_of, open_curve
 from tuner.peak_memory import PeakMemory
-from tuner.run import Runtime, code_version, link_aim, log_file, tracked_train
+from tuner.run import Runtime, link_aim, log_file, tracked_train
 from tuner.search_space import Setup, full_setup, trial_setup
 from tuner.spec import StudySpec
 from tuner.trials import FULL_HOURS, ranking, report_once, stored_spec, trial_name
 
 log = logging.getLogger(__name__)
-
-PROMOTIONS = "promotions"
 
 
 def promote(
@@ -70,27 +68,38 @@ def promote(
     run_dir = runtime.run_dir(spec.study.name, f"full-{trial_name(chosen.number)}")
     if is_locked(run_dir):
         raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
-    origin, past, lineage = _start(study, spec, chosen, run_dir, setup, fresh)
-    _remember(study, chosen, run_dir, origin, confirmed)
+    begun = holds_state(run_dir)
+    origin, step = _origin(study, spec, chosen, run_dir, begun, fresh)
+    if steps is not None and steps < (stands := _stands_at(study, chosen) if begun else step):
+        raise UserError(f"--steps {steps}: the full run stands at step {stands}; leave --steps out, or give more.")
+    # All that is to be known of the run comes before its first checkpoint: whatever ends this, the next call finds
+    # either a run that has begun, or the same beginning.
+    record = remember(study, chosen, run_dir, (origin, step), begun, confirmed)
+    past = None if begun else own_curve(study, spec, chosen) if origin and spec.trial.unit == "samples" else {}
     curve = open_curve(study, chosen, run_dir, setup.config.num_steps, past=past, continued_from=origin)
+    if origin and not begun:
+        go_on_from(origin, run_dir, setup.workload)
     followers, page = list(trackers), StudyPage(study, runtime.run_root)
     if curve is not None:
         followers.append(_measured(study, spec, chosen, setup, length, curve, run_dir))
-    result = tracked_train(
-        setup,
-        run_dir,
-        runtime,
-        experiment=spec.study.name,
-        lineage=lineage,
-        trackers=followers,
-        on_eval=None if curve is None else _drawn(study, spec, chosen, curve, run_dir, page),
-    )
-    if curve is not None:
-        link_aim(curve, run_dir)
-        _stand(curve, result.step, result.metrics)
-        if result.finished:
-            curve.study.tell(curve, result.metrics[spec.study.metric])
-    page.update(now=True)
+    try:
+        result = tracked_train(
+            setup,
+            run_dir,
+            runtime,
+            experiment=spec.study.name,
+            lineage=lineage_of(study, chosen, record),
+            trackers=followers,
+            on_eval=None if curve is None else _drawn(study, spec, chosen, curve, run_dir, page),
+        )
+        if curve is not None:
+            link_aim(curve, run_dir)
+            _stand(curve, result.step, result.metrics)
+            if result.finished:
+                curve.study.tell(curve, result.metrics[spec.study.metric])
+    finally:
+        # Nor does a run that failed go on.
+        page.update(now=True)
     return result
 
 
@@ -127,6 +136,12 @@ def _drawn(
         page.update()
 
     return on_eval
+
+
+def _stands_at(study: optuna.Study, chosen: FrozenTrial) -> int:
+    """The step at which a full run was validated last."""
+    mine = curves_of(study, chosen)
+    return int(mine[-1].user_attrs.get("step", 0)) if mine else 0
 
 
 def _stand(curve: optuna.Trial, step: int, metrics: Mapping[str, float]) -> None:
@@ -170,21 +185,28 @@ def _length(study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, steps: in
     return {"steps": steps, "samples": None}
 
 
-def _start(
-    study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, run_dir: Path, setup: Setup, fresh: bool
-) -> tuple[Path | None, dict[int, float] | None, dict[str, Any]]:
-    """Whose checkpoint a full run goes on from, the curve drawn so far, and its lineage.
-
-    The curve is None for a run that is under way: it has one of its own.
-    """
-    lineage: dict[str, Any] = {"study": spec.study.name, "trial": chosen.number, "params": chosen.params}
-    if any(run_dir.glob("*.pth")):
+def _origin(
+    study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, run_dir: Path, begun: bool, fresh: bool
+) -> tuple[Path | None, int]:
+    """Whose checkpoint a full run goes on from, and its step; None and 0 where it starts at step 0."""
+    record = promotion_of(study, run_dir)
+    if begun:
         if fresh:
             _refuse_other_start(study, chosen, run_dir)
-        return None, None, lineage
-    origin, step = (None, 0) if fresh else _go_on(study, spec, chosen, run_dir, setup)
-    lineage[CONTINUED_FROM] = {"run_dir": str(origin), "step": step} if origin else None
-    return origin, own_curve(study, spec, chosen) if origin and spec.trial.unit == "samples" else {}, lineage
+        started_from = record and record[CONTINUED_FROM]
+        return (Path(started_from), record.get(CONTINUED_AT, 0)) if started_from else (None, 0)
+    # One that was to start at step 0 and ended before its first checkpoint starts there again.
+    if fresh or (record and record[CONTINUED_FROM] is None):
+        return None, 0
+    confirmed = read_record(study, chosen.number, own_seed(spec))
+    # The confirmed run has come further than the trial.
+    further = [Path(confirmed["run_dir"])] if confirmed and not confirmed["failed"] else []
+    for origin in (*further, Path(chosen.user_attrs["run_dir"])):
+        step = step_to_go_on_from(origin, run_dir)
+        if step is not None:
+            return origin, step
+    log.warning("the full run starts at step 0")
+    return None, 0
 
 
 def _refuse_other_start(study: optuna.Study, chosen: FrozenTrial, run_dir: Path) -> None:
@@ -195,21 +217,6 @@ def _refuse_other_start(study: optuna.Study, chosen: FrozenTrial, run_dir: Path)
         raise UserError(
             f"{run_dir} went on from {Path(origin).name}: remove that folder to start at step 0, or leave --fresh out."
         )
-
-
-def _go_on(
-    study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, run_dir: Path, setup: Setup
-) -> tuple[Path | None, int]:
-    """Put the checkpoint that a full run goes on from into its directory: whose it is, and its step."""
-    record = read_record(study, chosen.number, own_seed(spec))
-    # The confirmed run has come further than the trial.
-    confirmed = [Path(record["run_dir"])] if record and not record["failed"] else []
-    for origin in (*confirmed, Path(chosen.user_attrs["run_dir"])):
-        step = go_on_from(origin, run_dir, setup.workload)
-        if step is not None:
-            return origin, step
-    log.warning("the full run starts at step 0")
-    return None, 0
 
 
 def _confirmed_before(study: optuna.Study) -> Confirmation | None:
@@ -279,25 +286,3 @@ def _find(study: optuna.Study, number: int) -> FrozenTrial:
             "choose another."
         )
     return chosen
-
-
-def _remember(
-    study: optuna.Study, chosen: FrozenTrial, run_dir: Path, origin: Path | None, confirmed: Confirmation | None
-) -> None:
-    """A finished trial can't be written to, so its promotion is recorded with the study, once."""
-    promotions = study.user_attrs.get(PROMOTIONS, [])
-    if any(promotion["run_dir"] == str(run_dir) for promotion in promotions):
-        return
-    record: dict[str, Any] = {
-        "trial": chosen.number,
-        "value": chosen.value,
-        "params": chosen.params,
-        "best": ranking(study)[0].number,
-        "run_dir": str(run_dir),
-        CONTINUED_FROM: None if origin is None else str(origin),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_version": code_version(),
-    }
-    if confirmed is not None:
-        record["confirmation"] = {**asdict(confirmed), "verdict": confirmed.verdict}
-    study.set_user_attr(PROMOTIONS, [*promotions, record])

@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.locks import is_locked
-from tuner.trials import stored_values
+from tuner.trials import report_once, stored_values
 
 CONTINUED_FROM = "continued_from"
 """Attribute of a curve: the run directory whose checkpoint the run went on from; None: it started at step 0."""
@@ -97,15 +97,15 @@ def open_curve(
     mine = curves_of(study, chosen)
     last = mine[-1] if mine else None
     if last and last.state == TrialState.RUNNING:
-        curve = optuna.Trial(curves, last._trial_id)
+        curve, drawn = optuna.Trial(curves, last._trial_id), past or {}
     elif last and past is None and last.user_attrs["step"] >= (steps or 0):
         return None
     else:
         curves.enqueue_trial(chosen.params)
         curve = curves.ask(fixed_distributions=chosen.distributions)
         drawn = last.intermediate_values if last and past is None else past or {}
-        for step, value in drawn.items():
-            curve.report(value, step)
+    for step, value in drawn.items():
+        report_once(curve, value, step)
     curve.set_user_attr("run_dir", str(run_dir))
     curve.set_user_attr("trial", chosen.number)
     curve.set_user_attr("steps", steps)

@@ -28,7 +28,8 @@ from tuner.full.confirmed import (
     record_name,
     stored_confirmation,
 )
-from tuner.full.promotion import PROMOTIONS, promote
+from tuner.full.lineage import PROMOTIONS
+from tuner.full.promotion import promote
 from tuner.launcher import launch, open_study
 from tuner.objective import Interrupted
 from tuner.report import confirmation_table

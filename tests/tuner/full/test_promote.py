@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from optuna_dashboard import get_note
+from pydantic import PrivateAttr
+from torch import Tensor, nn
 
+from tests.toy import Toy
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
+from tuner.full.lineage import PROMOTIONS
 from tuner.full.projection import MeasuredSpeed, Outlook
-from tuner.full.promotion import PROMOTIONS, promote
+from tuner.full.promotion import promote
 from tuner.full.runs import full_runs
 from tuner.launcher import launch
 from tuner.report import status
@@ -61,6 +67,78 @@ def test_promotion_from_the_checkpoint_equals_the_run_from_the_start(study: optu
         path.unlink()
     fresh = promote(study, runtime=Runtime(runtime.run_root / "fresh", track=False))
     assert fresh.metrics == promoted.metrics
+
+
+class Killed(BaseException):
+    """The process ends here, and nothing after it runs."""
+
+
+@pytest.mark.parametrize("where", ["continuation._link", "promotion.open_curve", "promotion.tracked_train"])
+def test_a_promotion_killed_before_its_first_step_begins_again_with_its_whole_lineage(
+    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    whole = promote(study, runtime=Runtime(runtime.run_root / "whole", track=False))
+    expected, (curve,) = study.user_attrs[PROMOTIONS][0], curves(study)
+    optuna.delete_study(study_name="toy.full", storage=study._storage)
+    study.set_user_attr(PROMOTIONS, [])
+
+    def kill(*given: object, **_: object) -> None:
+        # Of the links, at the last one, which makes it a run that can be continued.
+        if where != "continuation._link" or given[0].name == "latest.pth":  # type: ignore[attr-defined]
+            raise Killed
+
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(f"tuner.full.{where}", kill)
+        promote(study, runtime=runtime)
+    result = promote(study, runtime=runtime)
+    assert result.metrics == whole.metrics
+    (record,), (drawn,) = study.user_attrs[PROMOTIONS], curves(study)
+    assert record["continued_from"] == expected["continued_from"] is not None
+    assert drawn.intermediate_values == curve.intermediate_values
+    assert drawn.user_attrs["continued_from"] == curve.user_attrs["continued_from"]
+    lineages = [read_checkpoint(run.run_dir / "latest.pth")["lineage"]["continued_from"] for run in (result, whole)]
+    assert lineages[0] == lineages[1] == {"run_dir": record["continued_from"], "step": record["continued_at"]}
+
+
+def test_a_fresh_run_that_ended_before_its_first_checkpoint_starts_at_step_0_again(
+    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr("tuner.full.promotion.tracked_train", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        promote(study, runtime=runtime, fresh=True)
+    promote(study, runtime=runtime)
+    assert study.user_attrs[PROMOTIONS][0]["continued_from"] is None
+    assert min(curves(study)[0].intermediate_values) > 40
+
+
+def test_a_length_that_the_run_has_passed_is_refused(study: optuna.Study, runtime: Runtime) -> None:
+    with pytest.raises(UserError, match=r"--steps 2: the full run stands at step \d\d?; leave --steps out"):
+        promote(study, runtime=runtime, steps=2)
+    assert PROMOTIONS not in study.user_attrs and full_runs(study) == []
+    finished = promote(study, runtime=runtime).step
+    with pytest.raises(UserError, match=f"--steps 2: the full run stands at step {finished}"):
+        promote(study, runtime=runtime, steps=2)
+
+
+class FailsLate(Toy):
+    """Toy whose training fails in a full run."""
+
+    _batches: int = PrivateAttr(0)
+
+    def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._batches += model.training
+        if self._batches > 160 / 4:
+            raise ZeroDivisionError
+        return super().loss_sums(model, inputs)
+
+
+def test_the_note_of_a_full_run_that_failed_does_not_say_that_it_runs(runtime: Runtime, tmp_path: Path) -> None:
+    spec = build(**{"study.workload": "tests.tuner.full.test_promote:FailsLate", "trial.num_trials": 1})
+    study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+    with pytest.raises(ZeroDivisionError):
+        promote(study, runtime=runtime, fresh=True, steps=100)
+    note = get_note(study)
+    assert "interrupted" in note and "running" not in note
 
 
 def test_run_again_it_continues_and_then_says_finished(study: optuna.Study, runtime: Runtime) -> None:

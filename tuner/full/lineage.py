@@ -1,0 +1,70 @@
+"""What a study remembers of its promotions: which trial, from where, when, after which confirmation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from tuner.full.confirmed import Confirmation
+from tuner.full.runs import CONTINUED_FROM
+from tuner.run import code_version
+from tuner.trials import ranking
+
+PROMOTIONS = "promotions"
+"""Attribute of a study: a record of each promotion, the newest last."""
+CONTINUED_AT = "continued_at"
+"""In a record: the step that the run went on from."""
+
+
+def promotion_of(study: optuna.Study, run_dir: Path) -> dict[str, Any]:
+    """What the study remembers of a promotion; nothing where there was none."""
+    records: list[dict[str, Any]] = study.user_attrs.get(PROMOTIONS, [])
+    return next((record for record in records if record["run_dir"] == str(run_dir)), {})
+
+
+def remember(
+    study: optuna.Study,
+    chosen: FrozenTrial,
+    run_dir: Path,
+    start: tuple[Path | None, int],
+    begun: bool,
+    confirmed: Confirmation | None,
+) -> dict[str, Any]:
+    """A finished trial can't be written to, so its promotion is recorded with the study, once."""
+    record = promotion_of(study, run_dir)
+    if record and begun:
+        return record
+    origin, step = start
+    others = [one for one in study.user_attrs.get(PROMOTIONS, []) if one["run_dir"] != str(run_dir)]
+    record = {
+        "trial": chosen.number,
+        "value": chosen.value,
+        "params": chosen.params,
+        "best": ranking(study)[0].number,
+        "run_dir": str(run_dir),
+        CONTINUED_FROM: None if origin is None else str(origin),
+        CONTINUED_AT: step,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": code_version(),
+    }
+    if confirmed is not None:
+        record["confirmation"] = {**asdict(confirmed), "verdict": confirmed.verdict}
+    study.set_user_attr(PROMOTIONS, [*others, record])
+    return record
+
+
+def lineage_of(study: optuna.Study, chosen: FrozenTrial, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a full run comes from: the same whenever it goes on."""
+    origin = record[CONTINUED_FROM]
+    return {
+        "study": study.study_name,
+        "trial": chosen.number,
+        "params": chosen.params,
+        CONTINUED_FROM: None if origin is None else {"run_dir": origin, "step": record[CONTINUED_AT]},
+    }
