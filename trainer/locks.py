@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -33,10 +34,10 @@ def locked(run_dir: Path, name: str = ".lock") -> Iterator[None]:
 
 def is_locked(run_dir: Path, name: str = ".lock") -> bool:
     """Whether a process holds `run_dir` at this moment."""
-    if not (run_dir / name).exists():
-        return False
-    try:
-        with FileLock(run_dir / name, timeout=0):
-            return False
-    except Timeout:
-        return True
+    with suppress(FileNotFoundError), open(run_dir / name, "rb") as file:
+        try:
+            # Shared, so that two who look do not take each other for the holder.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

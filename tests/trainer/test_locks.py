@@ -1,0 +1,44 @@
+"""Who looks whether a run directory is in use disturbs neither its users nor others who look."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from trainer.locks import is_locked, locked
+
+
+class Readers:
+    """Two threads that look all the time."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._ended = run_dir, threading.Event()
+        self._threads = ThreadPoolExecutor(2)
+        self._looks = [self._threads.submit(self._look) for _ in range(2)]
+
+    def _look(self) -> int:
+        return sum(is_locked(self._run_dir) for _ in iter(self._ended.is_set, True))
+
+    def end(self) -> int:
+        """How often they saw it held."""
+        self._ended.set()
+        with self._threads:
+            return sum(look.result() for look in self._looks)
+
+
+def test_who_looks_does_not_keep_others_out(tmp_path: Path) -> None:
+    readers = Readers(tmp_path)
+    for _ in range(100):
+        with locked(tmp_path):
+            pass
+    readers.end()
+
+
+def test_two_who_look_do_not_take_each_other_for_the_holder(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        pass
+    readers = Readers(tmp_path)
+    time.sleep(0.5)
+    assert readers.end() == 0
