@@ -24,7 +24,7 @@ from trainer.tracking import Tracker
 from tuner.claims import claim_trial, wants_more, why_complete
 from tuner.dashboard.page import StudyPage
 from tuner.objective import Interrupted, Objective
-from tuner.run import Runtime
+from tuner.run import Runtime, code_digest
 from tuner.samplers import build_pruner, build_sampler
 from tuner.search_space import largest_step
 from tuner.spec import StudySpec
@@ -34,6 +34,7 @@ from tuner.supervisor import Job, Supervisor, visible_devices, worker_environmen
 from tuner.trials import (
     BASE_DIR,
     BASELINE,
+    CODE,
     DATA_DIGEST,
     ENDED,
     SPEC,
@@ -82,6 +83,7 @@ def launch(
     runtime = replace(given, stop=stop)
     study = open_study(spec, storage)
     total = num_trials or spec.trial.num_trials
+    _warn_of_other_code(study, spec)
     study.set_user_attr(ENDED, "")
     with _page(study, runtime) as update_page:
         if num_workers == 1:
@@ -93,6 +95,18 @@ def launch(
         elif timeout is not None and not given.stop():
             study.set_user_attr(ENDED, f"the time given, {clock(timeout)}, is over")
     return study
+
+
+def _warn_of_other_code(study: optuna.Study, spec: StudySpec) -> None:
+    code = code_digest(spec.build_workload())
+    others = [str(t.number) for t in study.get_trials(deepcopy=False) if t.user_attrs.get(CODE, code) != code]
+    if others:
+        log.warning(
+            "the code of %s has changed since trials %s ran, which may no longer compare with those to come: to start "
+            "anew, give study.name another value",
+            spec.study.workload,
+            ", ".join(others),
+        )
 
 
 def run_trials(

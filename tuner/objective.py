@@ -22,10 +22,10 @@ from trainer.micro_batches import SIZED_BY, Fit, fit, shortage
 from trainer.tracking import Tracker
 from trainer.workload import Workload
 from tuner.peak_memory import PeakMemory
-from tuner.run import Runtime, link_aim, log_file, tracked_train
+from tuner.run import Runtime, code_digest, link_aim, log_file, tracked_train
 from tuner.search_space import Setup, full_setup, suggest, trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import BASELINE, D_RISING, HOST, INFEASIBLE, report_once, trial_name
+from tuner.trials import BASELINE, CODE, D_RISING, HOST, INFEASIBLE, report_once, trial_name
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class Objective:
         run_dir = self.runtime.run_dir(self.spec.study.name, trial_name(trial.number))
         trial.set_user_attr("run_dir", str(run_dir))
         trial.set_user_attr(HOST, platform.node())
+        trial.set_user_attr(CODE, code_digest(self.spec.build_workload()))
         value, ending = math.nan, None
         try:
             _count_start(trial)

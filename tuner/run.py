@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import subprocess
@@ -105,7 +106,20 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
         "class": f"{next(offered, cls.__module__)}:{cls.__name__}",
         "folder": str(folder),
         "options": workload.model_dump(mode="json"),
+        "code": code_digest(workload),
     }
+
+
+def code_digest(workload: Workload) -> str:
+    """Of the Python files beside the one that defines its class; empty where there is no such file."""
+    try:
+        folder = Path(inspect.getfile(type(workload))).parent
+    except (OSError, TypeError):
+        return ""  # a notebook's cell
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

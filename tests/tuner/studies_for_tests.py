@@ -51,8 +51,13 @@ def values(**changes: Any) -> dict[str, Any]:
     return result
 
 
-def build(**changes: Any) -> StudySpec:
-    return StudySpec.build(values(**changes), base_dir=Path.cwd())
+def build(*, without: str = "", **changes: Any) -> StudySpec:
+    """A spec of `values`; without one of their dotted keys, if one is named."""
+    given = values(**changes)
+    if without:
+        section, _, name = without.partition(".")
+        del given[section][name]
+    return StudySpec.build(given, base_dir=Path.cwd())
 
 
 def write(folder: Path, text: str = TOML) -> Path:

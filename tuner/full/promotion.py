@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from trainer import Evaluation, TrainResult, UserError
-from trainer.acceleration import detect
+from trainer import TrainResult, UserError
 from trainer.checkpoint import holds_state
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
@@ -19,15 +19,14 @@ from tuner.dashboard.page import StudyPage
 from tuner.full.confirmation import own_curve, own_seed
 from tuner.full.confirmed import Confirmation, read_record, stored_asked, stored_confirmation
 from tuner.full.continuation import go_on_from, step_to_go_on_from
+from tuner.full.following import drawn, measured, stand
 from tuner.full.lineage import CONTINUED_AT, PROMOTIONS, lineage_of, promotion_of, remember
-from tuner.full.projection import MeasuredSpeed, outlooks, say
 from tuner.full.retracing import Retracing
 from tuner.full.runs import CONTINUED_FROM, curves_of, open_curve
-from tuner.peak_memory import PeakMemory
-from tuner.run import Runtime, link_aim, log_file, tracked_train
+from tuner.run import Runtime, code_digest, link_aim, tracked_train
 from tuner.search_space import Setup, full_setup, trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import FULL_HOURS, ranking, report_once, stored_spec, trial_name
+from tuner.trials import CODE, ranking, stored_spec, trial_name
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +67,50 @@ def promote(
     run_dir = runtime.run_dir(spec.study.name, f"full-{trial_name(chosen.number)}")
     if is_locked(run_dir):
         raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
+    record, curve = _begin(study, spec, chosen, run_dir, setup, fresh, steps, confirmed)
+    retracing = Retracing(study, spec, chosen)
+    if record[CONTINUED_FROM] is None:
+        retracing.say_if_blind(setup.config.eval_every or math.inf)
+    if (code := code_digest(setup.workload)) != chosen.user_attrs.get(CODE, code):
+        log.warning("the code of %s has changed since trial %d ran", spec.study.workload, chosen.number)
+    followers, page = list(trackers), StudyPage(study, runtime.run_root)
+    if curve is not None:
+        followers.append(measured(study, spec, chosen, setup, length, curve, run_dir))
+    try:
+        result = tracked_train(
+            setup,
+            run_dir,
+            runtime,
+            experiment=spec.study.name,
+            lineage=lineage_of(study, chosen, record),
+            trackers=followers,
+            on_eval=None if curve is None else drawn(spec, retracing, curve, run_dir, page),
+        )
+        if curve is not None:
+            link_aim(curve, run_dir)
+            stand(curve, result.step, result.metrics)
+            if result.finished:
+                curve.study.tell(curve, result.metrics[spec.study.metric])
+    finally:
+        # Nor does a run that failed go on.
+        page.update(now=True)
+    return result
+
+
+def _begin(
+    study: optuna.Study,
+    spec: StudySpec,
+    chosen: FrozenTrial,
+    run_dir: Path,
+    setup: Setup,
+    fresh: bool,
+    steps: int | None,
+    confirmed: Confirmation | None,
+) -> tuple[dict[str, Any], optuna.Trial | None]:
+    """Record where a full run comes from, open its curve, and put the checkpoint that it goes on from in its place.
+
+    Returns the record, and the curve, which is None where the run has finished.
+    """
     begun = holds_state(run_dir)
     origin, step = _origin(study, spec, chosen, run_dir, begun, fresh)
     if steps is not None and steps < (stands := _stands_at(study, chosen) if begun else step):
@@ -79,74 +122,13 @@ def promote(
     curve = open_curve(study, chosen, run_dir, setup.config.num_steps, past=past, continued_from=origin)
     if origin and not begun:
         go_on_from(origin, run_dir, setup.workload)
-    followers, page = list(trackers), StudyPage(study, runtime.run_root)
-    if curve is not None:
-        followers.append(_measured(study, spec, chosen, setup, length, curve, run_dir))
-    try:
-        result = tracked_train(
-            setup,
-            run_dir,
-            runtime,
-            experiment=spec.study.name,
-            lineage=lineage_of(study, chosen, record),
-            trackers=followers,
-            on_eval=None if curve is None else _drawn(study, spec, chosen, curve, run_dir, page),
-        )
-        if curve is not None:
-            link_aim(curve, run_dir)
-            _stand(curve, result.step, result.metrics)
-            if result.finished:
-                curve.study.tell(curve, result.metrics[spec.study.metric])
-    finally:
-        # Nor does a run that failed go on.
-        page.update(now=True)
-    return result
-
-
-def _measured(
-    study: optuna.Study,
-    spec: StudySpec,
-    chosen: FrozenTrial,
-    setup: Setup,
-    length: Mapping[str, Any],
-    curve: optuna.Trial,
-    run_dir: Path,
-) -> Tracker:
-    """Says what the full run will take, at once by its trial, and by its own first steps once they are measured."""
-    found = outlooks(study, spec, chosen, length)
-    with log_file(run_dir):
-        say(found)
-    peak = PeakMemory(detect(setup.config.device).kind)
-    return MeasuredSpeed(found, peak=peak.read, keep=lambda hours: curve.set_user_attr(FULL_HOURS, hours))
-
-
-def _drawn(
-    study: optuna.Study, spec: StudySpec, chosen: FrozenTrial, curve: optuna.Trial, run_dir: Path, page: StudyPage
-) -> Callable[[Evaluation], None]:
-    """Draws a full run's curve, evaluation by evaluation; one from step 0 is held against its trial's."""
-    retracing = Retracing(study, spec, chosen)
-
-    def on_eval(evaluation: Evaluation) -> None:
-        value = evaluation.metrics[spec.study.metric]
-        if curve.user_attrs.get(CONTINUED_FROM, "unknown") is None:
-            retracing.check(curve, evaluation.point, value)
-        report_once(curve, value, evaluation.samples)
-        link_aim(curve, run_dir)
-        _stand(curve, evaluation.step, evaluation.metrics)
-        page.update()
-
-    return on_eval
+    return record, curve
 
 
 def _stands_at(study: optuna.Study, chosen: FrozenTrial) -> int:
     """The step at which a full run was validated last."""
     mine = curves_of(study, chosen)
     return int(mine[-1].user_attrs.get("step", 0)) if mine else 0
-
-
-def _stand(curve: optuna.Trial, step: int, metrics: Mapping[str, float]) -> None:
-    curve.set_user_attr("step", step)
-    curve.set_user_attr("metrics", dict(metrics))
 
 
 def rerun(

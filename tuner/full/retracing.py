@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from tuner.full.confirmation import own_curve, seed_spread
 from tuner.full.runs import DEVIATION
+from tuner.search_space import trial_setup
 from tuner.spec import StudySpec
 
 log = logging.getLogger(__name__)
@@ -20,11 +22,29 @@ TOLERANCE = 0.05
 
 
 class Retracing:
-    """Holds a run from step 0 against the trial's values at the same points; only where they are in samples."""
+    """Holds a run from step 0 against the trial's values at the same points."""
 
     def __init__(self, study: optuna.Study, spec: StudySpec, trial: FrozenTrial) -> None:
         self.study, self.spec, self.trial = study, spec, trial
-        self.expected = own_curve(study, spec, trial) if spec.trial.unit == "samples" else {}
+        self.expected: dict[int, float] = {}
+        """The trial's values, by samples; none where its points are in seconds."""
+        if spec.trial.unit != "seconds":
+            samples = 1 if spec.trial.unit == "samples" else trial_setup(spec, trial.params).config.effective_batch_size
+            self.expected = {at * samples: value for at, value in own_curve(study, spec, trial).items()}
+
+    def say_if_blind(self, every: float) -> None:
+        """Warn where a run that is validated after `every` samples meets none of the trial's points."""
+        if any(math.isclose(at / every, round(at / every), abs_tol=1e-6) for at in self.expected):
+            return
+        points = f"every {self.spec.trial.budget / self.spec.trial.evaluations:,g} {self.spec.trial.unit}"
+        log.warning(
+            "the full run can't be held against trial %d: it is validated every %s samples, the trial was %s up to %s; "
+            "leave full.eval_every out, or choose one that meets a point of the trial",
+            self.trial.number,
+            f"{every:,g}",
+            points,
+            f"{self.spec.trial.budget:,g}",
+        )
 
     def check(self, curve: optuna.Trial, point: float, value: float) -> None:
         """Warn of a deviation, and record it with the full run's curve."""
@@ -32,7 +52,7 @@ class Retracing:
         if at not in self.expected:
             return
         expected = self.expected[at]
-        spread = seed_spread(self.study, self.spec, self.trial, at)
+        spread = seed_spread(self.study, self.spec, self.trial, at) if self.spec.trial.unit == "samples" else None
         allowed = TOLERANCE * abs(expected) if spread is None else spread
         if abs(value - expected) <= allowed:
             return

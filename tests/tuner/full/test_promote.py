@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from optuna_dashboard import get_note
 from pydantic import PrivateAttr
@@ -19,11 +20,12 @@ from trainer.checkpoint import read_checkpoint
 from tuner.full.lineage import PROMOTIONS
 from tuner.full.projection import MeasuredSpeed, Outlook
 from tuner.full.promotion import promote
+from tuner.full.retracing import Retracing
 from tuner.full.runs import full_runs
 from tuner.launcher import launch
 from tuner.report import status
 from tuner.run import Runtime
-from tuner.trials import ranking
+from tuner.trials import ranking, report_once, stored_spec
 
 
 @pytest.fixture
@@ -309,6 +311,57 @@ def test_a_run_that_does_not_retrace_its_trial_is_said_and_recorded(
         ]
     else:
         assert "deviation" not in curve.user_attrs
+
+
+def test_a_full_run_that_meets_no_point_of_its_trial_says_so(
+    runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = build(**{"full.eval_every": 100, "trial.num_trials": 1})
+    study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+    promote(study, runtime=runtime, fresh=True)
+    assert (
+        "can't be held against trial 0: it is validated every 100 samples, the trial was every 40 samples up to 160"
+        in (caplog.text)
+    )
+
+
+def test_a_trial_in_steps_is_retraced_too(runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {"full.eval_every": 80, "trial.steps": 20, "trial.num_trials": 1}
+    study = launch(build(without="trial.samples", **values), storage=f"sqlite:///{tmp_path}/t.db", runtime=runtime)
+    assert Retracing(study, stored_spec(study), study.trials[0]).expected.keys() == {40, 80, 120, 160}
+    promote(study, runtime=runtime, fresh=True)
+    assert "retrace" not in caplog.text and "held against" not in caplog.text
+
+
+def test_a_changed_workload_is_said_before_the_full_run_and_the_next_trial(
+    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    promote(study, runtime=runtime)
+    launch(build(), storage=study._storage, runtime=runtime, num_trials=4)
+    assert "has changed" not in caplog.text
+    for module in ("full.promotion", "launcher"):
+        monkeypatch.setattr(f"tuner.{module}.code_digest", lambda workload: "other")
+    promote(study, runtime=runtime)
+    assert f"the code of tests.toy:Toy has changed since trial {ranking(study)[0].number} ran" in caplog.text
+    launch(build(), storage=study._storage, runtime=runtime, num_trials=4)
+    assert "has changed since trials 0, 1, 2, 3 ran" in caplog.text
+
+
+def test_a_busy_storage_does_not_end_a_full_run(
+    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The database is held by somebody else at one validation."""
+    reports = itertools.count()
+
+    def report(curve: optuna.Trial, value: float, step: int) -> bool:
+        if next(reports) == 0:
+            raise StorageInternalError("An exception is raised during the commit.") from OSError("database is locked")
+        return report_once(curve, value, step)
+
+    monkeypatch.setattr("tuner.full.following.report_once", report)
+    assert promote(study, runtime=runtime).finished
+    assert "could not be written (database is locked): the run goes on" in caplog.text
+    assert 480 in curves(study)[0].intermediate_values
 
 
 def test_what_the_full_run_takes_is_said_beside_the_baselines(
