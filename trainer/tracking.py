@@ -34,23 +34,28 @@ class CheckpointTracker(Protocol):
 
 
 class Trackers:
-    """Several trackers as one."""
+    """Several trackers as one. One that fails is left out from then on: training goes on."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self.trackers = trackers
+        self.trackers = list(trackers)
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
-        for tracker in self.trackers:
-            tracker.track(values, step=step, samples=samples)
+        self._tell(lambda tracker: tracker.track(values, step=step, samples=samples))
 
     def checkpoint(self, name: str, *, step: int) -> None:
-        for tracker in self.trackers:
-            if isinstance(tracker, CheckpointTracker):
-                tracker.checkpoint(name, step=step)
+        self._tell(lambda tracker: tracker.checkpoint(name, step=step), to=CheckpointTracker)
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, say: Callable[[Any], None], to: type = object) -> None:
+        for tracker in [tracker for tracker in self.trackers if isinstance(tracker, to)]:
+            try:
+                say(tracker)
+            # Whatever it meets is no reason to lose a run of days. With its traceback: it may be a defect.
+            except Exception:
+                log.warning("%s failed; training goes on without it", type(tracker).__name__, exc_info=True)
+                self.trackers.remove(tracker)
 
 
 class AimTracker:

@@ -102,7 +102,7 @@ def why_complete(study: optuna.Study, spec: StudySpec, total: int) -> str:
     """What ended a study that starts no more trials."""
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     if sum(state in (*COUNTED, TrialState.RUNNING) for state in states) >= total:
-        return f"the study has its {total} trials"
+        return f"the study has its {total} trial{'s' if total > 1 else ''}"
     delta = f" by more than {spec.trial.min_delta:g}" if spec.trial.min_delta else ""
     return f"no trial improved {spec.study.metric}{delta} in the last {spec.trial.patience}"
 

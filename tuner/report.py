@@ -5,7 +5,6 @@ Imports no torch: `tuner status` is quick.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from rich.text import Text
 from trainer.errors import UserError
 from tuner.display import format_params, is_rising, trial_table
 from tuner.display.curves import curves_table
+from tuner.display.events import to_json
 from tuner.full.runs import full_runs
 from tuner.trials import (
     BASELINE,
@@ -109,7 +109,7 @@ def _studies(storage: BaseStorage) -> list[dict[str, Any]]:
 def print_studies(storage: BaseStorage, *, as_json: bool) -> None:
     """One line for each study of the storage that this tuner launched."""
     found = _studies(storage)
-    print(json.dumps(found, indent=1) if as_json else "\n".join(map(_study_line, found)) or NO_STUDIES)
+    print(to_json(found, indent=1) if as_json else "\n".join(map(_study_line, found)) or NO_STUDIES)
 
 
 def _study_line(found: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.toy import Toy
 from trainer import Diverged, Evaluation, TrainConfig, UserError, train
 from trainer.checkpoint import locked, read_checkpoint
+from trainer.tracking import Trackers
 
 CONFIG = {"batch_size": 4, "eval_every": 40, "log_every": 5, "save_every": 10, "precision": "fp32"}
 
@@ -294,6 +295,23 @@ def test_a_gradient_that_is_not_finite_skips_its_update_alone(tmp_path: Path, op
 def test_a_run_without_any_update_ends_as_diverged(tmp_path: Path, log_every: int) -> None:
     with pytest.raises(Diverged, match="none of the last 5 gradients was finite, at step 5"):
         train(Exploding(always=True), config(log_every=log_every), run_dir=tmp_path)
+
+
+class Broken(Recorder):
+    """A display that fails at the third thing it is told."""
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        super().track(values, step=step, samples=samples)
+        if len(self.values) == 3:
+            raise ZeroDivisionError
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken, whole = Broken(), Recorder()
+    assert train(Toy(), config(), run_dir=tmp_path, tracker=Trackers([broken, whole])).finished
+    assert len(broken.values) == 3 < len(whole.values)
+    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert said.getMessage() == "Broken failed; training goes on without it" and said.exc_info
 
 
 class Overflowing(Toy):

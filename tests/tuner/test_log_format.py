@@ -127,6 +127,21 @@ def test_a_launch_outlives_its_terminal(tmp_path: Path) -> None:
     assert trial.state.name == "COMPLETE"
 
 
+@pytest.mark.parametrize("log_format", ["plain", "json"])
+def test_a_terminal_without_utf_8_shows_what_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_format: str
+) -> None:
+    folder = tmp_path / "한국어"
+    folder.mkdir()
+    write(folder)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    trained = tuner(folder, "train", "study.toml", "--no-track", "--log-format", log_format)
+    assert trained.returncode == 0, trained.stderr
+    assert "\\ud55c\\uad6d\\uc5b4" in trained.stdout
+    if log_format == "json":
+        assert json.loads(trained.stdout.splitlines()[-1])["run_dir"] == str(folder / "runs/toy/train")
+
+
 def test_watching_ends_with_ctrl_c_and_code_0(tmp_path: Path) -> None:
     open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
     ours, theirs = pty.openpty()

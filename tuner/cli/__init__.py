@@ -6,7 +6,11 @@ Heavy imports happen inside the commands, so that help is quick.
 
 from __future__ import annotations
 
+import errno
 import sys
+from importlib.metadata import version as version_of
+from io import TextIOWrapper
+from typing import Annotated
 
 import typer
 
@@ -20,6 +24,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+REMEDIES = {
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.ENOSPC: "free some space on that disk, then run this again",
+    errno.EDQUOT: "free some space within your quota, then run this again",
+    errno.EROFS: "choose another --run-root or --storage, on a disk that can be written",
+}
+"""What to do about errors of the operating system that are no defect of this program."""
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prodigy-tuner {version_of('prodigy-tuner')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """What may stand before a command."""
+
+
 # In the order of the help.
 for command in (
     study.launch,
@@ -38,10 +66,19 @@ for command in (
 
 def main() -> None:
     """Run a command as `sys.argv` says."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # What a terminal without UTF-8 can't show, a path in Korean, is no reason to end a run.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
         print(f"tuner: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        print(f"tuner: {error}: {REMEDIES[error.errno]}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(STOPPED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -102,6 +101,7 @@ def status(
         raise UserError("--watch is for people: leave it or --json out.")
     from rich.console import Console
 
+    from tuner.display.events import to_json
     from tuner.report import print_status, print_studies, status, watch
     from tuner.storage import load_study, open_storage
 
@@ -111,7 +111,7 @@ def status(
     elif study is None:
         print_studies(opened, as_json=as_json)
     elif as_json:
-        print(json.dumps(status(load_study(study, opened)), indent=1))
+        print(to_json(status(load_study(study, opened)), indent=1))
     else:
         print_status(load_study(study, opened))
 

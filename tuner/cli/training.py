@@ -75,6 +75,7 @@ def evaluate(
 
     Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
     """
+    from tuner.display.events import to_json
     from tuner.full.evaluation import evaluate_checkpoint
     from tuner.spec import StudySpec, parse_override
 
@@ -84,7 +85,7 @@ def evaluate(
     with explained():
         found = evaluate_checkpoint(study_spec, checkpoint, samples=samples)
     values = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
-    print(json.dumps(found.to_dict()) if as_json else f"{found.checkpoint}, {found.samples:,} samples: {values}")
+    print(to_json(found.to_dict()) if as_json else f"{found.checkpoint}, {found.samples:,} samples: {values}")
 
 
 def export(

@@ -97,7 +97,7 @@ def _goal(found: Findings) -> str:
             f"- **Goal**: the {'lowest' if found.minimized else 'highest'} {escape(found.metric)} "
             f"after {trial[unit]:,} {unit} of training",
             f"- **Searched**: {'; '.join(_space(name, space) for name, space in found.spec['search'].items())}",
-            f"- **Budget**: {trial['num_trials']} trials; so far {counts or 'none'}",
+            f"- **Budget**: {trial['num_trials']} trials by its study.toml; so far {counts or 'none'}",
             *ended,
         ]
     )

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Callable, Iterable
-from http.cookies import CookieError, SimpleCookie
+from hashlib import sha256
 from socketserver import ThreadingMixIn
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from optuna.artifacts import FileSystemArtifactStore
@@ -33,6 +33,8 @@ def guarded(app: WSGIApp, *, token: str, read_only: bool) -> WSGIApp:
 
     The token comes once in the URL (`/?token=...`), is put into a cookie, and the URL is cleared of it.
     """
+    # All servers of a host share their cookies, whatever their port: each dashboard has a name of its own.
+    name = f"{COOKIE}_{sha256(token.encode()).hexdigest()[:8]}"
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         def refuse(status: str, text: str) -> Iterable[bytes]:
@@ -41,11 +43,11 @@ def guarded(app: WSGIApp, *, token: str, read_only: bool) -> WSGIApp:
 
         given = parse_qs(environ.get("QUERY_STRING", "")).get("token", [""])[0]
         if _same(given, token):
-            cookie = f"{COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict"
-            location = environ.get("PATH_INFO") or "/"
+            cookie = f"{name}={token}; Path=/; HttpOnly; SameSite=Strict"
+            location = "/" + quote(environ.get("PATH_INFO", "").lstrip("/"), encoding="latin-1")
             start_response("303 See Other", [("Location", location), ("Set-Cookie", cookie)])
             return [b""]
-        if not _same(_cookie(environ), token):
+        if not _same(_cookie(environ, name), token):
             return refuse("403 Forbidden", "Open the address that `tuner dashboard` printed: it carries the token.\n")
         if read_only and environ["REQUEST_METHOD"] not in READING:
             return refuse("403 Forbidden", "This dashboard is read-only: start it without --read-only to change.\n")
@@ -88,7 +90,7 @@ def make_dashboard(
     """A server that is ready for `serve_forever()`, and the address to open, token included.
 
     Raises:
-        UserError: The port is taken.
+        UserError: The port is taken, or the host is no interface of this machine.
     """
     token = token or secrets.token_urlsafe(16)
     files = artifact_dir(storage)
@@ -100,7 +102,7 @@ def make_dashboard(
     try:
         server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port} on {host}: {error}; choose another port.") from error
+        raise UserError(f"--port {port}, --host {host}: {error}; choose another.") from error
     return server, f"http://{host}:{server.server_port}/?token={token}"
 
 
@@ -115,12 +117,10 @@ class _QuietHandler(WSGIRequestHandler):
         """Say nothing: the first line of each visit would show the token."""
 
 
-def _cookie(environ: dict[str, Any]) -> str:
-    try:
-        morsel = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return morsel.value if morsel else ""
+def _cookie(environ: dict[str, Any], name: str) -> str:
+    # Not by `http.cookies`, which reads none where one of another program's is not to its liking.
+    pairs = (pair.strip().partition("=") for pair in environ.get("HTTP_COOKIE", "").split(";"))
+    return next((value for key, _, value in pairs if key == name), "")
 
 
 def _same(one: str, other: str) -> bool:

@@ -32,10 +32,15 @@ _lock = threading.Lock()
 
 
 def emit(event: str, **values: Any) -> None:
-    """Write one line. What is not finite has no place in JSON: it is null."""
+    """Write one line."""
     line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}
     with _lock:
-        print(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False), file=sys.stdout, flush=True)
+        print(to_json(line), file=sys.stdout, flush=True)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """As JSON has it: what is not finite is null, and what is not ASCII is escaped, whatever the terminal can show."""
+    return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 
 def _finite(value: Any) -> Any:

@@ -113,7 +113,7 @@ def traces(figure: plots.Figure | None) -> dict[str, dict[str, Any]]:
 def test_the_note_says_goal_best_leaderboard_and_the_command(stored: optuna.Study, tmp_path: Path) -> None:
     note = note_of(stored)
     assert "lowest val/loss after 160 samples" in note
-    assert "4 trials; so far 3 complete, 1 infeasible, 1 pruned" in note
+    assert "4 trials by its study.toml; so far 3 complete, 1 infeasible, 1 pruned" in note
     assert "**Best: trial 1** (batch\\_size=4 d\\_coef=0.5), val/loss 2.5000, 0.5000 better" in note
     assert "about 36.2 h." in note and "the short run is too short for this d\\_coef" in note
     rows = table_rows(note, "Leaderboard")

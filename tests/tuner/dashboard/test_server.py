@@ -6,13 +6,13 @@ import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import optuna
 import pytest
 
 from trainer import UserError
-from tuner.dashboard.server import make_dashboard
+from tuner.dashboard.server import guarded, make_dashboard
 from tuner.storage import open_storage
 
 
@@ -64,8 +64,36 @@ def test_without_the_token_nothing_is_shown_and_nothing_changed(client: Client) 
     for method, path in (("GET", "/"), ("GET", "/api/studies"), ("DELETE", "/api/studies/1"), ("GET", "/?token=no")):
         status, body = client.request(method, path)
         assert status == 403 and "toy" not in body
-    client.cookie = "tuner_token=wrong"
+    client.log_in()
+    client.cookie = client.cookie[:-1]
     assert client.request("GET", "/api/studies")[0] == 403
+
+
+@pytest.mark.parametrize("foreign", ["a[1]=2", 'x={"a":1}', "b=1 2", "name", "tuner_token_00000000=another's"])
+def test_other_programs_cookies_do_not_lock_a_person_out(client: Client, foreign: str) -> None:
+    client.log_in()
+    client.cookie = f"{foreign}; {client.cookie}; {foreign}"
+    assert client.request("GET", "/api/studies")[0] == 200
+
+
+def test_two_dashboards_on_one_host_do_not_log_each_other_out() -> None:
+    names = set()
+    for token in ("one", "other"):
+        app = guarded(lambda environ, start: [b""], token=token, read_only=False)
+        told: list[tuple[str, str]] = []
+        app({"QUERY_STRING": f"token={token}"}, lambda status, headers, told=told: told.extend(headers))
+        names.add(dict(told)["Set-Cookie"].partition("=")[0])
+    assert len(names) == 2
+
+
+def test_the_token_leads_to_the_same_page_of_the_same_host() -> None:
+    for path, location in (("//evil.example/a", "/evil.example/a"), ("/a%0d%0aX: 1", "/a%0D%0AX%3A%201")):
+        told: list[tuple[str, str]] = []
+        environ = {"QUERY_STRING": "token=t", "PATH_INFO": unquote(path, "latin-1")}
+        guarded(lambda environ, start: [b""], token="t", read_only=False)(
+            environ, lambda status, headers, told=told: told.extend(headers)
+        )
+        assert dict(told)["Location"] == location
 
 
 def test_with_the_token_the_study_is_there(client: Client) -> None:
@@ -91,6 +119,6 @@ def test_read_only_refuses_every_change_and_shows_all(reader: Client) -> None:
 
 def test_a_taken_port_is_a_user_error(client: Client, tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
-    with pytest.raises(UserError, match="choose another port"):
+    with pytest.raises(UserError, match=f"--port {client.parts.port}, --host 127.0.0.1: .*in use; choose another"):
         make_dashboard(storage, port=client.parts.port or 0)
     storage.engine.dispose()

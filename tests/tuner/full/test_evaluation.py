@@ -59,6 +59,18 @@ def test_of_a_run_directory_the_exported_checkpoint_is_taken(run_dir: Path) -> N
     assert evaluate_checkpoint(build(), run_dir).checkpoint == run_dir / "best_token_model.pth"
 
 
+def test_a_loss_that_is_no_number_is_null_in_json(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = read_checkpoint(run_dir / "latest.pth")
+    state["model"]["head.bias"].fill_(torch.nan)
+    torch.save(state, tmp_path / "ruined.pth")
+    arguments = str(write(tmp_path, TOML)), "--checkpoint", str(tmp_path / "ruined.pth")
+    assert evaluate(monkeypatch, *arguments, "--json") == 0
+    out = capsys.readouterr().out
+    assert json.loads(out, parse_constant=pytest.fail)["metrics"]["val/loss"] is None
+
+
 def test_json_is_all_that_is_printed(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
