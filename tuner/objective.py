@@ -30,7 +30,8 @@ from tuner.trials import BASELINE, CODE, D_RISING, HOST, INFEASIBLE, report_once
 log = logging.getLogger(__name__)
 
 STARTS = "starts"
-"""Attribute of a trial: [how often it was started since its last sign of life, its evaluations at that time]."""
+"""Attribute of a trial: how often it was started since its last sign of life, and its evaluations and its newest
+checkpoint at that time."""
 MAX_STARTS = 3
 RISING = 1.01
 """Prodigy's d still rose if the last evaluation found it larger than the one before by more than this factor."""
@@ -85,7 +86,7 @@ class Objective:
         trial.set_user_attr(CODE, code_digest(self.spec.build_workload()))
         value, ending = math.nan, None
         try:
-            _count_start(trial)
+            _count_start(trial, run_dir)
             value = self._train(trial, params, run_dir, trackers)
         except Infeasible as error:
             trial.set_constraint(error.constraint, 1.0)
@@ -95,7 +96,7 @@ class Objective:
             ending = str(error)
         except (Interrupted, UserError, KeyboardInterrupt):
             # It ended with a word.
-            trial.set_user_attr(STARTS, [0, 0])
+            trial.set_user_attr(STARTS, [0])
             raise
         # Only here: the frames of an exception hold the model while it is handled.
         release_memory()
@@ -187,14 +188,15 @@ def rises(d: Sequence[float], d0: float) -> bool:
     return len(d) < 2 or d[-1] > RISING * d[-2] or d[-1] <= RISING * d0
 
 
-def _count_start(trial: optuna.Trial) -> None:
+def _count_start(trial: optuna.Trial, run_dir: Path) -> None:
     """Count the starts of a trial that end without a word: what the kernel kills to free memory says nothing."""
     evaluations = len(trial.storage.get_trial(trial._trial_id).intermediate_values)
-    starts, at = trial.user_attrs.get(STARTS, [0, 0])
-    starts = starts if at == evaluations else 0
+    life = [evaluations, max((path.name for path in run_dir.glob("step_*.pth")), default="")]
+    starts, *before = trial.user_attrs.get(STARTS, [0])
+    starts = starts if before == life else 0
     if starts >= MAX_STARTS:
         raise Infeasible("memory", f"ended {starts} times without a word, likely by the kernel's out-of-memory killer")
-    trial.set_user_attr(STARTS, [starts + 1, evaluations])
+    trial.set_user_attr(STARTS, [starts + 1, *life])
 
 
 def _fitted(

