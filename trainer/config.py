@@ -7,17 +7,25 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ADAMW_LR = 1e-4
+
+
+def _no_other_kind(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError("a number is needed" + (", without quotes" if isinstance(value, str) else ""))
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("numbers end at 2**63")
+    return value
+
+
+IsNumber = BeforeValidator(_no_other_kind)
+"""Pydantic would take true as 1 and "16" as 16; no float, tensor or database holds what has more than 64 bits."""
+PositiveInt = Annotated[int, Field(gt=0), IsNumber]
+NonNegativeInt = Annotated[int, Field(ge=0), IsNumber]
+PositiveFloat = Annotated[float, Field(gt=0), IsNumber]
+NonNegativeFloat = Annotated[float, Field(ge=0), IsNumber]
 
 
 class Role(Enum):
@@ -35,7 +43,7 @@ Unit = Literal["samples", "steps", "seconds"]
 class TrainConfig(BaseModel):
     """One training run. Its length is exactly one of `steps`, `samples` and `seconds`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # How long. A step is one optimizer update; a sample is one utterance; seconds count training alone.
     steps: Annotated[PositiveInt | None, Role.BUDGET] = None

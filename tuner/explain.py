@@ -4,38 +4,75 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+DIMENSION_KEYS = ("choices", "low", "high", "log", "step")
+LONGEST_VALUE = 80
+# Where several types are allowed, pydantic adds the one that it tried to the place of the mistake.
+TRIED_TYPE = re.compile(r"(Choices|Range|int|float|bool|str|(function|constrained)-.*|(literal|list|tuple|dict)\[.*)")
 
 
 def unknown_key(key: str, known: Iterable[str], section: str = "") -> str:
     """What to say of a key that is not among the known: the nearest of them, or all."""
     known = list(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = max(known, key=lambda other: _likeness(key, other), default=None)
     where = f"{section}." if section else ""
-    remedy = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(known)}."
+    alike = near is not None and difflib.SequenceMatcher(None, near, key).ratio() >= 0.5
+    remedy = f"did you mean {where}{near}?" if alike else f"known are {', '.join(known)}."
     return f"unknown key {where}{key}; {remedy}"
+
+
+def _likeness(key: str, other: str) -> float:
+    """In order, and once more without it: "lgo" is "log" with two letters exchanged."""
+    in_order = difflib.SequenceMatcher(None, other, key).ratio()
+    return in_order + difflib.SequenceMatcher(None, sorted(other), sorted(key)).ratio()
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One mistake of a ValidationError as one line: a misspelt key rather than the one that it leaves missing."""
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    where = [part for part in map(str, first["loc"]) if part not in ("Choices", "Range")]
+    where = _place(first["loc"])
     if first["type"] == "extra_forbidden":
-        for part in where[:-1]:
-            nested = model.model_fields[part].annotation if part in model.model_fields else None
-            if isinstance(nested, type) and issubclass(nested, BaseModel):
-                model = nested
-        if where[0] == "search":
-            return unknown_key(
-                where[-1], {"choices": 0, "low": 0, "high": 0, "log": 0, "step": 0}, "search." + where[1]
-            )
-        return unknown_key(where[-1], model.model_fields, ".".join([prefix, *where[:-1]]).strip("."))
+        return _explain_unknown(where, "Choices" in first["loc"], model, prefix)
     name = ".".join([prefix, *where]).strip(".")
     if first["type"] == "missing":
         return f"{name} is missing; add it."
-    message = first["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(first["input"], dict) else f" {json.dumps(first['input'], default=str)}"
-    return f"{name or 'spec'}{given}: {message[0].lower()}{message[1:].rstrip('.')}."
+    # One for each type that is allowed there; types may say the same.
+    said = dict.fromkeys(_message(e["msg"]) for e in errors if _place(e["loc"]) == where)
+    given = "" if isinstance(first["input"], dict) else f" {_shown(first['input'])}"
+    return f"{name or 'spec'}{given}: {', or '.join(said)}."
+
+
+def _explain_unknown(where: Sequence[str], has_choices: bool, model: type[BaseModel], prefix: str) -> str:
+    key = where[-1]
+    for part in where[:-1]:
+        nested = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            model = nested
+    section = ".".join([prefix, *where[:-1]]).strip(".")
+    if where[0] != "search" or len(where) < 3:
+        return unknown_key(key, model.model_fields, section)
+    if has_choices and key in DIMENSION_KEYS:
+        return f"{section}.{key}: choices stand alone, without low, high, log and step; remove it or the choices."
+    return unknown_key(key, DIMENSION_KEYS, section)
+
+
+def _place(loc: Sequence[int | str]) -> list[str]:
+    return [str(part) for part in loc if not TRIED_TYPE.fullmatch(str(part))]
+
+
+def _message(text: str) -> str:
+    text = text.removeprefix("Value error, ")
+    return f"{text[0].lower()}{text[1:].rstrip('.')}"
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML writes it, not longer than a line."""
+    # JSON's names for what is not finite are others than TOML's.
+    text = str(value) if isinstance(value, float) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

@@ -25,7 +25,17 @@ from tuner.peak_memory import PeakMemory
 from tuner.run import Runtime, code_digest, link_aim, log_file, tracked_train
 from tuner.search_space import Setup, full_setup, suggest, trial_setup
 from tuner.spec import StudySpec
-from tuner.trials import BASELINE, CODE, D_RISING, HOST, INFEASIBLE, report_once, trial_name
+from tuner.trials import (
+    BASELINE,
+    CODE,
+    D_RISING,
+    FULL_HOURS,
+    FULL_LENGTH,
+    HOST,
+    INFEASIBLE,
+    report_once,
+    trial_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +154,8 @@ class Objective:
             trial.set_user_attr("d", found)
             trial.set_user_attr(D_RISING, config.optimizer == "prodigy" and rises(found, config.d0))
         if full_steps is not None and evaluation.seconds_per_step is not None:
-            trial.set_user_attr("full_hours", evaluation.seconds_per_step * full_steps / 3600)
+            trial.set_user_attr(FULL_HOURS, evaluation.seconds_per_step * full_steps / 3600)
+            trial.set_user_attr(FULL_LENGTH, self.spec.full.length)
         # The baseline is what everything is compared with, so it runs to its end. While d rises a loss says little
         # of a long run's. And at the grid's end nothing is saved.
         early = trial.user_attrs.get(BASELINE) or trial.user_attrs.get(D_RISING)

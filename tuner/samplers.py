@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.errors import UserError
@@ -26,7 +30,7 @@ MEDIAN_STARTUP = 2
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
     "gp": GaussianProcessSampler,
     "tpe": lambda **kw: optuna.samplers.TPESampler(**{"n_startup_trials": STARTUP_TRIALS, **kw}),
-    "random": optuna.samplers.RandomSampler,
+    "random": RandomSampler,
     "qmc": optuna.samplers.QMCSampler,
 }
 PRUNERS: dict[str, Callable[..., BasePruner]] = {
@@ -38,9 +42,11 @@ PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
     "none": optuna.pruners.NopPruner,
 }
-
-
 WITH_RUNGS = ("hyperband", "successive_halving")
+
+TRIED_TRIALS = 10
+MISTAKES = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, MemoryError)
+"""What Optuna's classes raise for an argument that can't be, some of them only at a trial."""
 
 
 class PerTrialSampler(BaseSampler):
@@ -81,35 +87,82 @@ class PerTrialSampler(BaseSampler):
 
 
 def build_sampler(choice: Choice, seed: int) -> BaseSampler:
-    """The sampler that `[sampler]` names.
+    """The sampler that `[sampler]` names, tried out.
 
     Raises:
         UserError: There is no such sampler, or it does not take these arguments.
     """
     if "seed" in choice.arguments:
         raise UserError(f"[sampler] seed {choice.arguments['seed']!r}: set study.seed instead.")
-
-    def build(seed: int) -> BaseSampler:
-        return _build("sampler", SAMPLERS, choice, {"seed": seed})
-
-    # Its proposals depend on the trial's number already.
-    return build(seed) if choice.name == "gp" else PerTrialSampler(build, seed)
+    make = _named("sampler", SAMPLERS, choice)
+    with _explained("sampler", choice):
+        # Its proposals depend on the trial's number already, and its constructor finds every mistake.
+        if choice.name == "gp":
+            return make(**choice.arguments, seed=seed)
+        _try_out(lambda: optuna.create_study(sampler=make(**_without_startup(choice), seed=seed)), 1)
+        return PerTrialSampler(partial(_build_quietly, make, choice), seed)
 
 
 def build_pruner(choice: Choice, first_point: int) -> BasePruner:
-    """The pruner that `[pruner]` names; those with rungs have the first one at the first point of the grid.
+    """The pruner that `[pruner]` names, tried out; those with rungs have the first one at the first point of the grid.
 
     Raises UserError as `build_sampler` does.
     """
     # Optuna's default counts epochs: over thousands of samples it makes many rungs below the first validation.
-    rungs = choice.name in WITH_RUNGS and "min_resource" not in choice.arguments
-    return _build("pruner", PRUNERS, choice, {"min_resource": first_point} if rungs else {})
+    rungs = {"min_resource": first_point} if choice.name in WITH_RUNGS else {}
+    make = _named("pruner", PRUNERS, choice)
+    with _explained("pruner", choice):
+        arguments = rungs | choice.arguments
+        _try_out(
+            lambda: optuna.create_study(study_name="tried", sampler=RandomSampler(), pruner=make(**arguments)),
+            first_point,
+        )
+        return make(**arguments)
 
 
-def _build(kind: str, known: Mapping[str, Callable[..., T]], choice: Choice, extra: dict[str, Any]) -> T:
+def _named(kind: str, known: Mapping[str, Callable[..., T]], choice: Choice) -> Callable[..., T]:
     if choice.name not in known:
         raise UserError(f"{kind}.name {choice.name!r}: known are {', '.join(known)}.")
+    return known[choice.name]
+
+
+@contextmanager
+def _explained(kind: str, choice: Choice) -> Iterator[None]:
     try:
-        return known[choice.name](**{**choice.arguments, **extra})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"[{kind}] {choice.name}: {error}.") from error
+        yield
+    except MISTAKES as error:
+        given = ", ".join(f"{key} = {json.dumps(value, default=str)}" for key, value in choice.arguments.items())
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"[{kind}] {choice.name} with {given}: {reason}; change or remove it.") from error
+
+
+def _build_quietly(make: Callable[..., BaseSampler], choice: Choice, seed: int) -> BaseSampler:
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        return make(**choice.arguments, seed=seed)
+
+
+def _without_startup(choice: Choice) -> dict[str, Any]:
+    """The arguments that propose from the second trial on."""
+    startup = choice.arguments.get("n_startup_trials", STARTUP_TRIALS)
+    return choice.arguments | ({"n_startup_trials": 1} if choice.name == "tpe" and isinstance(startup, int) else {})
+
+
+def _try_out(create_study: Callable[[], optuna.Study], first_point: int) -> None:
+    """Some made-up trials, each better than those before, silently: many an argument is first looked at when a trial
+    asks, or when it is promoted to the next rung. Takes about 10 ms."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            study = create_study()
+            for number in range(TRIED_TRIALS):
+                trial = study.ask()
+                trial.suggest_float("float", 0.1, 10.0, log=True)
+                trial.suggest_int("int", 1, 8)
+                trial.suggest_categorical("categorical", ["one", "other"])
+                for point in range(1, 5):
+                    trial.report(1 / (number + point), point * first_point)
+                    trial.should_prune()
+                study.tell(trial, 1 / (number + 4))
+    finally:
+        optuna.logging.set_verbosity(verbosity)

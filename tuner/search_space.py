@@ -11,7 +11,8 @@ from optuna import Trial
 
 from trainer.config import TrainConfig
 from trainer.workload import Workload
-from tuner.spec import Choices, StudySpec
+from tuner.dimensions import Choices
+from tuner.spec import StudySpec
 
 VALIDATION_SHARE = 0.1
 # A forward pass without gradients costs about a third of a training step.

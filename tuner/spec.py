@@ -10,25 +10,25 @@ import tomllib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from trainer.config import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
-    ValidationError,
-    model_validator,
+    Role,
+    TrainConfig,
+    Unit,
+    differences,
+    role_of,
 )
-
-from trainer.config import Role, TrainConfig, Unit, differences, role_of
 from trainer.errors import UserError
 from trainer.workload import Workload
+from tuner.dimensions import Dimension, Range, Section, flatten, is_whole
+from tuner.even_budget import unevenness
 from tuner.explain import explain, unknown_key
 from tuner.workloads import load_workload_class
 
@@ -36,12 +36,9 @@ ENDINGS = ("num_trials", "patience", "min_delta")
 """What of [trial] says when a study ends: its trials are comparable whatever they say."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StudySection(_Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+class StudySection(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Folders and files are named after it."""
     workload: str = Field(pattern=r"^[\w.]+:\w+$")
     """"module:Class"; the module may lie beside the study.toml."""
     metric: str = Field("val/loss", pattern=r"^val/\w+$")
@@ -49,55 +46,15 @@ class StudySection(_Section):
     seed: NonNegativeInt = 0
     """The sampler's. The training seed is `train.seed`."""
 
-
-class Choices(_Section):
-    choices: tuple[int | float | str | bool, ...] = Field(min_length=1)
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.choices
-
-    @property
-    def corners(self) -> tuple[Any, ...]:
-        """Values that stand for all: what holds for them holds for the others."""
-        return self.choices
+    @field_validator("name")
+    @classmethod
+    def _check(cls, name: str) -> str:
+        if name.endswith(".full"):
+            raise ValueError("such a study holds the full runs of another one; choose another ending")
+        return name
 
 
-class Range(_Section):
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Range:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}; exchange them")
-        if not all(map(math.isfinite, (self.low, self.high))):
-            raise ValueError(f"low {self.low} and high {self.high} must be finite")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("log = true needs low above 0 and no step")
-        if self.step is not None and self.step <= 0:
-            raise ValueError(f"step {self.step} must be above 0")
-        return self
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
-
-    @property
-    def corners(self) -> tuple[Any, ...]:
-        """Values that stand for all: what holds for them holds for the others."""
-        return (self.low, self.high)
-
-
-def _kind_of_space(value: Any) -> str:
-    named = "choices" in value if isinstance(value, Mapping) else isinstance(value, Choices)
-    return "Choices" if named else "Range"
-
-
-Space = Annotated[Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")], Discriminator(_kind_of_space)]
-
-
-class TrialSection(_Section):
+class TrialSection(Section):
     """The short run. Its budget is exactly one of samples, steps and seconds."""
 
     samples: PositiveInt | None = None
@@ -141,12 +98,19 @@ class Choice(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
 
+    @model_validator(mode="after")
+    def _check(self) -> Choice:
+        for key, value in self.arguments.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} {value}: input should be a finite number")
+        return self
+
     @property
     def arguments(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
 
-class FullSection(_Section):
+class FullSection(Section):
     """The full run. Its length is exactly one of steps and samples."""
 
     steps: PositiveInt | None = None
@@ -160,14 +124,19 @@ class FullSection(_Section):
             raise ValueError("give exactly one of steps and samples")
         return self
 
+    @property
+    def length(self) -> dict[str, int]:
+        """Its samples or its steps, by that name."""
+        return {"samples": self.samples} if self.samples is not None else {"steps": self.steps or 0}
 
-class StudySpec(_Section):
+
+class StudySpec(Section):
     """A whole study.toml."""
 
     study: StudySection
-    workload: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    search: dict[str, Space]
+    workload: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    search: dict[str, Dimension]
     trial: TrialSection
     sampler: Choice = Choice(name="gp")
     pruner: Choice = Choice(name="median")
@@ -201,6 +170,8 @@ class StudySpec(_Section):
             _set(values, key, value)
         if not search:
             values["search"] = {}
+        elif values.get("search") == {}:
+            raise UserError(f"{path}: [search] is empty; name what is to be searched, such as train.batch_size.")
         return cls.build(values, base_dir=path.resolve().parent, source=str(path))
 
     @classmethod
@@ -212,7 +183,7 @@ class StudySpec(_Section):
         """
         values = {**values, "base_dir": base_dir}
         if isinstance(values.get("search"), dict):
-            values["search"] = _flatten(values["search"])
+            values["search"] = flatten(values["search"])
         try:
             spec = cls.model_validate(values)
         except ValidationError as error:
@@ -270,46 +241,67 @@ class StudySpec(_Section):
                         f"train.{key}: the length and the evaluation grid are set in [trial] and [full]; "
                         "remove it from [train]."
                     )
-            config = self.build_config({**self.train, "steps": 1})
-            workload = self.build_workload()
-            for key, space in self.search.items():
-                section, _, name = key.partition(".")
-                if section not in ("train", "workload") or not name:
-                    raise UserError(f'search."{key}": only train.* and workload.* fields can be searched.')
-                owner: BaseModel = config if section == "train" else workload
-                if name not in type(owner).model_fields:
-                    raise UserError(f'search."{key}": {unknown_key(name, type(owner).model_fields, section)}')
-                role = role_of(type(owner), name)
-                if role is Role.FREE:
-                    raise UserError(f'search."{key}": it changes nothing that is measured; set it in [{section}].')
-                if role in (Role.BUDGET, Role.MEASURE):
-                    raise UserError(
-                        f'search."{key}": it decides {"the budget" if role is Role.BUDGET else "what is measured"}, '
-                        "so trials would not be comparable; remove it from [search]."
-                    )
-                if self.is_integer(key) and any(corner != int(corner) for corner in space.corners):
-                    raise UserError(f'search."{key}": it takes whole numbers, not {space}.')
-                for corner in space.corners:
-                    corner = int(corner) if self.is_integer(key) else corner
-                    if section == "train":
-                        self.build_config({**self.train, "steps": 1, name: corner})
-                    else:
-                        self.build_workload({**self.workload, name: corner})
-                value = getattr(owner, name)
-                if value not in space:
-                    raise UserError(
-                        f"{key} = {value!r} lies outside its search space ({space}): it is the baseline, so widen "
-                        "the space or change it."
-                    )
+            owners = {"train": self.build_config({**self.train, "steps": 1}), "workload": self.build_workload()}
+            for key, dimension in self.search.items():
+                self._check_dimension(key, dimension, owners)
+            self._check_budget(owners["train"])
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
+
+    def _check_dimension(self, key: str, dimension: Dimension, owners: Mapping[str, BaseModel]) -> None:
+        section, _, name = key.partition(".")
+        if section not in owners or not name:
+            raise UserError(f'search."{key}": only train.* and workload.* fields can be searched.')
+        owner = owners[section]
+        if name not in type(owner).model_fields:
+            raise UserError(f'search."{key}": {unknown_key(name, type(owner).model_fields, section)}')
+        role = role_of(type(owner), name)
+        if role is Role.FREE:
+            raise UserError(f'search."{key}": it changes nothing that is measured; set it in [{section}].')
+        if role in (Role.BUDGET, Role.MEASURE):
+            raise UserError(
+                f'search."{key}": it decides {"the budget" if role is Role.BUDGET else "what is measured"}, '
+                "so trials would not be comparable; remove it from [search]."
+            )
+        if (misfit := dimension.misfit(type(owner).model_fields[name].annotation)) is not None:
+            raise UserError(f'search."{key}": {misfit}.')
+        for corner in dimension.corners:
+            if isinstance(dimension, Range) and self.is_integer(key):
+                corner = int(corner)
+            if section == "train":
+                self.build_config({**self.train, "steps": 1, name: corner})
+            else:
+                self.build_workload({**self.workload, name: corner})
+        value = getattr(owner, name)
+        if value is None:
+            raise UserError(f"{key} is not set: the baseline needs a value of its search space ({dimension}).")
+        if value not in dimension:
+            raise UserError(
+                f"{key} = {value!r} lies outside its search space ({dimension}): it is the baseline, so widen "
+                "the space or change it."
+            )
+
+    def _check_budget(self, baseline: BaseModel) -> None:
+        """That trials of all batch sizes see as many samples, and that the pruner's rungs lie within them."""
+        steps = [
+            dimension.whole_numbers() if (dimension := self.search.get(f"train.{name}")) else [getattr(baseline, name)]
+            for name in ("batch_size", "grad_accumulation")
+        ]
+        samples, is_searched = self.trial.samples, max(map(len, steps)) > 1
+        if samples and is_searched and (reason := unevenness(samples, self.trial.evaluations, *steps)) is not None:
+            raise UserError(f"trial.{reason}.")
+        rung = self.pruner.arguments.get("min_resource")
+        if isinstance(rung, int) and rung > self.trial.budget:
+            raise UserError(
+                f"pruner.min_resource {rung} lies beyond a trial's {self.trial.budget:g} {self.trial.unit}: "
+                "nothing would be pruned; use less."
+            )
 
     def is_integer(self, key: str) -> bool:
         """Whether a searched field takes whole numbers only."""
         section, _, name = key.partition(".")
         fields = (TrainConfig if section == "train" else self.workload_class).model_fields
-        kinds = {fields[name].annotation, *get_args(fields[name].annotation)}
-        return int in kinds and float not in kinds
+        return is_whole(fields[name].annotation)
 
     def differences(self, stored: StudySpec) -> list[str]:
         """What of this spec would make its trials incomparable with those of `stored`; the data aside."""
@@ -356,14 +348,3 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     if not isinstance(values.setdefault(section, {}), dict):
         raise UserError(f"--set {key}: {section} is not a table in the spec.")
     values[section][name] = value
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """TOML nests an unquoted `train.d_coef`; both spellings mean the same."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and not {"choices", "low", "high"} & value.keys():
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -6,7 +6,7 @@ Imports no torch: `tuner status` is quick.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,9 @@ CODE = "code"
 ENDED = "ended"
 """Why the last launch came to its end; empty while one is under way or was stopped."""
 FULL_HOURS = "full_hours"
-"""Projected hours of the full run at the trial's speed."""
+"""Projected hours of the full run at the trial's speed; `full_hours` reads it."""
+FULL_LENGTH = "full_length"
+"""The samples or steps of the full run that `FULL_HOURS` was projected for."""
 D_RISING = "d_rising"
 
 CLAIM = ".claim"
@@ -138,14 +140,29 @@ def trials_since_improvement(study: optuna.Study, trials: Sequence[FrozenTrial],
     return since
 
 
+def full_hours(trial: FrozenTrial, full: Mapping[str, Any]) -> float | None:
+    """Projected hours of the full run at a trial's speed; None where it was not timed.
+
+    Args:
+        full: `[full]` as it stands now. Its length may be another than when the trial ran.
+    """
+    hours, then = trial.user_attrs.get(FULL_HOURS), trial.user_attrs.get(FULL_LENGTH, {})
+    if hours is None or not then:
+        return hours
+    unit = next(iter(then))
+    # Between samples and steps lies the batch size, and with it the trial's parameters.
+    return float(hours * full[unit] / then[unit]) if full.get(unit) else None
+
+
 def not_beaten(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> set[int]:
     """Numbers of the trials to which no other is equal or better in metric and hours and better in one of them.
 
     Hours are those that the full run would take; a trial that was not timed is left out.
     """
     sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-    timed = [trial for trial in ranking(study, trials) if trial.user_attrs.get(FULL_HOURS)]
-    costs = {t.number: (sign * (t.value or 0.0), float(t.user_attrs[FULL_HOURS])) for t in timed}
+    full = study.user_attrs.get(SPEC, {}).get("full", {})
+    timed = [(trial, full_hours(trial, full)) for trial in ranking(study, trials)]
+    costs = {trial.number: (sign * (trial.value or 0.0), hours) for trial, hours in timed if hours}
 
     def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
         return one != other and one[0] <= other[0] and one[1] <= other[1]

@@ -37,7 +37,9 @@ OURS = OptunaSearch(ours("gp"), PRUNERS["median"], SHORT, with_baseline=True, sp
 
 STRATEGIES: dict[str, Strategy] = {
     "prodigy-tuner": OURS,
+    # As long as the command makes it: a quarter of the full run.
     "prodigy-tuner, then --confirm 3": Confirmed(OURS, num_trials=3, rung=1_600),
+    "prodigy-tuner, then --confirm 3 --seeds 1": Confirmed(OURS, num_trials=3, rung=1_600, num_seeds=1),
     "ours without pruning": replace(OURS, pruner=optuna.pruners.NopPruner),
     "ours, pruning while d rises": replace(OURS, spare_rising=False),
     "ours with TPE": replace(OURS, sampler=ours("tpe")),
@@ -47,6 +49,13 @@ STRATEGIES: dict[str, Strategy] = {
     **{f"TPE, {name}": OptunaSearch(default_tpe, pruner, SHORT) for name, pruner in PEERS.items()},
     **{f"TPE, {name}, full length": OptunaSearch(default_tpe, pruner, FULL) for name, pruner in PEERS.items()},
     "Optuna's GP, none": OptunaSearch(lambda seed: GPSampler(seed=seed), length=SHORT),
+    # Set up by hand as ours is by default: few random trials, and the batch sizes in their order.
+    "Optuna's GP, set up by hand": OptunaSearch(
+        lambda seed: GPSampler(seed=seed, n_startup_trials=3), length=SHORT, ordered=True
+    ),
+    "TPE, set up by hand": OptunaSearch(
+        lambda seed: TPESampler(seed=seed, multivariate=True, n_startup_trials=5), length=SHORT, ordered=True
+    ),
     "short, then the top 3": ShortThenTop(3, SHORT),
     "Ray ASHA": RayASHA(SHORT),
     "Ray ASHA, full length": RayASHA(FULL),

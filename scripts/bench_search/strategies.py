@@ -66,6 +66,8 @@ class OptunaSearch:
     """The user's settings are trial 0, and are not pruned."""
     spare_rising: bool = False
     """A trial is not pruned while its d rises."""
+    ordered: bool = False
+    """The batch size is an integer, its place in their order, and not a category as a study.toml's choices are."""
 
     def trials(self, task: Task) -> Iterator[tuple[int, list[Trial]]]:
         """After each trial: the samples trained so far, and all trials."""
@@ -77,7 +79,10 @@ class OptunaSearch:
             study.enqueue_trial({"batch_size": BASELINE.batch_size, "d_coef": BASELINE.d_coef})
         while spent < task.samples:
             asked = study.ask()
-            batch_size = asked.suggest_categorical("batch_size", curves.batch_sizes)
+            if self.ordered:
+                batch_size = curves.batch_sizes[asked.suggest_int("batch_size", 0, len(curves.batch_sizes) - 1)]
+            else:
+                batch_size = asked.suggest_categorical("batch_size", curves.batch_sizes)
             d_coef = asked.suggest_float("d_coef", curves.d_coefs[0], curves.d_coefs[-1], log=True)
             configuration = Configuration(batch_size, d_coef)
             curve, points = curves.curve(configuration, task.train_seed), task.points(self.length)
@@ -107,11 +112,17 @@ class OptunaSearch:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A search, whose best trials go on from their checkpoints to a longer rung; the best there is chosen."""
+    """A search, whose best trials go on from their checkpoints to a longer rung, and to the same on other training
+    seeds from step 0; the best mean there is chosen.
+
+    The regret is a mean over the recorded seeds too, and there are only two: with both, it is asked in part what it is
+    judged by.
+    """
 
     search: OptunaSearch
     num_trials: int = 3
     rung: int = 2_400
+    num_seeds: int = 2
 
     def choices(self, task: Task) -> Iterator[Choice]:
         yield 0, BASELINE
@@ -123,9 +134,13 @@ class Confirmed:
             if BASELINE not in best and self.search.with_baseline:
                 best.append(BASELINE)
             if best:
-                cost = len(best) * (self.rung - self.search.length)
-                values = [task.curves.curve(configuration, task.train_seed)[at] for configuration in best]
+                cost = len(best) * (self.num_seeds * self.rung - self.search.length)
+                values = [self._mean(task, configuration, at) for configuration in best]
                 yield spent + cost, best[int(np.argmin(values))]
+
+    def _mean(self, task: Task, configuration: Configuration, at: int) -> float:
+        seeds = [(task.train_seed + more) % len(task.curves.seeds) for more in range(self.num_seeds)]
+        return float(np.mean([task.curves.curve(configuration, seed)[at] for seed in seeds]))
 
 
 @dataclass

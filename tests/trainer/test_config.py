@@ -45,3 +45,20 @@ def test_every_field_has_a_decided_role() -> None:
     identity = set(identity_fields(TrainConfig))
     assert {"seed", "batch_size", "d_coef", "slice_p", "val_samples", "precision"} <= identity
     assert not identity & {"steps", "samples", "seconds", "log_every", "save_every", "num_workers", "device"}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), True, "2"])
+@pytest.mark.parametrize(
+    "name", ["batch_size", "warmup_steps", "d_coef", "weight_decay", "max_grad_norm", "num_workers"]
+)
+def test_a_number_is_finite_and_nothing_else(name: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=name):
+        TrainConfig(steps=1, **{name: value})
+
+
+def test_a_whole_number_is_taken_as_it_is_written() -> None:
+    config = TrainConfig(steps=2e5, d_coef=1, micro_batch_size="auto")
+    assert config.steps == 200_000 and isinstance(config.steps, int)
+    assert config.d_coef == 1.0 and isinstance(config.d_coef, float)
+    with pytest.raises(ValidationError, match=r"2\*\*63"):
+        TrainConfig(steps=10**400)

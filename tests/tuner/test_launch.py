@@ -90,7 +90,7 @@ def test_each_trial_has_a_seed_of_its_own(runtime: Runtime, url: str) -> None:
 
 
 def test_a_batch_size_that_the_data_can_not_fill_is_refused_before_anything_runs(runtime: Runtime, url: str) -> None:
-    spec = build(**{"search.train.batch_size": {"choices": [8, 500]}})
+    spec = build(**{"search.train.batch_size": {"choices": [8, 500]}, "trial.samples": 4000})
     with pytest.raises(UserError, match=r"may take 500 samples a step .* has 128"):
         launch(spec, storage=url, runtime=runtime)
 
@@ -109,10 +109,10 @@ def test_moved_runs_go_on_where_they_were(runtime: Runtime, url: str, tmp_path: 
 
 
 def test_all_trials_report_on_the_same_grid(runtime: Runtime, url: str) -> None:
-    study = launch(build(**{"trial.samples": 200, "trial.num_trials": 5}), storage=url, runtime=runtime)
+    study = launch(build(**{"trial.samples": 400, "trial.num_trials": 5}), storage=url, runtime=runtime)
     grids = [sorted(trial.intermediate_values) for trial in study.trials if trial.state == TrialState.COMPLETE]
     assert len({trial.params["train.batch_size"] for trial in study.trials}) > 1
-    assert all(grid == [50, 100, 150, 200] for grid in grids)
+    assert all(grid == [100, 200, 300, 400] for grid in grids)
 
 
 def test_a_study_that_is_complete_runs_nothing_and_a_larger_total_goes_on(runtime: Runtime, url: str) -> None:

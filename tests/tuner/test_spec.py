@@ -50,15 +50,84 @@ def test_a_spec_survives_being_stored() -> None:
             {"search.train.d_coef": {"low": 0.1, "hihg": 1}},
             r"unknown key search\.train\.d_coef\.hihg; did you mean search\.train\.d_coef\.high\?",
         ),
-        ({"search.train.d_coef": {"low": 0.1, "high": float("inf")}}, r"must be finite"),
+        (
+            {"search.train.d_coef": {"low": 0.1, "high": 10, "lgo": True}},
+            r"unknown key search\.train\.d_coef\.lgo; did you mean search\.train\.d_coef\.log\?",
+        ),
+        (
+            {"search.train.d_coef": {"choices": [1.0, 2.0], "log": True}},
+            r"search\.train\.d_coef\.log: choices stand alone",
+        ),
+        ({"search.train.d_coef": {"choises": [1.0, 2.0]}}, r"did you mean search\.train\.d_coef\.choices\?"),
+        ({"search.train.d_coef": [1.0, 2.0]}, r"search\.train\.d_coef \[1\.0, 2\.0\]: write it as \{ choices = "),
+        ({"search.train.d_coef": {}}, r"search\.train\.d_coef\.low is missing"),
+        ({"search.train.d_coef": {"low": 0.1, "high": float("inf")}}, r"d_coef\.high inf: input should be a finite"),
+        ({"search.train.d_coef": {"low": float("nan"), "high": 1.0}}, r"d_coef\.low nan: input should be a finite"),
+        ({"search.train.d_coef": {"low": 0.1, "high": 1, "step": float("inf")}}, r"step inf: input should be a finite"),
+        ({"search.train.d_coef": {"low": 0.1, "high": 10**400}}, r"numbers end at 2\*\*63"),
+        ({"search.train.d_coef": {"low": 1.0, "high": 1.0}}, r"low and high are both 1\.0: .*outside \[search\]"),
+        ({"search.train.d_coef": {"choices": [1.0]}}, r"nothing to choose: .*outside \[search\]"),
+        ({"search.train.d_coef": {"choices": []}}, r"nothing to choose"),
+        ({"search.train.d_coef": {"choices": [1, 2, 1.0]}}, r"1\.0 is there twice; remove one"),
+        ({"search.train.d_coef": {"choices": [1.0, float("inf")]}}, r"inf is not finite"),
+        ({"search.train.d_coef": {"choices": [[1.0], 2.0]}}, r"\[1\.0\] is no number, text, true or false"),
+        ({"search.train.d_coef": {"choices": "12"}}, r"choices \"12\": give a list"),
+        ({"search.train.d_coef": {"low": "0.1", "high": 1}}, r"low \"0\.1\": a number is needed, without quotes"),
+        ({"search.train.d_coef": {"low": True, "high": 5}}, r"low true: a number is needed"),
+        ({"search.train.d_coef": {"low": 0.25, "high": 2.0, "step": 0.5}}, r"miss high 2\.0; use 1\.75 or 2\.25"),
+        (
+            {"search.train.d_coef": {"low": 0.25, "high": 2.25, "step": 0.5}},
+            r"d_coef = 1\.0 lies outside its search space",
+        ),
+        ({"search.train.lr": {"low": 0.1, "high": 1.0}}, r"train\.lr is not set: the baseline needs a value"),
+        ({"search.train.use_bias_correction": {"low": 0, "high": 1}}, r"true or false.*use choices = \[true, false\]"),
+        ({"search.train.optimizer": {"low": 0, "high": 1}}, r"not a number.*use choices = "),
+        (
+            {"search.train.optimizer": {"choices": ["prodigy", "sgd"]}},
+            r"train\.optimizer \"sgd\": input should be 'prodigy'",
+        ),
+        ({"search.train.beta1": {"low": 0.5, "high": 1.0}}, r"beta1 1\.0 must be .*below 1"),
         ({"search.train.d_coef": {"low": 0.1, "high": 1, "step": 0}}, r"step 0 must be above 0"),
         ({"search.train.batch_size": {"low": 4.5, "high": 16}}, r"takes whole numbers"),
+        ({"search.train.batch_size": {"low": 4, "high": 16, "step": 0.5}}, r"takes whole numbers, not step 0\.5"),
+        (
+            {"search.train.batch_size": {"low": 3, "high": 23, "step": 10}},
+            r"batch_size = 8 lies outside its search space",
+        ),
+        ({"search.train.batch_size": {"low": 0, "high": 16}}, r"train\.batch_size 0: input should be greater than 0"),
+        ({"search.train.batch_size": {"low": -4, "high": 16}}, r"train\.batch_size -4: input should be greater than 0"),
+        ({"search.train.batch_size": {"low": 4, "high": 10**12}}, r"with a batch of 1000000000000 a trial sees"),
         ({"search.train.batch_size": {"choices": [8, -2]}}, r"train\.batch_size -2"),
+        ({"search.train.batch_size": {"choices": [8, 16.5]}}, r"train\.batch_size 16\.5"),
+        ({"search.train.batch_size": {"choices": [8, "16"]}}, r"train\.batch_size \"16\": a number is needed"),
+        ({"search.train.batch_size": {"choices": [8, True]}}, r"train\.batch_size true: a number is needed"),
+        ({"search.train.batch_size": {"choices": ["large", 8]}}, r"train\.batch_size \"large\": a number is needed"),
+        (
+            {"search.train.batch_size": {"choices": [8, 32]}, "trial.samples": 40},
+            r"trial\.samples 40: with a batch of 32 a trial sees 64, 60\.0% more; use samples = 128",
+        ),
+        (
+            {"search.train.grad_accumulation": {"choices": [1, 3]}, "trial.samples": 240},
+            r"with a batch of 48 \(batch_size x grad_accumulation\) the point of 60 samples is validated at 96",
+        ),
+        ({"train.d_coef": float("inf")}, r"train\.d_coef inf: input should be a finite number"),
+        ({"train.weight_decay": float("nan")}, r"train\.weight_decay nan: input should be a finite number"),
+        ({"trial.min_delta": float("inf"), "trial.patience": 1}, r"trial\.min_delta inf: input should be a finite"),
+        ({"train.batch_size": True}, r"train\.batch_size true: a number is needed"),
+        ({"train.batch_size": "16"}, r"train\.batch_size \"16\": a number is needed, without quotes"),
+        (
+            {"train.micro_batch_size": "4"},
+            r"train\.micro_batch_size \"4\": a number is needed.*, or input should be 'auto'",
+        ),
+        ({"trial.num_trials": True}, r"trial\.num_trials true: a number is needed"),
+        ({"full.samples": "480"}, r"full\.samples \"480\": a number is needed, without quotes"),
         ({"trial.samples": 3}, r"4 evaluations in 3 samples: use fewer"),
         ({"study.metric": "loss"}, r"study\.metric"),
         ({"study.workload": "tests.toy:Toys"}, r"no class Toys"),
         ({"study.workload": "tests.toyy:Toy"}, r"no module tests\.toyy"),
         ({"study.name": "../up"}, r"study\.name"),
+        ({"study.name": "a" * 101}, r"study\.name \"aaa.*\.\.\.: string should have at most 100 characters"),
+        ({"study.name": "toy.full"}, r"study\.name \"toy\.full\": .*full runs of another one; choose another"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
@@ -92,8 +161,58 @@ def test_a_field_that_takes_fractions_is_searched_in_fractions(tmp_path: Path) -
     trial = optuna.create_study().ask()
     suggest(trial, spec)
     assert isinstance(trial.distributions["train.d_coef"], optuna.distributions.FloatDistribution)
-    whole = build(**{"search.train.batch_size": {"low": 4.0, "high": 16.0}})
+    whole = build(**{"search.train.batch_size": {"low": 4.0, "high": 16.0}, "trial.samples": 800})
     assert isinstance(suggest(optuna.create_study().ask(), whole)["train.batch_size"], int)
+
+
+def test_a_whole_number_that_may_be_absent_is_searched_in_whole_numbers() -> None:
+    spec = build(**{"train.schedule_steps": 10, "search.train.schedule_steps": {"low": 10, "high": 30, "step": 10}})
+    assert suggest(optuna.create_study().ask(), spec)["train.schedule_steps"] in (10, 20, 30)
+
+
+def test_whole_numbers_do_where_fractions_are_expected_and_floats_that_are_whole() -> None:
+    spec = build(**{"train.d_coef": 1, "trial.samples": 1.6e2})
+    assert trial_setup(spec, {}).config.d_coef == 1.0 and spec.trial.samples == 160
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        ("pruner", {"name": "hyperband", "min_resource": 161}, r"min_resource 161 lies beyond a trial's 160 samples"),
+        ("pruner", {"name": "percentile", "percentile": float("nan")}, r"pruner: percentile nan: .*a finite number"),
+        ("sampler", {"name": "tpe", "prior_weight": float("inf")}, r"sampler: prior_weight inf: .*a finite number"),
+        ("sampler", {"name": 3}, r"sampler\.name 3: input should be a valid string"),
+    ],
+)
+def test_an_option_of_sampler_or_pruner_that_can_not_be_is_one_line(
+    section: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        StudySpec.build({**values(), section: options}, base_dir=Path.cwd())
+    assert "\n" not in str(error.value)
+
+
+def test_a_search_over_nothing_is_an_error_of_a_study_and_none_of_a_run(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "".join(line for line in TOML.splitlines(True) if "choices" not in line and "low" not in line)
+    )
+    with pytest.raises(UserError, match=r"\[search\] is empty"):
+        StudySpec.load(path)
+    assert StudySpec.load(path, search=False).search == {}
+
+
+def test_seconds_without_an_end_are_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, TOML.replace("samples = 160", "seconds = inf"))
+    with pytest.raises(UserError, match=r"trial\.seconds inf: input should be a finite number"):
+        StudySpec.load(path)
+
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+@pytest.mark.parametrize("name", ["indextts2", "korean_chars", "korean_demo"])
+def test_the_studies_of_the_repository_are_without_mistake(name: str) -> None:
+    assert StudySpec.load(STUDIES / name / "study.toml").search
 
 
 def test_overrides_replace_values_and_lengths(tmp_path: Path) -> None:
@@ -102,6 +221,9 @@ def test_overrides_replace_values_and_lengths(tmp_path: Path) -> None:
     setup = full_setup(spec, {})
     assert setup.config.batch_size == 16 and setup.config.num_steps == 1000
     assert setup.workload.model_dump()["digest"] == "other"
+    words = dict(map(parse_override, ["train.precision=bf16", "train.tf32=off", "train.micro_batch_size=auto"]))
+    config = full_setup(StudySpec.load(write(tmp_path), words), {}).config
+    assert (config.precision, config.tf32, config.micro_batch_size) == ("bf16", False, "auto")
 
 
 @pytest.mark.parametrize("text", ["batch_size=8", "train.batch_size"])

@@ -20,7 +20,17 @@ from tuner.display import StudyDisplay, trial_table
 from tuner.launcher import launch, open_study
 from tuner.report import status
 from tuner.run import Runtime
-from tuner.trials import BASELINE, D_RISING, ENDED, FULL_HOURS, INFEASIBLE, not_beaten, trials_since_improvement
+from tuner.trials import (
+    BASELINE,
+    D_RISING,
+    ENDED,
+    FULL_HOURS,
+    FULL_LENGTH,
+    INFEASIBLE,
+    full_hours,
+    not_beaten,
+    trials_since_improvement,
+)
 
 
 def add(study: optuna.Study, value: float | None, state: TrialState = TrialState.COMPLETE, **attrs: Any) -> None:
@@ -80,6 +90,17 @@ def test_maximized_metrics_have_their_front_too(tmp_path: Path) -> None:
     for value, hours in ((1.0, 10.0), (2.0, 20.0), (1.5, 30.0)):
         add(study, value, **{FULL_HOURS: hours})
     assert not_beaten(study) == {0, 1}
+
+
+def test_hours_are_those_of_the_full_runs_present_length(study: optuna.Study) -> None:
+    """The spec's 480 samples; the trials of this test ran when it was shorter, or in steps."""
+    assert [entry["full_hours"] for entry in status(study)["trials_detail"][:2]] == [86.04, 20.0]
+    add(study, 4.05, **{FULL_HOURS: 400.0, FULL_LENGTH: {"samples": 160}})
+    add(study, 3.9, **{FULL_HOURS: 1.0, FULL_LENGTH: {"steps": 10}})
+    trials = status(study)["trials_detail"]
+    assert [entry["full_hours"] for entry in trials[-2:]] == [1200.0, None]
+    assert not_beaten(study) == {1, 2, 4, 7}
+    assert full_hours(study.trials[-1], {"steps": 20}) == 2.0
 
 
 def shown(study: optuna.Study, width: int) -> list[str]:

@@ -101,7 +101,7 @@ def leaderboard(found: Findings) -> str:
                 *(trial.params.get(name, "") for name in names),
                 last_value(trial),
                 max(reported, default=""),
-                attrs.get("full_hours", ""),
+                "" if (hours := found.full_hours(trial)) is None else hours,
                 (attrs.get("d") or [""])[-1],
                 attrs.get("d_rising", ""),
                 attrs.get("peak_memory", ""),

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from trainer.config import TrainConfig
 from tuner.full.confirmed import Confirmation, stored_confirmation
 from tuner.full.runs import newest_curves
-from tuner.trials import BASELINE, ENDED, not_beaten, ranking, state_of, stored_values
+from tuner.trials import BASELINE, ENDED, full_hours, not_beaten, ranking, state_of, stored_values
 
 PLAIN = ("complete", "running", "waiting")
 
@@ -60,6 +60,10 @@ class Findings:
             confirmation=stored_confirmation(study),
             ended=study.user_attrs.get(ENDED, ""),
         )
+
+    def full_hours(self, trial: FrozenTrial) -> float | None:
+        """Projected hours of the full run at a trial's speed."""
+        return full_hours(trial, self.spec["full"])
 
     @property
     def metric(self) -> str:

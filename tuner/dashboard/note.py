@@ -120,7 +120,7 @@ def _best(found: Findings) -> str:
         text += ": the baseline itself"
     elif found.baseline is not None and (reference := last_value(found.baseline)) is not None:
         text += f", {abs(reference - (best.value or 0)):.4f} better than the baseline ({reference:.4f})"
-    hours = best.user_attrs.get(FULL_HOURS)
+    hours = found.full_hours(best)
     text += f". At its speed the full run takes about {format_hours(hours)}." if hours else "."
     if is_rising(best):
         text += (
@@ -153,7 +153,7 @@ def _comparison(found: Findings, trial: FrozenTrial) -> list[str]:
     """The leaderboard's last columns: against the baseline, hours of a full run, remarks."""
     reference = None if found.baseline is None else last_value(found.baseline)
     own = found.is_baseline(trial) or reference is None
-    hours = trial.user_attrs.get(FULL_HOURS)
+    hours = found.full_hours(trial)
     remarks = ["best"] * found.is_best(trial) + ["baseline"] * bool(trial.user_attrs.get(BASELINE))
     remarks += ["d still rising"] * is_rising(trial)
     remarks += _micro_batches(found, trial)

@@ -26,7 +26,7 @@ from tuner.dashboard.drawing import (
 from tuner.dashboard.findings import Findings
 from tuner.dashboard.plot_labels import LEVEL, UPWARDS
 from tuner.display import format_params, format_value, is_rising
-from tuner.trials import FULL_HOURS, last_value
+from tuner.trials import last_value
 
 MAX_CURVES = 40
 STILL_RISES = "d still rises"
@@ -118,14 +118,15 @@ def landscape(found: Findings) -> Figure | None:
 
 def loss_and_hours(found: Findings) -> Figure | None:
     """The metric against the full run's projected hours; a line joins the trials that none beats in both."""
-    known = [t for t in found.ranked if t.user_attrs.get(FULL_HOURS)]
+    hours = {trial.number: found.full_hours(trial) or 0.0 for trial in found.ranked}
+    known = [trial for trial in found.ranked if hours[trial.number]]
     if not known:
         return None
-    longest = max(t.user_attrs[FULL_HOURS] for t in known)
+    longest = max(hours.values())
     unit, per_hour = ("hours", 1) if longest >= 1 else ("minutes", 60)
 
     def duration(trial: FrozenTrial) -> float:
-        return float(trial.user_attrs[FULL_HOURS] * per_hour)
+        return hours[trial.number] * per_hour
 
     front = sorted((t for t in known if t.number in found.not_beaten), key=duration)
     line = {

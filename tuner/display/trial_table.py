@@ -17,7 +17,7 @@ from tuner.display.palette import STATE_STYLES
 from tuner.trials import (
     BASELINE,
     D_RISING,
-    FULL_HOURS,
+    full_hours,
     is_interrupted,
     last_value,
     not_beaten,
@@ -51,7 +51,8 @@ def trial_table(
     ranked = ranking(study, trials)
     best, front = ranked[0].number if ranked else None, not_beaten(study, trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    timed = any(FULL_HOURS in trial.user_attrs for trial in trials)
+    full = stored_values(study)["full"]
+    timed = any(full_hours(trial, full) for trial in trials)
     unit = budget_unit(study)
     live = samples if samples and unit == "samples" else {}
     # Without lines between the columns, all of them go into 80.
@@ -85,7 +86,7 @@ def trial_table(
             *(format_value(trial.params[name]) if name in trial.params else "" for name in names),
             f"{seen:,}" if seen else "",
             "" if value is None else f"{value:.4f}",
-            *([_full_hours(trial, trial.number in front)] if timed else []),
+            *([_hours(full_hours(trial, full), trial.number in front)] if timed else []),
             Text(", ".join(notes), style=STATE_STYLES[notes[0]]),
             duration(trial),
             style="bold" if trial.number == best else None,
@@ -128,8 +129,7 @@ def _notes(trial: FrozenTrial, best: int | None) -> list[str]:
     return notes + (["d rising"] if is_rising(trial) else [])
 
 
-def _full_hours(trial: FrozenTrial, on_front: bool) -> str:
-    hours = trial.user_attrs.get(FULL_HOURS)
+def _hours(hours: float | None, on_front: bool) -> str:
     return "" if hours is None else f"{format_hours(hours)} {'*' if on_front else ' '}"
 
 

@@ -16,7 +16,7 @@ from trainer.clock import format_hours
 from trainer.memory import NoEstimate, Probe
 from tuner.search_space import Setup, full_setup
 from tuner.spec import StudySpec
-from tuner.trials import FULL_HOURS, baseline_trial
+from tuner.trials import baseline_trial, full_hours
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _outlook(name: str, spec: StudySpec, trial: FrozenTrial, length: Mapping[str
     setup = full_setup(spec, trial.params, **length)
     steps = setup.config.num_steps or 0
     samples = steps * setup.config.effective_batch_size
-    hours = trial.user_attrs.get(FULL_HOURS)
+    hours = full_hours(trial, spec.full.length)
     # It was projected for the spec's length.
     asked = full_setup(spec, trial.params).config.num_steps or steps
     return Outlook(

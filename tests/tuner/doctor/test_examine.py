@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tests.toy import Toy
+from tests.toy import Sequences, Toy
 from tests.tuner.studies_for_tests import TOML, write
 from trainer.config import TrainConfig
 from trainer.memory import Probe
@@ -38,6 +39,62 @@ class ValueReader(Toy):
         return sums
 
 
+class NoModel(Toy):
+    def build_model(self) -> nn.Module:
+        return {}["encoder"]
+
+
+class ForgottenReturn(Toy):
+    def build_model(self) -> nn.Module:
+        return None  # type: ignore[return-value]
+
+
+class MissingData(Toy):
+    def train_data(self) -> Sequences:
+        return open("/no/such/corpus.txt")  # type: ignore[return-value]
+
+
+class WrongData(Toy):
+    def val_data(self) -> Sequences:
+        raise ValueError("a split of\n0.0 leaves nothing")
+
+
+class WithoutLengths(Toy):
+    def train_data(self) -> Any:
+        return [1, 2, 3]
+
+
+class FewLengths(Toy):
+    def val_data(self) -> Any:
+        data = Sequences(40, 2)
+        data.samples.pop()
+        data.__class__ = Sized
+        return data
+
+
+class Sized(Sequences):
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class EmptyValidation(Toy):
+    def val_data(self) -> Sequences:
+        return Sequences(0, 2)
+
+
+class UnknownLoss(Toy):
+    loss_weights = property(lambda self: {"mel_loss": 1.0})  # type: ignore[assignment]
+
+
+class BreaksInTheLongestBatch(Toy):
+    """At the second batch size that is looked at: the lines before it stay."""
+
+    def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if len(inputs["tokens"]) == 16:
+            raise KeyError("sixteen")
+        return super().loss_sums(model, inputs)
+
+
 def named(checks: list[Check]) -> dict[str, Check]:
     found = {check.name: check for check in checks}
     assert len(found) == len(checks), "every check has a name of its own"
@@ -50,8 +107,8 @@ def needed(batch_size: int) -> int:
     return Probe(Toy(width=512, num_train=128), config, device="cuda", precision="fp32").estimate().total
 
 
-INSTALLATION = ["python", "torch", "optuna", "prodigyopt", "optuna-dashboard", "aim", "compiler", "torch.compile"]
-MACHINE = [*INSTALLATION, "device", "clock", "storage"]
+PACKAGES = ["prodigy-tuner", "python", "torch", "optuna", "prodigyopt", "optuna-dashboard", "aim"]
+MACHINE = [*PACKAGES, "compiler", "torch.compile", "device", "clock", "storage"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +121,7 @@ def test_the_machine_that_runs_these_tests_is_sound(tmp_path: Path) -> None:
     assert list(found) == [*MACHINE, "disk"]
     assert {check.state for check in found.values()} <= {"ok", "warn"}
     assert found["torch"].message == torch.__version__
+    assert found["prodigy-tuner"].message == version("prodigy-tuner")
 
 
 def test_a_study_that_fits_has_no_fail(tmp_path: Path) -> None:
@@ -131,6 +189,7 @@ def test_a_model_that_fits_with_no_batch_size_says_so(tmp_path: Path) -> None:
 
 def test_the_ends_of_a_range_are_judged(tmp_path: Path) -> None:
     text = TOML.replace("{ choices = [4, 8, 16] }", "{ low = 2, high = 128, log = true }")
+    text = text.replace("samples = 160", "samples = 6_400")
     found = named(examine(write(tmp_path, text), run_root=tmp_path))
     assert {name for name in found if name.startswith("memory")} == {f"memory, batch {n}" for n in (2, 8, 128)}
 
@@ -150,6 +209,35 @@ def test_what_can_not_run_is_a_fail(tmp_path: Path, old: str, new: str, name: st
     checks = examine(write(tmp_path, TOML.replace(old, new)), run_root=tmp_path)
     (failed,) = (check for check in checks if check.state == "fail")
     assert failed.name == name and message in failed.message and failed.remedy
+
+
+@pytest.mark.parametrize(
+    ("workload", "name", "messages"),
+    [
+        (NoModel, "workload", [f"KeyError: 'encoder' ({__file__}, line ", 'return {}["encoder"])']),
+        (ForgottenReturn, "workload", ["AttributeError: 'NoneType' object", "workload.build_model().train())"]),
+        (MissingData, "workload", ["FileNotFoundError: [Errno 2]", "/no/such/corpus.txt", f"({__file__}, line "]),
+        (WrongData, "workload", ["ValueError: a split of 0.0 leaves nothing", f"({__file__}, line "]),
+        (WithoutLengths, "workload", ["AttributeError: 'list' object has no attribute 'lengths'"]),
+        (FewLengths, "workload", ["Sized has 39 samples, and its lengths are 40"]),
+        (EmptyValidation, "data", ["128 samples to train on, 0 to validate: a split is empty"]),
+        (UnknownLoss, "workload", ["UnknownLoss.loss_weights names mel_loss, and its batches count token_loss"]),
+        (BreaksInTheLongestBatch, "workload", ["KeyError: 'sixteen'"]),
+    ],
+)
+def test_what_the_workload_raises_is_a_fail_among_the_other_lines(
+    tmp_path: Path, workload: type[Toy], name: str, messages: list[str]
+) -> None:
+    spec = write(tmp_path, TOML.replace("tests.toy:Toy", f"{__name__}:{workload.__name__}"))
+    checks = [check for check in examine(spec, run_root=tmp_path) if not check.name.startswith("gpu ")]
+    found = named(checks)
+    (failed,) = (check for check in checks if check.state == "fail")
+    assert failed.name == name and failed.remedy and "\n" not in failed.message
+    assert all(message in failed.message for message in messages), failed.message
+    assert list(found)[: len(MACHINE)] == MACHINE
+    assert found["spec"].state == found["disk"].state == "ok" and list(found)[-1] == "disk"
+    if workload is BreaksInTheLongestBatch:
+        assert found["memory, batch 8"].state == "ok" and "memory, batch 16" not in found
 
 
 def test_a_damaged_sample_is_named(tmp_path: Path) -> None:
@@ -192,7 +280,7 @@ def test_the_command_prints_json_and_exits_1_on_a_fail(
     code: int,
 ) -> None:
     text = TOML.replace("num_train = 128", "num_train = 128\nwidth = 6_000")
-    spec = write(tmp_path, text.replace("[4, 8, 16]", "[8]"))
+    spec = write(tmp_path, text.replace("train.batch_size = { choices = [4, 8, 16] }\n", ""))
     command = ["tuner", "doctor", str(spec), "--json", "--run-root", str(tmp_path), *arguments]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+
+from tuner.even_budget import MAX_DELAY, MAX_EXCESS, unevenness
+
+
+def seen(samples: int, evaluations: int, step: int) -> list[tuple[float, int]]:
+    """(point of the grid, samples at its validation), counted step by step."""
+    points = [samples * number / evaluations for number in range(1, evaluations + 1)]
+    found, amount = [], 0
+    for point in points:
+        while amount < point - 1e-6:
+            amount += step
+        found.append((point, amount))
+    return found
+
+
+def is_even(samples: int, evaluations: int, step: int) -> bool:
+    *points, (end, last) = seen(samples, evaluations, step)
+    interval = samples / evaluations
+    return last - end <= MAX_EXCESS * samples and all(at - point <= MAX_DELAY * interval for point, at in points)
+
+
+@pytest.mark.parametrize("evaluations", [1, 3, 4, 7])
+def test_what_is_refused_is_what_a_count_of_steps_finds_uneven(evaluations: int) -> None:
+    verdicts = set()
+    for samples, sizes in product((40, 160, 200, 210, 1000, 1200, 16_000), ([8], [8, 12], [4, 8, 16], [1, 24, 32])):
+        for accumulations in ([1], [1, 3]):
+            steps = [size * accumulation for size, accumulation in product(sizes, accumulations)]
+            reason = unevenness(samples, evaluations, sizes, accumulations)
+            assert (reason is None) == all(is_even(samples, evaluations, step) for step in steps), (samples, steps)
+            verdicts.add(reason is None)
+            if reason is not None:
+                named = re.search(r"use samples = ([\d_]+)", reason)
+                assert named is not None
+                better = int(named[1])
+                assert better > samples and all(is_even(better, evaluations, step) for step in steps)
+    assert verdicts == {True, False}
+
+
+def test_a_line_names_the_batch_what_it_sees_and_a_budget_that_fits() -> None:
+    assert (
+        unevenness(40, 1, [8, 32], [1])
+        == "samples 40: with a batch of 32 a trial sees 64, 60.0% more; use samples = 64"
+    )
+    assert unevenness(160, 4, [8, 12], [1]) == (
+        "samples 160: with a batch of 12 a trial sees 168, 5.0% more; use samples = 192"
+    )
+    assert unevenness(192, 4, [8, 32], [1]) == (
+        "evaluations 4: with a batch of 32 the point of 48 samples is validated at 64, and others near it; "
+        "use samples = 256, or fewer evaluations"
+    )
+
+
+def test_the_usual_batches_divide_what_the_studies_give_them() -> None:
+    assert unevenness(16_000, 8, [4, 8, 16, 32], [1]) is None
+    assert unevenness(200_000, 10, [8, 16, 24, 32], [1]) is None
+    assert unevenness(1_200, 6, [4, 8, 16, 32], [1]) is None, "the demo: 1,216 samples are 1.3% more"
+
+
+def test_a_range_without_end_is_judged_at_once() -> None:
+    reason = unevenness(10**9, 8, range(1, 10**12), range(1, 10**6))
+    assert reason is not None and "use samples = " in reason
+    assert unevenness(10**15, 8, range(1, 10**9), [1, 2, 4]) is None
