@@ -72,7 +72,7 @@ def validation_batches(
     Nothing of the training configuration enters, so every trial is measured on the same batches.
     """
     if len(lengths) == 0:
-        raise UserError("the validation split has no samples: check the validation manifests.")
+        raise UserError("the validation split has no samples: name data for it in [workload].")
     chosen = np.random.default_rng(seed).permutation(len(lengths))[:num_samples]
     chosen = chosen[np.argsort(np.asarray(lengths)[chosen], kind="stable")]
     return [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]

@@ -6,7 +6,7 @@ check_workload(MyWorkload(...))
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.batching import BatchOrder, validation_batches
 from trainer.evaluation import evaluate
 from trainer.loader import fixed_batches, train_batches
-from trainer.workload import Batch, Workload
+from trainer.workload import Batch, Dataset, Workload
 
 
 def check_workload(workload: Workload, *, num_samples: int = 8, tolerance: float = 1e-4) -> None:
@@ -29,22 +29,44 @@ def check_workload(workload: Workload, *, num_samples: int = 8, tolerance: float
     Raises:
         AssertionError: A law does not hold; the message says which, where and by how much.
     """
+    check_lengths(workload, num_samples=num_samples)
     check_neighbours(workload, num_samples=num_samples, tolerance=tolerance)
     check_validation(workload, num_samples=num_samples, tolerance=tolerance)
     check_batch_order(workload)
 
 
+def check_lengths(workload: Workload, *, num_samples: int) -> None:
+    """Before the laws: there are samples, each has its length, and a longer one takes no fewer slots."""
+    for split, data in {"train_data()": workload.train_data(), "val_data()": workload.val_data()}.items():
+        assert len(data), f"{split} has no samples"
+        assert len(data.lengths) == len(data), (
+            f"{split} has {len(data)} samples, and its lengths are {len(data.lengths)}"
+        )
+        short, long = _extremes(data, num_samples)
+        slots = {index: workload.collate([data[index]]).num_slots for index in {*short, *long}}
+        # The short sample that takes most, and the long one that takes least.
+        one, other = max(short, key=lambda index: slots[index]), min(long, key=lambda index: slots[index])
+        assert data.lengths[one] == data.lengths[other] or slots[one] <= slots[other], (
+            f"{split}: by its lengths sample {one} has {data.lengths[one]} tokens and sample {other} has "
+            f"{data.lengths[other]}, and collated alone they take {slots[one]} and {slots[other]} slots"
+        )
+
+
 def check_neighbours(workload: Workload, *, num_samples: int, tolerance: float) -> None:
     """Law 1: the sums of a batch are the sums of its samples, each computed alone; padding changes nothing."""
+    assert workload.loss_weights, "loss_weights is empty: nothing would be minimized"
     data = workload.train_data()
     # Shortest and longest together: the most padding there can be.
-    order = np.argsort(data.lengths, kind="stable")
-    picked = np.unique(np.concatenate([order[: num_samples // 2], order[-(num_samples // 2) :]]))
-    samples = [data[int(index)] for index in picked]
+    short, long = _extremes(data, num_samples)
+    samples = [data[index] for index in sorted({*short, *long})]
     model = _model(workload)
     alone = _total(_sums(workload, model, workload.collate([sample])) for sample in samples)
     for pad_multiple in (1, 32):
-        together = _sums(workload, model, workload.collate(samples, pad_multiple))
+        batch = workload.collate(samples, pad_multiple)
+        assert batch.num_samples == len(samples), (
+            f"law 1: {len(samples)} samples make a batch whose num_samples is {batch.num_samples}"
+        )
+        together = _sums(workload, model, batch)
         for name, value in alone.items():
             assert _close(together[name], value, tolerance), (
                 f"law 1: {name} of {len(samples)} samples is {together[name]} in one batch "
@@ -53,8 +75,14 @@ def check_neighbours(workload: Workload, *, num_samples: int, tolerance: float) 
 
 
 def check_validation(workload: Workload, *, num_samples: int, tolerance: float) -> None:
-    """Law 2: the validation loss is the same, however the validation set is cut into batches."""
+    """Law 2: the validation set is fixed, and its loss the same, however it is cut into batches."""
     data = workload.val_data()
+    indices = validation_batches(data.lengths, num_samples, seed=0)
+    batches = fixed_batches(workload, data, indices)
+    for how, other in _opened_again(workload):
+        found = other.val_data()
+        same = np.array_equal(data.lengths, found.lengths) and _alike(batches, fixed_batches(workload, found, indices))
+        assert same, f"law 2: val_data() has other samples {how}: draw them by a fixed seed"
     model, device = _model(workload), torch.device("cpu")
     results = []
     for batch_size in (1, 3, num_samples):
@@ -69,23 +97,44 @@ def check_validation(workload: Workload, *, num_samples: int, tolerance: float) 
 
 
 def check_batch_order(workload: Workload, *, num_batches: int = 4) -> None:
-    """Law 3: the same seed gives the same batches, with and without loader workers."""
+    """Law 3: the same seed gives the same batches, with and without loader workers, whenever the data is opened."""
     data = workload.train_data()
-    order = BatchOrder(data.lengths, min(4, len(data.lengths)), seed=1)
-    first, second = (
-        list(
-            islice(
-                train_batches(workload, data, order, start=(0, 0), num_workers=workers, device=torch.device("cpu")),
-                num_batches,
-            )
-        )
-        for workers in (0, 2)
+
+    def first_batches(data: Dataset, num_workers: int = 0) -> list[Batch]:
+        order, cpu = BatchOrder(data.lengths, min(4, len(data)), seed=1), torch.device("cpu")
+        batches = train_batches(workload, data, order, start=(0, 0), num_workers=num_workers, device=cpu)
+        return list(islice(batches, num_batches))
+
+    batches = first_batches(data)
+    for number, (one, other) in enumerate(zip(batches, first_batches(data, num_workers=2), strict=True)):
+        assert _alike([one], [other]), f"law 3: batch {number} differs between 0 and 2 loader workers"
+    for how, again in _opened_again(workload):
+        found = again.train_data()
+        same = np.array_equal(data.lengths, found.lengths) and _alike(batches, first_batches(found))
+        assert same, f"law 3: train_data() has other samples {how}: draw them by a fixed seed"
+
+
+def _opened_again(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """Who is asked for the data a second time. A continued run is another process, where nothing is kept."""
+    yield "when it is called again", workload
+    yield "in a workload built anew", type(workload).model_validate(workload.model_dump())
+
+
+def _extremes(data: Dataset, num_samples: int) -> tuple[list[int], list[int]]:
+    """The shortest samples and the longest, half of `num_samples` each; half of the data where that is less."""
+    order = np.argsort(data.lengths, kind="stable").tolist()
+    half = max(1, min(num_samples, len(order)) // 2)
+    return order[:half], order[-half:]
+
+
+def _alike(some: list[Batch], others: list[Batch]) -> bool:
+    """Whether these are the same batches."""
+    return len(some) == len(others) and all(
+        one.counts == other.counts
+        and one.inputs.keys() == other.inputs.keys()
+        and all(torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs)
+        for one, other in zip(some, others, strict=True)
     )
-    for number, (one, other) in enumerate(zip(first, second, strict=True)):
-        same = one.inputs.keys() == other.inputs.keys() and all(
-            torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs
-        )
-        assert same, f"law 3: batch {number} differs between 0 and 2 loader workers"
 
 
 def _model(workload: Workload) -> torch.nn.Module:
@@ -98,6 +147,8 @@ def _sums(workload: Workload, model: torch.nn.Module, batch: Batch) -> dict[str,
         sums: Mapping[str, Tensor] = workload.loss_sums(model, batch.inputs)
     missing = sums.keys() ^ batch.counts.keys()
     assert not missing, f"loss_sums and Batch.counts name different losses: {sorted(missing)}"
+    unknown = workload.loss_weights.keys() - sums.keys()
+    assert not unknown, f"loss_weights names {sorted(unknown)}, and loss_sums returns {sorted(sums)}"
     return {name: float(value) for name, value in sums.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class BatchReader(torch.utils.data.Dataset[Batch]):
     """Reads and collates the samples of one batch; a damaged one is left out and named in the batch."""
 
     def __init__(self, workload: Workload, data: Dataset, pad_multiple: int = 1) -> None:
+        check_lengths(data)
         self.workload, self.data, self.pad_multiple = workload, data, pad_multiple
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
@@ -40,6 +41,35 @@ class BatchReader(torch.utils.data.Dataset[Batch]):
             return Batch({}, {}, 0, 0, 0, tuple(damaged))
         batch = self.workload.collate(samples, self.pad_multiple)
         return Batch(**{**vars(batch), "damaged": tuple(damaged)})
+
+
+def check_lengths(data: Dataset) -> None:
+    """Hold a dataset's lengths against it: with fewer, some samples would never be drawn; with more, none is there.
+
+    Raises:
+        UserError: They are not as many as its samples.
+    """
+    if len(data.lengths) != len(data):
+        raise UserError(
+            f"{type(data).__name__} has {len(data)} samples, and its lengths are {len(data.lengths)}: "
+            "give the length of each sample."
+        )
+
+
+def check_losses(workload: Workload, batch: Batch) -> None:
+    """Hold a workload's loss weights against what a batch counts.
+
+    Raises:
+        UserError: There is no weight, or one of a loss that the batch does not count.
+    """
+    name, weights = type(workload).__name__, workload.loss_weights
+    if not weights:
+        raise UserError(f"{name}.loss_weights is empty: name the losses that are to be minimized, and their weights.")
+    if unknown := sorted(weights.keys() - batch.counts.keys()):
+        raise UserError(
+            f"{name}.loss_weights names {', '.join(unknown)}, and its batches count {', '.join(sorted(batch.counts))}: "
+            "correct loss_weights, or Batch.counts in collate."
+        )
 
 
 class DamageCount:
@@ -100,6 +130,10 @@ def train_batches(
 
     Args:
         num_micro_batches: Each batch comes as so many in a row, which hold its samples.
+
+    Raises:
+        UserError: At once where the data's lengths are not as many as its samples. With the first batch, where
+            `loss_weights` does not fit it; with any, where more than 1% of the samples are damaged.
     """
     loader = DataLoader(
         BatchReader(workload, data, pad_multiple),
@@ -112,9 +146,17 @@ def train_batches(
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_leave_signals,
     )
-    damage = DamageCount(len(data))
+    return _checked(workload, loader, DamageCount(len(data)), device)
+
+
+def _checked(workload: Workload, loader: Iterable[Batch], damage: DamageCount, device: torch.device) -> Iterator[Batch]:
+    unchecked = True
     for batch in loader:
         damage.add(batch.num_samples + len(batch.damaged), batch.damaged)
+        # The first batch stands for all. Here and not where it is read: a worker's exception comes with its traceback.
+        if unchecked and batch.num_samples:
+            check_losses(workload, batch)
+            unchecked = False
         yield batch.to(device)
 
 
@@ -128,10 +170,12 @@ def fixed_batches(workload: Workload, data: Dataset, batches: Sequence[np.ndarra
     """The batches of the validation set in host memory: read once, used at every evaluation."""
     reader = BatchReader(workload, data)
     damage = DamageCount(sum(map(len, batches)))
-    kept = []
+    kept: list[Batch] = []
     for indices in batches:
         batch = reader[indices]
         damage.add(len(indices), batch.damaged)
         if batch.num_samples:
+            if not kept:
+                check_losses(workload, batch)
             kept.append(batch)
     return kept

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from trainer import DamagedSample, UserError
 from trainer.checkpoint import digest_path
 from trainer.clock import clock
+from trainer.loader import check_lengths, check_losses
 from trainer.tracking import Tracker
 from tuner.claims import claim_trial, wants_more, why_complete
 from tuner.dashboard.page import StudyPage
@@ -230,17 +231,25 @@ def _check_data(spec: StudySpec) -> str:
     """Hold the spec against its data; returns the data's digest.
 
     Raises:
-        UserError: No validation gives the study's metric, or some batch size searched can't be filled.
+        UserError: A split is empty or does not fit its lengths, the weights name other losses than a batch, no
+            validation gives the study's metric, or some batch size searched can't be filled.
     """
     workload = spec.build_workload()
     digest = workload.data_digest()
+    train, val = workload.train_data(), workload.val_data()
+    for data in (train, val):
+        check_lengths(data)
+    if not len(val):
+        raise UserError("the validation split has no samples: name data for it in [workload].")
     names = {"loss", *workload.loss_weights}
     with suppress(DamagedSample):
-        names |= workload.collate([workload.val_data()[0]]).counts.keys()
+        batch = workload.collate([val[0]])
+        check_losses(workload, batch)
+        names |= batch.counts.keys()
     if spec.study.metric.removeprefix("val/") not in names:
         known = ", ".join(f"val/{name}" for name in sorted(names))
         raise UserError(f"study.metric {spec.study.metric}: the workload's metrics are {known}.")
-    num_samples, largest = len(workload.train_data()), largest_step(spec)
+    num_samples, largest = len(train), largest_step(spec)
     if num_samples < largest:
         raise UserError(
             f"the search may take {largest} samples a step (train.batch_size x train.grad_accumulation), and the data "

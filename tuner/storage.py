@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 from filelock import FileLock
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy import event
 
@@ -16,6 +17,22 @@ from trainer.errors import UserError
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
 BUSY_TIMEOUT_S = 60
+
+REMEDIES = {
+    "database is locked": "another process holds it for too long: end that one (fuser {file} names it), then run this "
+    "again",
+    "disk I/O error": "look at that disk (dmesg, df), then run this again",
+    "database or disk is full": "free some space on that disk, then run this again",
+    "malformed": "restore a backup of it, or rescue what can be read: sqlite3 {file} .recover | sqlite3 NEW.db",
+}
+"""What to do about SQLite's words for what no program can mend."""
+
+
+class StorageFailure(UserError, StorageInternalError):
+    """An SQLite file is locked for long, damaged, or its disk is full.
+
+    One line for whoever ran a command; and Optuna's own type for what outlives a storage that can't be written.
+    """
 
 
 def storage_url(url: str | None = None) -> str:
@@ -30,13 +47,16 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStor
     each other) and waits for a locked database instead of failing.
 
     Raises:
-        UserError: The URL is none, can't be reached, or `must_exist` and there is no database.
+        UserError: The URL is none, is in memory, can't be reached, or `must_exist` and there is no database. Later,
+            by whatever uses the storage, `StorageFailure`.
     """
     url = storage_url(url)
     try:
         parsed = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
         raise UserError(f"storage {url}: not a database URL; use for example {DEFAULT_URL}.") from None
+    if in_memory(parsed):
+        raise UserError(f"storage {url}: in memory it ends with this command: use a file, such as {DEFAULT_URL}.")
     # Optuna's own lines about studies and trials would stand between ours.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -48,10 +68,24 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStor
         ImportError,
         RuntimeError,
         sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.StorageInternalError,
+        StorageInternalError,
     ) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
+        if found := remedy(reason, Path(parsed.database or "")):
+            raise UserError(f"storage {url}: can't be opened ({reason}): {found}.") from error
         raise UserError(f"storage {url}: can't be opened ({reason}); check the URL and the server.") from error
+
+
+def in_memory(url: sqlalchemy.URL) -> bool:
+    """Whether this is an SQLite database that ends with its process."""
+    if url.get_backend_name() != "sqlite":
+        return False
+    return url.database in (None, "", ":memory:") or "memory" in url.query.get("mode", "")
+
+
+def remedy(reason: str, file: Path) -> str | None:
+    """What to do about what SQLite says of a file; None where it says of a defect."""
+    return next((text.format(file=file) for words, text in REMEDIES.items() if words in reason), None)
 
 
 def opened(storage: BaseStorage | str | None) -> BaseStorage:
@@ -72,14 +106,28 @@ def for_other_processes(storage: BaseStorage) -> BaseStorage | str:
 
 
 def _open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
-    if must_exist and not path.is_file():
+    if must_exist and not path.exists():
         raise UserError(f"storage {url}: no such database; launch a study first, or give --storage.")
+    if path.is_dir():
+        raise UserError(f"storage {url}: {path} is a folder: name a file in it, such as {url.rstrip('/')}/tuner.db.")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Optuna makes its schema table by table: two processes that start at once would do it twice.
     with FileLock(path.with_name(path.name + ".lock"), timeout=BUSY_TIMEOUT_S):
         storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}})
         _use_wal(storage)
+    _say_what_ails(storage, url, path)
     return storage
+
+
+def _say_what_ails(storage: RDBStorage, url: str, path: Path) -> None:
+    """Let what ails the file be one line, whatever command was at it, in place of Optuna's word for its own defects."""
+
+    def explain(context: sqlalchemy.engine.ExceptionContext) -> StorageFailure | None:
+        reason = str(context.original_exception)
+        found = remedy(reason, path)
+        return StorageFailure(f"storage {url}: {reason}: {found}.") if found else None
+
+    event.listen(storage.engine, "handle_error", explain)
 
 
 def load_study(name: str, storage: BaseStorage) -> optuna.Study:

@@ -1,12 +1,14 @@
 import logging
+from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.toy import Toy
-from trainer import UserError
+from tests.toy import Sequences, Toy
+from trainer import TrainConfig, UserError, train
 from trainer.batching import BatchOrder
 from trainer.laws import check_workload
 from trainer.loader import DamageCount, fixed_batches, train_batches
@@ -68,6 +70,65 @@ def test_a_damaged_validation_sample_is_skipped_too() -> None:
     workload = Toy(num_train=256, damaged=(0,))
     batches = fixed_batches(workload, workload.train_data(), [torch.arange(128).numpy()])
     assert [batch.num_samples for batch in batches] == [127]
+
+
+class FewLengths(Toy):
+    """Of 256 samples only ten would ever be drawn."""
+
+    def train_data(self) -> Sequences:
+        data = super().train_data()
+        return TenLengths(len(data.samples), 1)
+
+
+class TenLengths(Sequences):
+    def __init__(self, num_samples: int, seed: int) -> None:
+        super().__init__(num_samples, seed)
+        self.lengths = self.lengths[:10]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def test_lengths_that_are_not_as_many_as_the_samples_end_a_run_before_it_reads(tmp_path: Path) -> None:
+    data = FewLengths().train_data()
+    order = BatchOrder(data.lengths, 4)
+    both = "TenLengths has 256 samples, and its lengths are 10"
+    with pytest.raises(UserError, match=both):
+        train_batches(FewLengths(), data, order, start=(0, 0), num_workers=0, device=CPU)
+    with pytest.raises(UserError, match=both):
+        fixed_batches(FewLengths(), data, [])
+    with pytest.raises(UserError, match=both):
+        train(FewLengths(), TrainConfig(steps=2, batch_size=4), run_dir=tmp_path)
+
+
+class Weighted(Toy):
+    weights: dict[str, float]
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        return self.weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "Weighted.loss_weights is empty: name the losses"),
+        ({"mel_loss": 1.0}, "Weighted.loss_weights names mel_loss, and its batches count token_loss: correct"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loss_weights_that_fit_no_batch_end_a_run_with_one_line(
+    tmp_path: Path, weights: dict[str, float], message: str, num_workers: int
+) -> None:
+    workload = Weighted(weights=weights)
+    with pytest.raises(UserError, match=message):
+        train(workload, TrainConfig(steps=2, batch_size=4), run_dir=tmp_path)
+    data = workload.train_data()
+    order = BatchOrder(data.lengths, 4)
+    batches = train_batches(workload, data, order, start=(0, 0), num_workers=num_workers, device=CPU)
+    with pytest.raises(UserError, match=message) as found:
+        next(batches)
+    assert "\n" not in str(found.value)
 
 
 def test_the_weighted_sum_is_the_loss_even_where_a_part_bears_its_name() -> None:

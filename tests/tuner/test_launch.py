@@ -143,7 +143,7 @@ def test_a_stopped_trial_goes_on_under_its_own_number(runtime: Runtime, url: str
 
 
 def test_a_timeout_stops_the_study_with_its_trial_open(runtime: Runtime, url: str) -> None:
-    study = launch(build(**{"trial.samples": 100_000}), storage=url, runtime=runtime, timeout=1.0)
+    study = launch(build(**{"trial.samples": 100_000}), storage=url, runtime=runtime, timeout=5.0)
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
 
 

@@ -3,11 +3,21 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
 
+from tests.tuner.studies_for_tests import write
 from trainer import UserError
+from tuner import storage as storage_module
+from tuner.cli import main
+from tuner.launcher import open_study
+from tuner.spec import StudySpec
 from tuner.storage import DEFAULT_URL, load_study, open_storage, storage_url
 
 
@@ -55,6 +65,105 @@ def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not in the storage"):
         load_study("none", storage)
     storage.engine.dispose()
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """The one line of a command that ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["tuner", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    return line
+
+
+@pytest.fixture
+def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a storage with the study "toy", which another connection writes to all the time."""
+    monkeypatch.setattr(storage_module, "BUSY_TIMEOUT_S", 0.1)
+    write(tmp_path)
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    open_study(StudySpec.load(tmp_path / "study.toml"), storage)
+    with closing(sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield f"sqlite:///{tmp_path}/tuner.db"
+    storage.engine.dispose()
+
+
+def test_a_file_that_is_locked_for_long_ends_a_launch_with_one_line(
+    busy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = refused(
+        capsys,
+        monkeypatch,
+        "launch",
+        f"{tmp_path}/study.toml",
+        "--no-track",
+        "--storage",
+        busy,
+        "--run-root",
+        f"{tmp_path}/runs",
+    )
+    assert f"storage {busy}: database is locked" in line and f"fuser {tmp_path}/tuner.db" in line
+
+
+def test_a_file_that_is_locked_for_long_is_one_line_from_python_too(busy: str) -> None:
+    study = load_study("toy", open_storage(busy))
+    with pytest.raises(UserError, match=r"database is locked: another process holds it"):
+        study.ask()
+    # What goes on without its storage, a full run or a live view, knows it by Optuna's type.
+    with pytest.raises(StorageInternalError, match=r"database is locked"):
+        study.set_user_attr("a", 1)
+
+
+def test_a_defect_of_a_statement_keeps_its_own_error(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    with pytest.raises(sqlalchemy.exc.OperationalError, match="no such table"), storage.engine.connect() as connection:
+        connection.exec_driver_sql("SELECT * FROM no_such")
+    storage.engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"])
+def test_a_storage_in_memory_is_refused_before_a_trial_runs(
+    tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, monkeypatch, "launch", "study.toml", "--no-track", "--storage", url)
+    assert f"{url}: in memory it ends with" in line and DEFAULT_URL in line
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match="in memory it ends with"):
+        open_storage(url)
+
+
+@pytest.mark.parametrize("command", [["status"], ["launch", "study.toml", "--no-track"]])
+def test_a_folder_is_no_storage(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, monkeypatch, *command, "--storage", f"sqlite:///{tmp_path}")
+    assert f"{tmp_path} is a folder" in line and f"sqlite:///{tmp_path}/tuner.db" in line
+
+
+def test_a_name_that_is_too_long_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, monkeypatch, "train", "study.toml", "--no-track", "--run-root", "x" * 300)
+    assert "File name too long: '" in line and line.endswith("use shorter names.")
+
+
+def test_a_memory_without_end_is_no_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--gpu-memory inf: give the card's" in refused(capsys, monkeypatch, "doctor", "--gpu-memory", "inf")
+
+
+def test_the_version_is_said_without_a_heavy_import() -> None:
+    code = "import sys; sys.argv = ['tuner', '--version']\nfrom tuner.cli import main\ntry: main()\n"
+    code += "finally: assert not {'torch', 'optuna', 'aim'} & sys.modules.keys(), 'heavy import'"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (0, f"prodigy-tuner {version('prodigy-tuner')}\n"), said.stderr
 
 
 def test_a_broken_database_is_a_user_error(tmp_path: Path) -> None:

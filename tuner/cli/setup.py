@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from trainer.errors import UserError
 from tuner.cli.terminal import (
     RunRoot,
     Storage,
@@ -39,6 +41,8 @@ def doctor(
 
     Example: tuner doctor studies/indextts2/study.toml --gpu-memory 25.3
     """
+    if gpu_memory is not None and not math.isfinite(gpu_memory):
+        raise UserError(f"--gpu-memory {gpu_memory}: give the card's memory in GB, such as 25.3.")
     from rich.console import Console
 
     from tuner.doctor.check import as_json as plain

@@ -16,6 +16,7 @@ import psutil
 from trainer.acceleration import AccelerationPlan, Capabilities
 from trainer.errors import DamagedSample
 from trainer.live_bytes import storage_bytes
+from trainer.loader import check_lengths, check_losses
 from trainer.memory import read_samples
 from trainer.packed import AUTO_BYTES, AUTO_SHARE
 from trainer.packed_store import HEADER
@@ -60,16 +61,22 @@ def named_paths(workload: Workload) -> Iterator[tuple[str, Path]]:
 
 
 def check_data(setup: Setup) -> Check:
-    """Whether the data can be opened, and its first samples be read. Raises UserError where it can't be opened."""
+    """Whether the data can be opened, and its first samples be read and collated.
+
+    Raises:
+        UserError: It can't be opened, or does not fit its lengths or the workload's losses.
+    """
     train, val = setup.workload.train_data(), setup.workload.val_data()
     message = f"{len(train):,} samples to train on, {len(val):,} to validate"
+    if not (len(train) and len(val)):
+        return Check("data", "fail", f"{message}: a split is empty", "name data for it in [workload]")
     for data in (train, val):
+        check_lengths(data)
         try:
-            data[0]
+            sample = data[0]
         except DamagedSample as error:
             return Check("data", "warn", f"{message}; {error}", "more than 1% of such samples stop a run: repair them")
-        except IndexError:
-            return Check("data", "fail", f"{message}: a split is empty", "name data for it in [workload]")
+        check_losses(setup.workload, setup.workload.collate([sample]))
     return Check("data", "ok", f"{message}, at most {int(max(train.lengths)):,} tokens each")
 
 

@@ -17,12 +17,20 @@ from tuner.doctor.data import check_data, check_loader, check_packing, check_pat
 from tuner.doctor.device import Machine, check_device, cuda_machine, this_machine
 from tuner.doctor.disk import check_checkpoints, check_free
 from tuner.doctor.gpus import check_gpus
-from tuner.doctor.installation import check_clock, check_compile, check_compiler, check_packages, check_python
+from tuner.doctor.installation import (
+    check_clock,
+    check_compile,
+    check_compiler,
+    check_own,
+    check_packages,
+    check_python,
+)
 from tuner.doctor.memory import check_memory, check_snapshot
 from tuner.doctor.storage import check_interrupted, check_storage, open_trials
 from tuner.launcher import KEEP_TRIALS
 from tuner.search_space import Setup, full_setup, largest_step
 from tuner.spec import StudySpec
+from tuner.workloads import described
 
 
 def examine(
@@ -43,39 +51,52 @@ def examine(
     machine = this_machine() if gpu_memory is None else cuda_machine(gpu_memory)
     # What is installed is this machine's, whatever the card that is judged.
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    checks = [check_python(), *check_packages(), check_compiler(), check_compile(kind)]
+    checks = [check_own(), check_python(), *check_packages(), check_compiler(), check_compile(kind)]
     checks += [check_device(machine), *check_gpus(), check_clock(run_root), check_storage(storage)]
     checks += check_interrupted(open_trials(storage), run_root)
     return checks + (list(examine_spec(spec, machine, run_root)) if spec else [check_free(run_root)])
 
 
 def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check]:
-    """The checks that need a study.toml; each is the ground of the next."""
+    """The checks that need a study.toml; each is the ground of the next. Where one can't be made, the disk's is the
+    last."""
+    study = None
     try:
         spec = StudySpec.load(path)
         # Looking at the data must not begin with copying it.
         packs = "pack" in spec.workload_class.model_fields
         setup = full_setup(spec, {"workload.pack": False} if packs else {})
-    except UserError as error:
-        yield Check("spec", "fail", str(error), "correct the spec, then run this again")
+        yield Check("spec", "ok", f"{path}: study {spec.study.name}, {spec.trial.num_trials} trials")
+        study = spec.study.name
+        yield from _examine_workload(spec, setup, machine, run_root, packs)
         return
-    yield Check("spec", "ok", f"{path}: study {spec.study.name}, {spec.trial.num_trials} trials")
+    except UserError as error:
+        name, what = ("spec", "the spec") if study is None else ("workload", "[workload] or what it names")
+        yield Check(name, "fail", str(error), f"correct {what}, then run this again")
+    except NoEstimate as error:
+        yield Check("memory", "warn", f"no estimate: {error}", "watch the first steps of a run with the largest batch")
+    except Exception as error:
+        # The workload is somebody else's code, and what it raises is a finding as any other: those before it and after
+        # it are to be read too. Tensors without contents may be all that it stumbled over.
+        remedy = "correct it there; if tuner train gets on with it, only the memory of a run stays unknown"
+        yield Check("workload", "fail", described(error), remedy)
+    yield check_free(run_root, study)
+
+
+def _examine_workload(spec: StudySpec, setup: Setup, machine: Machine, run_root: Path, packs: bool) -> Iterator[Check]:
+    """What needs the data and the model. Raises what they raise."""
     if setup.config.device == "cuda" and machine.capabilities.kind == "cpu":
         yield Check("device", "fail", 'train.device "cuda", and there is no CUDA device', 'use train.device = "auto"')
     if setup.config.device == "cpu":
         machine = this_machine("cpu")
     missing = list(check_paths(setup.workload))
     yield from missing
-    if has_failed(missing):
-        return
-    try:
-        yield check_data(setup)
-        yield from _examine_run(spec, setup, machine, run_root, spec.build_workload().pack if packs else False)  # type: ignore[attr-defined]
-    except UserError as error:
-        yield Check("workload", "fail", str(error), "correct [workload] or what it names, then run this again")
-    except NoEstimate as error:
-        yield Check("memory", "warn", f"no estimate: {error}", "watch the first steps of a run with the largest batch")
+    data = [] if has_failed(missing) else [check_data(setup)]
+    yield from data
+    if has_failed([*missing, *data]):
         yield check_free(run_root, spec.study.name)
+        return
+    yield from _examine_run(spec, setup, machine, run_root, spec.build_workload().pack if packs else False)  # type: ignore[attr-defined]
 
 
 def _examine_run(spec: StudySpec, setup: Setup, machine: Machine, run_root: Path, pack: object) -> Iterator[Check]:

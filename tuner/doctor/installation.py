@@ -31,6 +31,11 @@ def check_python(found: tuple[int, ...] = sys.version_info[:3]) -> Check:
     return Check("python", "fail", f"{name}: Aim has no package for it", "use Python 3.11 or 3.12")
 
 
+def check_own() -> Check:
+    """Which version of this package looks."""
+    return Check("prodigy-tuner", "ok", version("prodigy-tuner"))
+
+
 def check_packages(needed: Iterable[str] | None = None) -> Iterator[Check]:
     """Whether the versions are those that this package was made for: one check each.
 

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import nearest
-from tuner.storage import DEFAULT_URL, storage_url
+from tuner.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
 from tuner.trials import CLAIM, HOST, trial_name
 
 TIMEOUT_S = 5
@@ -60,27 +60,35 @@ def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
     except sqlalchemy.exc.ArgumentError:
         return Check("storage", "fail", f"{storage_url(url)}: not a database URL", f"use for example {DEFAULT_URL}")
     name, file = parsed.render_as_string(), database_file(parsed)
+    if in_memory(parsed):
+        what = f"{storage_url(url)}: in memory it ends with this command"
+        return Check("storage", "fail", what, f"use a file, such as {DEFAULT_URL}")
     if file is None and quick:
         return Check("storage", "ok", f"{name}: not asked")
     if file is not None and (problem := _check_file(name, file)):
         return problem
     try:
         with reading(parsed) as connection:
-            return _check_content(name, connection, quick)
+            return _check_content(name, file, connection, quick)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        remedy = "check the URL and the server" if file is None else "give another --storage, or move that file away"
-        return Check("storage", "fail", f"{name}: can't be opened ({reason})", remedy)
+        way_out = "check the URL and the server" if file is None else "give another --storage, or move that file away"
+        way_out = (file and remedy(reason, file)) or way_out
+        return Check("storage", "fail", f"{name}: can't be opened ({reason})", way_out)
 
 
 def database_file(url: sqlalchemy.URL) -> Path | None:
     """SQLite's file; None for a server, and for a database in memory."""
-    in_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
+    in_file = url.get_backend_name() == "sqlite" and not in_memory(url)
     return Path(url.database or "").resolve() if in_file else None
 
 
 def _check_file(name: str, file: Path) -> Check | None:
     """What can be said without opening it."""
+    if file.is_dir():
+        return Check(
+            "storage", "fail", f"{name}: {file} is a folder", f"name a file in it: {name.rstrip('/')}/tuner.db"
+        )
     folder = nearest(file.parent)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Check("storage", "fail", f"{name}: {folder} can't be written to", "give another --storage")
@@ -121,7 +129,7 @@ def reading(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
         engine.dispose()
 
 
-def _check_content(name: str, connection: sqlalchemy.Connection, quick: bool) -> Check:
+def _check_content(name: str, file: Path | None, connection: sqlalchemy.Connection, quick: bool) -> Check:
     tables = sqlalchemy.inspect(connection).get_table_names()
     if "alembic_version" not in tables or "studies" not in tables:
         return Check("storage", "ok", f"{name}: without studies yet")
@@ -133,8 +141,13 @@ def _check_content(name: str, connection: sqlalchemy.Connection, quick: bool) ->
         return Check("storage", "fail", problem, upgrade if found in known else "pip install -U optuna")
     count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(table("studies"))).scalar()
     message = f"{name}: {count} {'study' if count == 1 else 'studies'}, schema {found}"
-    if quick or connection.dialect.name != "sqlite":
+    if quick or file is None:
         return Check("storage", "ok", message)
+    # Reads every page, to the first that is damaged.
+    damage = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
+    if damage != "ok":
+        way_out = REMEDIES["malformed"].format(file=file)
+        return Check("storage", "fail", f"{message}, and damaged pages ({' '.join(damage.split())})", way_out)
     mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
     if mode != "wal":
         problem = f"{message}, journal mode {mode}: readers and the writer block each other"
@@ -166,7 +179,7 @@ def open_trials(url: str | None = None, *, quick: bool = False) -> list[OpenTria
             return []
         with reading(parsed) as connection:
             return _read_open_trials(connection)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError):
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError):  # the last of damaged times and JSON
         return []
 
 

@@ -93,6 +93,54 @@ def test_what_is_no_database_is_a_fail(tmp_path: Path) -> None:
     assert check_storage(f"sqlite:///{tmp_path}/file/tuner.db").state == "fail"
 
 
+def test_damaged_pages_are_a_fail_with_the_way_out(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tuner.db"
+    change(tmp_path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    with closing(sqlite3.connect(file)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trial_values'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with file.open("r+b") as database:
+        database.seek((page - 1) * size)
+        database.write(b"\xff" * size)
+    found = check_storage(url)
+    assert found.state == "fail" and "damaged pages" in found.message and "\n" not in found.message
+    assert f"sqlite3 {file} .recover" in found.remedy and "backup" in found.remedy
+    assert check_storage(url, quick=True).state == "ok", "every page is read only when asked"
+
+
+def test_a_storage_of_which_nothing_can_be_read_is_a_fail_with_the_way_out(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tuner.db"
+    change(tmp_path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    with file.open("r+b") as database:
+        database.seek(100)
+        database.write(b"\xff" * 3996)
+    found = check_storage(url)
+    assert found.state == "fail" and "malformed" in found.message and f"sqlite3 {file} .recover" in found.remedy
+    assert open_trials(url) == []
+
+
+def test_a_locked_storage_says_who_holds_it(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIMEOUT_S", 0.1)
+    change(tmp_path, "PRAGMA journal_mode=DELETE")
+    with closing(sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        found = check_storage(url)
+    assert found.state == "fail" and "database is locked" in found.message
+    assert f"fuser {tmp_path}/tuner.db" in found.remedy
+
+
+def test_a_folder_is_no_storage(tmp_path: Path) -> None:
+    found = check_storage(f"sqlite:///{tmp_path}", quick=True)
+    assert found.state == "fail" and f"{tmp_path} is a folder" in found.message
+    assert f"sqlite:///{tmp_path}/tuner.db" in found.remedy
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_storage_in_memory_is_a_fail(url: str) -> None:
+    found = check_storage(url, quick=True)
+    assert found.state == "fail" and "in memory" in found.message and "runs/tuner.db" in found.remedy
+
+
 def test_a_server_is_not_asked_in_a_hurry_and_its_password_not_shown() -> None:
     url = "postgresql://user:secret@127.0.0.1:1/x"
     assert check_storage(url, quick=True).state == "ok"

@@ -1,0 +1,26 @@
+"""What a launch says of data and losses that do not fit, before a study is made."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+from tests.tuner.studies_for_tests import build
+from trainer import UserError
+from tuner.launcher import open_study
+
+
+@pytest.mark.parametrize(
+    ("workload", "message"),
+    [
+        ("FewLengths", "Sized has 39 samples, and its lengths are 40"),
+        ("EmptyValidation", "the validation split has no samples: name data"),
+        ("UnknownLoss", "UnknownLoss.loss_weights names mel_loss, and its batches count token_loss"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_a_study_is_made(workload: str, message: str) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    spec = build(**{"study.workload": f"tests.tuner.doctor.test_examine:{workload}"})
+    with pytest.raises(UserError, match=message):
+        open_study(spec, storage)
+    assert not optuna.get_all_study_names(storage)
