@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -117,8 +117,10 @@ def code_digest(workload: Workload) -> str:
     except (OSError, TypeError):
         return ""  # a notebook's cell
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    for path in sorted(folder.glob("[!.]*.py")):
+        # What can't be read is not imported either: a folder, a dangling link.
+        with suppress(OSError):
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

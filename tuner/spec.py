@@ -175,8 +175,13 @@ class StudySpec(Section):
         return cls.build(values, base_dir=path.resolve().parent, source=str(path))
 
     @classmethod
-    def build(cls, values: Mapping[str, Any], *, base_dir: Path, source: str = "spec") -> StudySpec:
+    def build(
+        cls, values: Mapping[str, Any], *, base_dir: Path, source: str = "spec", stored: bool = False
+    ) -> StudySpec:
         """Check the contents of a study.toml.
+
+        Args:
+            stored: They are a study's, whose trials are run: [search] and its budget are past judging.
 
         Raises:
             UserError: They say something that can't be; the message starts with `source`.
@@ -188,7 +193,7 @@ class StudySpec(Section):
             spec = cls.model_validate(values)
         except ValidationError as error:
             raise UserError(f"{source}: {explain(error, cls)}") from None
-        spec._check(source)
+        spec._check(source, stored)
         return spec
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,7 +237,7 @@ class StudySpec(Section):
         except ValidationError as error:
             raise UserError(explain(error, TrainConfig, prefix="train")) from None
 
-    def _check(self, source: str) -> None:
+    def _check(self, source: str, stored: bool) -> None:
         """What pydantic can't see: keys of [train] and [workload], and how [search] relates to them."""
         try:
             for key in self.train:
@@ -242,9 +247,10 @@ class StudySpec(Section):
                         "remove it from [train]."
                     )
             owners = {"train": self.build_config({**self.train, "steps": 1}), "workload": self.build_workload()}
-            for key, dimension in self.search.items():
+            for key, dimension in () if stored else self.search.items():
                 self._check_dimension(key, dimension, owners)
-            self._check_budget(owners["train"])
+            if not stored:
+                self._check_budget(owners["train"])
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 

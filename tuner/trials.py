@@ -95,7 +95,7 @@ def stored_spec(study: optuna.Study) -> StudySpec:
 
     values = stored_values(study)
     base_dir = Path(study.user_attrs[BASE_DIR])
-    return StudySpec.build(values, base_dir=base_dir, source=f"study {study.study_name}")
+    return StudySpec.build(values, base_dir=base_dir, source=f"study {study.study_name}", stored=True)
 
 
 def stored_values(study: optuna.Study) -> dict[str, Any]:

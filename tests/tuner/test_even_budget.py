@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from pathlib import Path
 
+import optuna
 import pytest
 
+from tests.tuner.studies_for_tests import values
+from trainer import UserError
 from tuner.even_budget import MAX_DELAY, MAX_EXCESS, unevenness
+from tuner.spec import StudySpec
+from tuner.trials import BASE_DIR, SPEC, stored_spec
 
 
 def seen(samples: int, evaluations: int, step: int) -> list[tuple[float, int]]:
@@ -66,3 +72,13 @@ def test_a_range_without_end_is_judged_at_once() -> None:
     reason = unevenness(10**9, 8, range(1, 10**12), range(1, 10**6))
     assert reason is not None and "use samples = " in reason
     assert unevenness(10**15, 8, range(1, 10**9), [1, 2, 4]) is None
+
+
+def test_a_study_whose_trials_are_run_is_past_judging(tmp_path: Path) -> None:
+    uneven = values(**{"trial.samples": 100})
+    with pytest.raises(UserError, match=r"trial\.samples 100: "):
+        StudySpec.build(uneven, base_dir=tmp_path)
+    study = optuna.create_study()
+    study.set_user_attr(SPEC, uneven)
+    study.set_user_attr(BASE_DIR, str(tmp_path))
+    assert stored_spec(study).trial.samples == 100

@@ -105,6 +105,14 @@ def test_a_launch_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path: Path) -
     assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
 
 
+def test_a_program_started_without_a_standard_output_trains(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m tuner.cli train {write(tmp_path)} --no-track --run-dir {tmp_path}/run >&-"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, shell=True, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run/latest.pth").exists()
+
+
 def test_a_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
     with started(tmp_path, LONG, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -12,7 +12,8 @@ from tests.tuner.studies_for_tests import build
 from trainer.tracking import AimTracker, aim_run
 from tuner.full.promotion import promote
 from tuner.launcher import launch
-from tuner.run import Runtime
+from tuner.run import Runtime, code_digest
+from tuner.workloads import load_workload_class
 
 # Aim's own code leaves files to the garbage collector and calls deprecated functions.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -46,3 +47,19 @@ def test_without_tracking_there_is_no_aim_run(tmp_path: Path, runtime: Runtime) 
     study = launch(build(**{"trial.num_trials": 1}), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
     assert "aim_run" not in study.trials[0].user_attrs
     assert not (runtime.run_root / ".aim").exists()
+
+
+def test_the_codes_digest_is_that_of_the_files_beside_the_workload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_a_study.py").write_text("from tests.toy import Toy\nclass Mine(Toy): ...\n")
+    workload = load_workload_class("of_a_study:Mine", tmp_path)()
+    before = code_digest(workload)
+    (tmp_path / "notes.txt").write_text("no code")
+    # What an editor leaves beside an unsaved file, and a folder of that name.
+    (tmp_path / ".#of_a_study.py").symlink_to("nobody@nowhere")
+    (tmp_path / "folder.py").mkdir()
+    assert code_digest(workload) == before
+    (tmp_path / "layers.py").write_text("WIDTH = 3\n")
+    assert code_digest(workload) != before

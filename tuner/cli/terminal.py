@@ -212,7 +212,8 @@ class Outlived:
 def outlived(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
     """Standard output and errors may lose their readers meanwhile."""
     streams: Any = (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = (cast(TextIO, Outlived(stream, on_broken_pipe)) for stream in streams)
+    # A program may be started without one.
+    sys.stdout, sys.stderr = (stream and cast(TextIO, Outlived(stream, on_broken_pipe)) for stream in streams)
     try:
         yield
     finally:

@@ -37,9 +37,9 @@ def remember(
     confirmed: Confirmation | None,
 ) -> dict[str, Any]:
     """A finished trial can't be written to, so its promotion is recorded with the study, once."""
-    record = promotion_of(study, run_dir)
-    if record and begun:
-        return record
+    before = promotion_of(study, run_dir)
+    if before and begun:
+        return before
     origin, step = start
     others = [one for one in study.user_attrs.get(PROMOTIONS, []) if one["run_dir"] != str(run_dir)]
     record = {
@@ -55,6 +55,8 @@ def remember(
     }
     if confirmed is not None:
         record["confirmation"] = {**asdict(confirmed), "verdict": confirmed.verdict}
+    elif "confirmation" in before:
+        record["confirmation"] = before["confirmation"]
     study.set_user_attr(PROMOTIONS, [*others, record])
     return record
 
@@ -66,5 +68,6 @@ def lineage_of(study: optuna.Study, chosen: FrozenTrial, record: Mapping[str, An
         "study": study.study_name,
         "trial": chosen.number,
         "params": chosen.params,
-        CONTINUED_FROM: None if origin is None else {"run_dir": origin, "step": record[CONTINUED_AT]},
+        # A record of before the step was kept has none.
+        CONTINUED_FROM: None if origin is None else {"run_dir": origin, "step": record.get(CONTINUED_AT)},
     }

@@ -17,6 +17,7 @@ from tests.toy import Toy
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
+from tuner.full.confirmation import confirm
 from tuner.full.lineage import PROMOTIONS
 from tuner.full.projection import MeasuredSpeed, Outlook
 from tuner.full.promotion import promote
@@ -107,10 +108,21 @@ def test_a_fresh_run_that_ended_before_its_first_checkpoint_starts_at_step_0_aga
 ) -> None:
     with pytest.raises(Killed), monkeypatch.context() as patch:
         patch.setattr("tuner.full.promotion.tracked_train", lambda *_, **__: (_ for _ in ()).throw(Killed))
-        promote(study, runtime=runtime, fresh=True)
+        promote(study, runtime=runtime, fresh=True, confirmed=confirm(study, 1, num_seeds=1, runtime=runtime))
+    verdict = study.user_attrs[PROMOTIONS][0]["confirmation"]["verdict"]
     promote(study, runtime=runtime)
-    assert study.user_attrs[PROMOTIONS][0]["continued_from"] is None
+    (record,) = study.user_attrs[PROMOTIONS]
+    assert record["continued_from"] is None and record["confirmation"]["verdict"] == verdict
     assert min(curves(study)[0].intermediate_values) > 40
+
+
+def test_a_full_run_of_a_record_without_the_step_goes_on(study: optuna.Study, runtime: Runtime) -> None:
+    asked = itertools.count()
+    promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
+    (record,) = study.user_attrs[PROMOTIONS]
+    del record["continued_at"]
+    study.set_user_attr(PROMOTIONS, [record])
+    assert promote(study, runtime=runtime).finished
 
 
 def test_a_length_that_the_run_has_passed_is_refused(study: optuna.Study, runtime: Runtime) -> None:
