@@ -117,7 +117,7 @@ def check_batch_order(workload: Workload, *, num_batches: int = 4) -> None:
 def _opened_again(workload: Workload) -> Iterator[tuple[str, Workload]]:
     """Who is asked for the data a second time. A continued run is another process, where nothing is kept."""
     yield "when it is called again", workload
-    yield "in a workload built anew", type(workload).model_validate(workload.model_dump())
+    yield "in a workload built anew", type(workload).model_validate(workload.model_dump(by_alias=True))
 
 
 def _extremes(data: Dataset, num_samples: int) -> tuple[list[int], list[int]]:

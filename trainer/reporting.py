@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 RUIN = 5
-"""So many gradients in a row that are not finite end a run. A single one may be a bad batch: its update is skipped."""
+"""Whole log intervals of at least so many gradients in a row, none of them finite, end a run. A single one may be a
+bad batch: its update is skipped."""
 
 
 class Diverged(RuntimeError):

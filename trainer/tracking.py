@@ -56,6 +56,8 @@ class Trackers:
             except Exception:
                 log.warning("%s failed; training goes on without it", type(tracker).__name__, exc_info=True)
                 self.trackers.remove(tracker)
+                with suppress(Exception):
+                    tracker.close()
 
 
 class AimTracker:

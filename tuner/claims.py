@@ -44,10 +44,10 @@ def claim_trial(
             return None
         if any(trial.state == TrialState.WAITING for trial in trials):
             # Enqueued by a person, through Optuna.
-            trial = study.ask()
-            trial.set_user_attr(HOST, platform.node())
-            claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
-            return trial, False
+            trial_id = study._pop_waiting_trial_id()
+            if trial_id is not None:
+                study._storage.set_trial_user_attr(trial_id, HOST, platform.node())
+                return _hold(study, trial_id, study_dir, claim), False
         return _new_trial(study, spec, study_dir, claim), False
 
 
@@ -69,9 +69,13 @@ def _new_trial(study: optuna.Study, spec: StudySpec, study_dir: Path, claim: Exi
         # Another machine's came first.
         storage.set_trial_user_attr(trial_id, BASELINE, False)
         storage.set_trial_system_attr(trial_id, "fixed_params", {})
-    run_dir = study_dir / trial_name(number)
+    return _hold(study, trial_id, study_dir, claim)
+
+
+def _hold(study: optuna.Study, trial_id: int, study_dir: Path, claim: ExitStack) -> optuna.Trial:
+    run_dir = study_dir / trial_name(study._storage.get_trial_number_from_id(trial_id))
     claim.enter_context(locked(run_dir, CLAIM))
-    storage.set_trial_user_attr(trial_id, "run_dir", str(run_dir))
+    study._storage.set_trial_user_attr(trial_id, "run_dir", str(run_dir))
     return _propose(study, trial_id)
 
 
@@ -88,8 +92,7 @@ def _has_baseline(trials: Sequence[FrozenTrial]) -> bool:
 
 def wants_more(study: optuna.Study, spec: StudySpec, total: int, trials: Sequence[FrozenTrial]) -> bool:
     """Whether a study is to have another trial beside those it has, the running ones counted."""
-    taken = sum(trial.state in (*COUNTED, TrialState.RUNNING) for trial in trials)
-    return taken < total and not _is_stale(study, spec, trials)
+    return _num_taken(trials) < total and not _is_stale(study, spec, trials)
 
 
 def _is_stale(study: optuna.Study, spec: StudySpec, trials: Sequence[FrozenTrial]) -> bool:
@@ -98,10 +101,14 @@ def _is_stale(study: optuna.Study, spec: StudySpec, trials: Sequence[FrozenTrial
     return patience > 0 and trials_since_improvement(study, trials, spec.trial.min_delta) >= patience
 
 
+def _num_taken(trials: Sequence[FrozenTrial]) -> int:
+    """Trials that have come to their end, or that a machine works on; one that is nobody's never will."""
+    return sum(t.state in COUNTED or (t.state == TrialState.RUNNING and HOST in t.user_attrs) for t in trials)
+
+
 def why_complete(study: optuna.Study, spec: StudySpec, total: int) -> str:
     """What ended a study that starts no more trials."""
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    if sum(state in (*COUNTED, TrialState.RUNNING) for state in states) >= total:
+    if _num_taken(study.get_trials(deepcopy=False)) >= total:
         return f"the study has its {total} trial{'s' if total > 1 else ''}"
     delta = f" by more than {spec.trial.min_delta:g}" if spec.trial.min_delta else ""
     return f"no trial improved {spec.study.metric}{delta} in the last {spec.trial.patience}"

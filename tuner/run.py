@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from trainer import Evaluation, TrainResult, train
 from trainer.tracking import AIM_RUN, AimTracker, Tracker, Trackers, aim_command, aim_run
 from trainer.workload import Workload
 from tuner.search_space import Setup
+from tuner.workloads import folder_digest
 
 WORKLOAD = "workload"
 """In a checkpoint's lineage: what it takes to build its workload again."""
@@ -111,17 +111,17 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
 
 
 def code_digest(workload: Workload) -> str:
-    """Of the Python files beside the one that defines its class; empty where there is no such file."""
+    """Of the Python files beside the one that defines its class, as this process found them; empty where there is no
+    such file."""
+    return _code_digest(type(workload))
+
+
+@cache
+def _code_digest(cls: type[Workload]) -> str:
     try:
-        folder = Path(inspect.getfile(type(workload))).parent
+        return folder_digest(Path(inspect.getfile(cls)).parent)
     except (OSError, TypeError):
         return ""  # a notebook's cell
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("[!.]*.py")):
-        # What can't be read is not imported either: a folder, a dangling link.
-        with suppress(OSError):
-            digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 import sysconfig
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -31,11 +33,12 @@ def load_workload_class(name: str, base_dir: Path) -> type[Workload]:
     module = _import(name, module_name, base_dir)
     beside = base_dir / f"{module_name.partition('.')[0]}.py"
     origin = Path(getattr(module, "__file__", None) or "")  # a notebook's __main__ has none
-    # A copy of the study, or one that goes on in another folder, has the same file: either may be used.
-    if beside.exists() and origin.parent != base_dir and not (origin.is_file() and _same_text(origin, beside)):
+    # A copy of the study, or one that goes on in another folder, has the same files: either may be used.
+    is_copy = origin.is_file() and folder_digest(origin.parent) == folder_digest(base_dir)
+    if beside.exists() and origin.parent != base_dir and not is_copy:
         raise UserError(
-            f"study.workload {name}: {origin} has the same name as {beside}, and another text: rename the latter, or "
-            "remove it where the study has moved away from there."
+            f"study.workload {name}: {origin} has the same name as {beside}, and they or the files beside them differ: "
+            "rename the latter, or remove it where the study has moved away from there."
         )
     workload_class = getattr(module, class_name, None)
     if not (isinstance(workload_class, type) and issubclass(workload_class, Workload)):
@@ -63,8 +66,14 @@ def _import(name: str, module_name: str, base_dir: Path) -> ModuleType:
         raise UserError(f"study.workload {name}: {described(error)}: correct it there.") from error
 
 
-def _same_text(one: Path, other: Path) -> bool:
-    return one.read_bytes() == other.read_bytes()
+def folder_digest(folder: Path) -> str:
+    """Of the Python files in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("[!.]*.py")):
+        # What can't be read is not imported either: a folder, a dangling link.
+        with suppress(OSError):
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def described(error: BaseException) -> str:

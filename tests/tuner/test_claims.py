@@ -14,7 +14,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tests.tuner.studies_for_tests import build
-from tuner.claims import claim_trial
+from tuner.claims import claim_trial, wants_more
 from tuner.display.trial_table import is_interrupted
 from tuner.launcher import open_study
 from tuner.run import Runtime
@@ -88,6 +88,22 @@ def test_what_a_person_enqueued_comes_next(claim_on: ClaimOn) -> None:
     mine, resumed = claim_on("alpha")
     assert not resumed and mine.user_attrs["host"] == "alpha"
     assert mine.suggest_float("train.d_coef", 0.1, 10.0) == 3.0
+
+
+def test_a_person_enqueued_one_belongs_to_its_machine_while_the_sampler_thinks(claim_on: ClaimOn) -> None:
+    first, _ = claim_on("alpha")
+    first.study.enqueue_trial({"train.d_coef": 3.0})
+    others: list[tuple[optuna.Trial, bool]] = []
+    mine, _ = claim_on("alpha", Slow(lambda: others.append(claim_on("beta"))))
+    assert mine.number != others[0][0].number
+
+
+def test_a_trial_that_is_nobodys_is_not_waited_for(claim_on: ClaimOn) -> None:
+    trial, _ = claim_on("alpha")
+    trial.study.ask()
+    trials = trial.study.get_trials()
+    assert [frozen.state for frozen in trials] == [TrialState.RUNNING] * 2
+    assert wants_more(trial.study, build(), 2, trials) and not wants_more(trial.study, build(), 1, trials)
 
 
 def test_another_machines_trial_is_not_shown_as_interrupted(claim_on: ClaimOn) -> None:

@@ -13,7 +13,7 @@ from trainer.tracking import AimTracker, aim_run
 from tuner.full.promotion import promote
 from tuner.launcher import launch
 from tuner.run import Runtime, code_digest
-from tuner.workloads import load_workload_class
+from tuner.workloads import folder_digest, load_workload_class
 
 # Aim's own code leaves files to the garbage collector and calls deprecated functions.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,11 +55,13 @@ def test_the_codes_digest_is_that_of_the_files_beside_the_workload(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "of_a_study.py").write_text("from tests.toy import Toy\nclass Mine(Toy): ...\n")
     workload = load_workload_class("of_a_study:Mine", tmp_path)()
-    before = code_digest(workload)
+    before = folder_digest(tmp_path)
+    assert code_digest(workload) == before
     (tmp_path / "notes.txt").write_text("no code")
     # What an editor leaves beside an unsaved file, and a folder of that name.
     (tmp_path / ".#of_a_study.py").symlink_to("nobody@nowhere")
     (tmp_path / "folder.py").mkdir()
-    assert code_digest(workload) == before
+    assert folder_digest(tmp_path) == before
     (tmp_path / "layers.py").write_text("WIDTH = 3\n")
-    assert code_digest(workload) != before
+    assert folder_digest(tmp_path) != before
+    assert code_digest(workload) == before, "what this process has imported"

@@ -153,6 +153,7 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
     """Ctrl-C, SIGTERM or a terminal that closes asks the run to stop at the next step with a checkpoint, and so does a
     pipe that nobody reads any more; a second signal stops at once."""
     asked: list[int] = []
+    lost: list[bool] = []
 
     def ask(number: int, _: Any) -> None:
         if asked:
@@ -165,8 +166,8 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        with outlived(lambda: asked.append(signal.SIGPIPE)):
-            yield lambda: bool(asked)
+        with outlived(lambda: lost.append(True)):
+            yield lambda: bool(asked or lost)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from trainer.checkpoint import holds_state
 from tuner.full.confirmed import Confirmation
 from tuner.full.runs import CONTINUED_FROM
 from tuner.run import code_version
@@ -25,7 +26,11 @@ CONTINUED_AT = "continued_at"
 def promotion_of(study: optuna.Study, run_dir: Path) -> dict[str, Any]:
     """What the study remembers of a promotion; nothing where there was none."""
     records: list[dict[str, Any]] = study.user_attrs.get(PROMOTIONS, [])
-    return next((record for record in records if record["run_dir"] == str(run_dir)), {})
+    found = [record for record in records if record["run_dir"] == str(run_dir)]
+    if not found and holds_state(run_dir):
+        # The folder of runs was moved.
+        found = [record for record in records if Path(record["run_dir"]).name == run_dir.name]
+    return found[-1] if found else {}
 
 
 def remember(

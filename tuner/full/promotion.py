@@ -113,7 +113,7 @@ def _begin(
     """
     begun = holds_state(run_dir)
     origin, step = _origin(study, spec, chosen, run_dir, begun, fresh)
-    if steps is not None and steps < (stands := _stands_at(study, chosen) if begun else step):
+    if steps is not None and steps < (stands := _stands_at(study, chosen, run_dir) if begun else step):
         raise UserError(f"--steps {steps}: the full run stands at step {stands}; leave --steps out, or give more.")
     # All that is to be known of the run comes before its first checkpoint: whatever ends this, the next call finds
     # either a run that has begun, or the same beginning.
@@ -125,10 +125,11 @@ def _begin(
     return record, curve
 
 
-def _stands_at(study: optuna.Study, chosen: FrozenTrial) -> int:
-    """The step at which a full run was validated last."""
+def _stands_at(study: optuna.Study, chosen: FrozenTrial, run_dir: Path) -> int:
+    """The step at which a full run was validated or saved last."""
     mine = curves_of(study, chosen)
-    return int(mine[-1].user_attrs.get("step", 0)) if mine else 0
+    validated = int(mine[-1].user_attrs.get("step", 0)) if mine else 0
+    return max(validated, *(int(path.stem.removeprefix("step_")) for path in run_dir.glob("step_*.pth")), 0)
 
 
 def rerun(

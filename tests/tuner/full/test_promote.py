@@ -125,6 +125,16 @@ def test_a_full_run_of_a_record_without_the_step_goes_on(study: optuna.Study, ru
     assert promote(study, runtime=runtime).finished
 
 
+def test_a_full_run_in_a_folder_that_was_moved_keeps_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
+    asked = itertools.count()
+    promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
+    moved = runtime.run_root.rename(runtime.run_root.with_name("moved"))
+    result = promote(study, runtime=Runtime(moved, track=False))
+    assert result.finished
+    assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"]["step"] > 0
+    assert len(study.user_attrs[PROMOTIONS]) == 1
+
+
 def test_a_length_that_the_run_has_passed_is_refused(study: optuna.Study, runtime: Runtime) -> None:
     with pytest.raises(UserError, match=r"--steps 2: the full run stands at step \d\d?; leave --steps out"):
         promote(study, runtime=runtime, steps=2)
