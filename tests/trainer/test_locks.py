@@ -29,11 +29,13 @@ class Readers:
 
 
 def test_who_looks_does_not_keep_others_out(tmp_path: Path) -> None:
-    readers = Readers(tmp_path)
+    readers, held = Readers(tmp_path), 0
     for _ in range(100):
+        # Raises where it is kept out.
         with locked(tmp_path):
-            pass
+            held += 1
     readers.end()
+    assert held == 100
 
 
 def test_two_who_look_do_not_take_each_other_for_the_holder(tmp_path: Path) -> None:

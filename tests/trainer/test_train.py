@@ -314,6 +314,12 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, ca
     assert said.getMessage() == "Broken failed; training goes on without it" and said.exc_info
 
 
+def test_a_tracker_that_fails_is_closed_all_the_same(tmp_path: Path) -> None:
+    broken = Broken()
+    train(Toy(), config(), run_dir=tmp_path, tracker=Trackers([broken]))
+    assert broken.closed
+
+
 class Overflowing(Toy):
     """Its validation loss is no number after 20 batches."""
 
