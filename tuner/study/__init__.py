@@ -1,0 +1,1 @@
+"""A study: its record in the storage, its trials, and the processes that run them."""

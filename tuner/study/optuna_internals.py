@@ -1,0 +1,79 @@
+"""Every use of Optuna's private names, so that an upgrade of Optuna is this file's work. Checked against Optuna 5.0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import Engine
+
+FIXED_PARAMS = "fixed_params"
+"""System attribute in which Optuna keeps parameters that were enqueued."""
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """The storage that a study was loaded from."""
+    return study._storage
+
+
+def id_of(study: optuna.Study) -> int:
+    """A study's id in its storage, which the addresses of optuna-dashboard hold."""
+    return study._study_id
+
+
+def backend_of(storage: BaseStorage) -> BaseStorage:
+    """The storage itself, without the cache that a study wraps around a database."""
+    backend: BaseStorage = getattr(storage, "_backend", storage)
+    return backend
+
+
+def engine_of(storage: BaseStorage) -> Engine | None:
+    """SQLAlchemy's engine of a storage; None for a storage that is no database, such as one in memory."""
+    return getattr(backend_of(storage), "engine", None)
+
+
+def frozen(trial: optuna.Trial) -> FrozenTrial:
+    """An open trial as the storage has it now."""
+    return trial.storage.get_trial(trial._trial_id)
+
+
+def open_trial(study: optuna.Study, number: int) -> optuna.Trial:
+    """A RUNNING trial to train with; the sampler proposes what the trial has no parameters for yet."""
+    # As `Study.ask` does: the sampler must not see the trials as they were at its last proposal.
+    study._thread_local.cached_all_trials = None
+    return optuna.Trial(study, _trial_id(study, number))
+
+
+def create_running_trial(study: optuna.Study, user_attrs: Mapping[str, Any], fixed_params: Mapping[str, Any]) -> int:
+    """Create a RUNNING trial that has its attributes from its first moment, and return its number.
+
+    `Study.ask` creates one without attributes and then calls the sampler: until that returns, another machine would
+    take the trial for one without an owner.
+    """
+    system_attrs = {FIXED_PARAMS: dict(fixed_params)} if fixed_params else {}
+    template = create_trial(state=TrialState.RUNNING, user_attrs=dict(user_attrs), system_attrs=system_attrs)
+    trial_id = study._storage.create_new_trial(study._study_id, template)
+    return study._storage.get_trial_number_from_id(trial_id)
+
+
+def pop_waiting_trial(study: optuna.Study) -> int | None:
+    """Set an enqueued trial to RUNNING and return its number; None if there is none."""
+    trial_id = study._pop_waiting_trial_id()
+    return None if trial_id is None else study._storage.get_trial_number_from_id(trial_id)
+
+
+def set_user_attr(study: optuna.Study, number: int, key: str, value: Any) -> None:
+    """Set an attribute of an open trial without opening it, which would call the sampler."""
+    study._storage.set_trial_user_attr(_trial_id(study, number), key, value)
+
+
+def remove_fixed_params(study: optuna.Study, number: int) -> None:
+    """Let the sampler propose all parameters of a trial that was created with fixed ones."""
+    study._storage.set_trial_system_attr(_trial_id(study, number), FIXED_PARAMS, {})
+
+
+def _trial_id(study: optuna.Study, number: int) -> int:
+    return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)

@@ -1,0 +1,494 @@
+"""The record: everything that the tuner stores in a study, typed. No other file names a stored key.
+
+The classes `...Keys` are the schema: each field is an attribute that Optuna stores under the field's name, and it
+outlives versions of this package. `write_...` stores them, `TrialRecord`, `FullRunRecord` and `StudyRecord` read them.
+Imports no torch, so that `tuner status` is quick.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
+
+from trainer.errors import UserError
+from trainer.locks import is_locked
+from tuner.study import optuna_internals
+from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmationRun
+
+if TYPE_CHECKING:
+    from tuner.spec import StudySpec
+
+State = Literal["complete", "pruned", "infeasible", "failed", "running", "waiting"]
+FullRunState = Literal["running", "interrupted", "finished"]
+
+CLAIM = ".claim"
+"""Lock file in a trial's run directory, held by the process that trains the trial."""
+HOST_KEY, RUN_DIR_KEY = "host", "run_dir"
+"""For SQL on a database that must not be opened through Optuna."""
+
+
+class TrialKeys(TypedDict, total=False):
+    """User attributes of a trial."""
+
+    run_dir: str
+    host: str
+    code: str
+    """Digest of the workload's code that the trial ran."""
+    aim_run: str
+    baseline: bool
+    starts: list[Any]
+    """[starts since the last sign of life, number of evaluations, name of the newest checkpoint]."""
+    infeasible: str
+    """The reason."""
+    d: list[float]
+    """Prodigy's d at each evaluation."""
+    d_rising: bool
+    full_hours: float
+    """Projected hours of the full run at the trial's speed, for the length in `full_length`."""
+    full_length: Mapping[str, int]
+    samples_per_second: float
+    micro_batch_size: int
+    memory: int
+    """Bytes of the device."""
+    peak_memory: int
+
+
+class Deviation(TypedDict):
+    """A point at which a full run from step 0 differs from its trial."""
+
+    samples: int
+    trial: float
+    full: float
+    allowed: float
+
+
+class FullRunKeys(TypedDict, total=False):
+    """User attributes of a trial of `<study>.full`, which holds the curve of one full run."""
+
+    run_dir: str
+    trial: int
+    aim_run: str
+    steps: int | None
+    """Length of the run."""
+    step: int
+    """Step of the last evaluation, or of the end."""
+    metrics: dict[str, float]
+    continued_from: str | None
+    """Run directory whose checkpoint the run continued from; None: it started at step 0; absent: not known."""
+    deviation: list[Deviation]
+    full_hours: float
+    """Of the whole run, at its own measured speed."""
+
+
+class PromotionKeys(TypedDict, total=False):
+    """An entry of the study's attribute `promotions`."""
+
+    trial: int
+    value: float
+    params: Mapping[str, Any]
+    best: int
+    """Number of the best trial at that time."""
+    run_dir: str
+    continued_from: str | None
+    continued_at: int
+    """Step of the checkpoint that the run continued from."""
+    started: str
+    code_version: str
+    confirmation: dict[str, Any]
+
+
+class StudyKeys(TypedDict, total=False):
+    """User attributes of a study. Besides, `confirm-<trial>-seed-<seed>` holds each `ConfirmationRun`."""
+
+    spec: Mapping[str, Any]
+    base_dir: str
+    data_digest: str
+    ended: str
+    """Why the last launch ended; empty while one runs, or after it was stopped."""
+    promotions: list[PromotionKeys]
+    confirmation: dict[str, Any]
+    """`asked`: the ConfirmationRequest, and once it has ended `found`: the Confirmation."""
+    promoted_from: str
+    """Of `<study>.full`: name of the study."""
+
+
+def write_trial(trial: optuna.Trial, **values: Unpack[TrialKeys]) -> None:
+    """Store attributes of an open trial. A finished trial can't be written to."""
+    for key, value in values.items():
+        trial.set_user_attr(key, value)
+
+
+def write_full_run(curve: optuna.Trial, **values: Unpack[FullRunKeys]) -> None:
+    """Store attributes of the open trial of `<study>.full` that holds a full run's curve."""
+    for key, value in values.items():
+        curve.set_user_attr(key, value)
+
+
+def write_study(study: optuna.Study, **values: Unpack[StudyKeys]) -> None:
+    """Store attributes of a study."""
+    for key, value in values.items():
+        study.set_user_attr(key, value)
+
+
+def write_confirmation_run(study: optuna.Study, number: int, seed: int, run: ConfirmationRun) -> None:
+    """Store one run of a confirmation, complete or not."""
+    study.set_user_attr(confirmation_run_name(number, seed), asdict(run))
+
+
+def report_once(trial: optuna.Trial, value: float, step: int) -> bool:
+    """Report an intermediate value unless the step has one: after a crash a run passes some points again.
+
+    Returns whether it was new.
+    """
+    if step in optuna_internals.frozen(trial).intermediate_values:
+        return False
+    trial.report(value, step)
+    return True
+
+
+def trial_name(number: int) -> str:
+    """Name of a trial's run directory."""
+    return f"trial-{number:05d}"
+
+
+def confirmation_run_name(number: int, seed: int) -> str:
+    """Name of a confirmation run: its run directory, and the study's attribute."""
+    return f"confirm-{number:05d}-seed-{seed}"
+
+
+STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial: Optuna's own fields, and the tuner's attributes."""
+
+    number: int
+    state: State
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    value: float | None
+    """At the end, or at the last evaluation."""
+    curve: Mapping[int, float]
+    """Value by point of the evaluation grid, in the unit of the budget."""
+    started: datetime | None
+    completed: datetime | None
+    is_feasible: bool
+    run_dir: Path | None
+    host: str | None
+    code: str | None
+    aim_run: str | None
+    is_baseline: bool
+    starts: Sequence[Any]
+    infeasible: str | None
+    d: Sequence[float]
+    d_is_rising: bool
+    """At the last evaluation."""
+    full_hours: float | None
+    """For `full_length`; `StudyRecord.full_hours` converts it to the length of today."""
+    full_length: Mapping[str, int]
+    samples_per_second: float | None
+    micro_batch_size: int | None
+    memory: int | None
+    peak_memory: int | None
+
+    @classmethod
+    def read(cls, trial: FrozenTrial | optuna.Trial) -> TrialRecord:
+        """Read a trial; an open one as the storage has it now."""
+        if isinstance(trial, optuna.Trial):
+            trial = optuna_internals.frozen(trial)
+        keys, curve = cast(TrialKeys, trial.user_attrs), trial.intermediate_values
+        value = trial.value
+        if value is None and curve:
+            value = curve[max(curve)]
+        return cls(
+            number=trial.number,
+            # A process that is killed right after it stored the reason leaves the trial open, to be claimed again.
+            state="infeasible" if "infeasible" in keys and trial.state in ENDED else STATES[trial.state],
+            params=trial.params,
+            distributions=trial.distributions,
+            value=value,
+            curve=curve,
+            started=trial.datetime_start,
+            completed=trial.datetime_complete,
+            is_feasible=all(constraint <= 0 for constraint in trial.constraints.values()),
+            run_dir=Path(keys["run_dir"]) if "run_dir" in keys else None,
+            host=keys.get("host"),
+            code=keys.get("code"),
+            aim_run=keys.get("aim_run"),
+            is_baseline=bool(keys.get("baseline")),
+            starts=keys.get("starts", [0]),
+            infeasible=keys.get("infeasible"),
+            d=keys.get("d", []),
+            d_is_rising=bool(keys.get("d_rising")),
+            full_hours=keys.get("full_hours"),
+            full_length=keys.get("full_length", {}),
+            samples_per_second=keys.get("samples_per_second"),
+            micro_batch_size=keys.get("micro_batch_size"),
+            memory=keys.get("memory"),
+            peak_memory=keys.get("peak_memory"),
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state not in ("running", "waiting")
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether it is open, belongs to this machine, and no process trains it; the next launch continues it."""
+        is_ours = self.state == "running" and self.host == platform.node()
+        if not is_ours or self.run_dir is None or not self.run_dir.is_absolute():
+            return False
+        return not is_locked(self.run_dir, CLAIM)
+
+    @property
+    def ended_with_d_rising(self) -> bool:
+        """Whether Prodigy's d still rose at the end of a complete trial: the trial was too short for its d_coef."""
+        return self.state == "complete" and self.d_is_rising
+
+
+@dataclass(frozen=True)
+class FullRunRecord:
+    """A full run, as the study keeps it."""
+
+    number: int
+    """Of the trial of `<study>.full` that holds its curve."""
+    trial: int
+    run_dir: Path
+    is_open: bool
+    params: Mapping[str, Any]
+    curve: Mapping[int, float]
+    """Value by samples."""
+    step: int
+    steps: int | None
+    metrics: Mapping[str, float]
+    started_at_zero: bool
+    """Whether it is known to have started at step 0."""
+    continued_from: Path | None
+    deviations: Sequence[Deviation]
+    hours: float | None
+    aim_run: str | None
+
+    @classmethod
+    def read(cls, trial: FrozenTrial | optuna.Trial) -> FullRunRecord | None:
+        """Read a trial of `<study>.full`; None while it is being created."""
+        if isinstance(trial, optuna.Trial):
+            trial = optuna_internals.frozen(trial)
+        keys = cast(FullRunKeys, trial.user_attrs)
+        if "trial" not in keys or "run_dir" not in keys:
+            return None
+        origin = keys.get("continued_from")
+        return cls(
+            number=trial.number,
+            trial=keys["trial"],
+            run_dir=Path(keys["run_dir"]),
+            is_open=trial.state == TrialState.RUNNING,
+            params=trial.params,
+            curve=trial.intermediate_values,
+            step=keys.get("step", 0),
+            steps=keys.get("steps"),
+            metrics=keys.get("metrics", {}),
+            started_at_zero="continued_from" in keys and origin is None,
+            continued_from=Path(origin) if origin else None,
+            deviations=keys.get("deviation", []),
+            hours=keys.get("full_hours"),
+            aim_run=keys.get("aim_run"),
+        )
+
+    @property
+    def state(self) -> FullRunState:
+        if not self.is_open:
+            return "finished"
+        return "running" if is_locked(self.run_dir) else "interrupted"
+
+
+def full_study(study: optuna.Study) -> optuna.Study | None:
+    """`<study>.full`, which holds the curves of the full runs; None before the first promotion."""
+    name, storage = f"{study.study_name}.full", optuna_internals.storage_of(study)
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def is_launched(study: optuna.Study) -> bool:
+    """Whether this tuner launched the study."""
+    return "spec" in study.user_attrs
+
+
+def read_spec(study: optuna.Study) -> StudySpec:
+    """The spec that a study was launched with, checked; it imports the workload.
+
+    Raises:
+        UserError: The study was not launched by this tuner, or its workload can't be imported.
+    """
+    from tuner.spec import StudySpec  # imports torch
+
+    record = StudyRecord.read(study)
+    assert record.base_dir is not None
+    return StudySpec.build(record.spec, base_dir=record.base_dir, source=f"study {record.name}", stored=True)
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study with its trials, read at one moment; the full runs are read on first use."""
+
+    study: optuna.Study = field(repr=False)
+    name: str
+    spec: Mapping[str, Any]
+    """As plain values: reading must not need the workload's module."""
+    base_dir: Path | None
+    data_digest: str | None
+    minimized: bool
+    trials: list[TrialRecord]
+    ended: str
+    promotions: list[PromotionKeys]
+    confirmation_request: ConfirmationRequest | None
+    """Of the last confirmation."""
+    confirmation: Confirmation | None
+    """The result of the last confirmation; None until it has ended."""
+    confirmation_runs: Mapping[str, ConfirmationRun]
+
+    @classmethod
+    def read(cls, study: optuna.Study) -> StudyRecord:
+        """Read a study.
+
+        Raises:
+            UserError: This tuner did not launch it.
+        """
+        attrs = study.user_attrs
+        keys = cast(StudyKeys, attrs)
+        if "spec" not in keys:
+            raise UserError(f"study {study.study_name} holds no spec: tuner did not launch it; use another study.")
+        kept = keys.get("confirmation", {})
+        return cls(
+            study=study,
+            name=study.study_name,
+            spec=keys["spec"],
+            base_dir=Path(keys["base_dir"]) if "base_dir" in keys else None,
+            data_digest=keys.get("data_digest"),
+            minimized=study.direction == StudyDirection.MINIMIZE,
+            trials=[TrialRecord.read(trial) for trial in study.get_trials(deepcopy=False)],
+            ended=keys.get("ended", ""),
+            promotions=keys.get("promotions", []),
+            confirmation_request=ConfirmationRequest(**kept["asked"]) if kept else None,
+            confirmation=_confirmation.validate_python(kept["found"]) if "found" in kept else None,
+            confirmation_runs={
+                name: _confirmation_run.validate_python(run)
+                for name, run in attrs.items()
+                if name.startswith("confirm-")
+            },
+        )
+
+    @property
+    def metric(self) -> str:
+        return str(self.spec["study"]["metric"])
+
+    @property
+    def unit(self) -> Literal["samples", "steps", "seconds"]:
+        """The unit of a trial's budget."""
+        budget = self.spec["trial"]
+        return "steps" if budget.get("steps") else "seconds" if budget.get("seconds") else "samples"
+
+    def sortable(self, value: float) -> float:
+        """The value with its sign such that lower is better."""
+        return value if self.minimized else -value
+
+    @cached_property
+    def ranked(self) -> list[TrialRecord]:
+        """Complete and feasible trials, the best first."""
+        complete = [t for t in self.trials if t.state == "complete" and t.is_feasible and t.value is not None]
+        return sorted(complete, key=lambda t: (self.sortable(t.value or 0.0), t.number))
+
+    @property
+    def best(self) -> TrialRecord | None:
+        return self.ranked[0] if self.ranked else None
+
+    @cached_property
+    def baseline(self) -> TrialRecord | None:
+        """The trial of the settings in `[train]`."""
+        return next((t for t in self.trials if t.is_baseline and t.state != "failed"), None)
+
+    @cached_property
+    def finished(self) -> list[TrialRecord]:
+        """The ranked trials, then the pruned, infeasible and failed ones by number."""
+        ranked = {trial.number for trial in self.ranked}
+        return [*self.ranked, *(t for t in self.trials if t.is_finished and t.number not in ranked)]
+
+    @cached_property
+    def full_runs(self) -> list[FullRunRecord]:
+        """The newest full run of each promoted trial, in the order of their first starts."""
+        return list({run.trial: run for run in self.all_full_runs}.values())
+
+    @cached_property
+    def all_full_runs(self) -> list[FullRunRecord]:
+        """Every trial of `<study>.full`: a run that was made longer has several."""
+        study = full_study(self.study)
+        runs = map(FullRunRecord.read, study.get_trials(deepcopy=False)) if study else ()
+        return [run for run in runs if run is not None]
+
+    def is_best(self, trial: TrialRecord) -> bool:
+        return self.best is not None and trial.number == self.best.number
+
+    def is_baseline(self, trial: TrialRecord) -> bool:
+        return self.baseline is not None and trial.number == self.baseline.number
+
+    def full_hours(self, trial: TrialRecord) -> float | None:
+        """Projected hours of the full run at a trial's speed, for the length in `[full]` of today."""
+        hours, then, now = trial.full_hours, trial.full_length, self.spec["full"]
+        if hours is None or not then:
+            return hours
+        unit = next(iter(then))
+        # Between samples and steps is the batch size, and with it the trial's parameters.
+        return float(hours * now[unit] / then[unit]) if now.get(unit) else None
+
+    @cached_property
+    def pareto_front(self) -> set[int]:
+        """Numbers of the trials that no other trial beats in both the metric and the full run's hours.
+
+        A trial without projected hours is left out.
+        """
+        timed = [(trial, self.full_hours(trial)) for trial in self.ranked]
+        costs = {trial.number: (self.sortable(trial.value or 0.0), hours) for trial, hours in timed if hours}
+
+        def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+            return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+        return {number for number, own in costs.items() if not any(beats(other, own) for other in costs.values())}
+
+    def trials_since_improvement(self, min_delta: float) -> int:
+        """Finished trials since the best value last improved by more than `min_delta`; 0 before the first value."""
+        values = {trial.number: self.sortable(trial.value or 0.0) for trial in self.ranked}
+        best, since = None, 0
+        for trial in self.trials:
+            value = values.get(trial.number)
+            if value is not None and (best is None or value < best - min_delta):
+                best, since = value, 0
+            elif best is not None and trial.state in ("complete", "pruned", "infeasible"):
+                since += 1
+        return since
+
+    def confirmation_run(self, number: int, seed: int) -> ConfirmationRun | None:
+        """A confirmation run of a trial, complete or not."""
+        return self.confirmation_runs.get(confirmation_run_name(number, seed))
+
+
+# Stored as JSON, which turns the integer keys of `values` and `curve` into text.
+_confirmation, _confirmation_run = TypeAdapter(Confirmation), TypeAdapter(ConfirmationRun)
