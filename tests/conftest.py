@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuner.run import Runtime
+from tuner.study.tracked_run import Runtime
 
 # Where the tests run in the background Ctrl-C is ignored, and the processes that they start would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -140,6 +140,16 @@ def holds_state(run_dir: Path) -> bool:
     return (run_dir / LATEST).exists() or any(run_dir.glob("step_*.pth"))
 
 
+def step_file(step: int) -> str:
+    """Name of the file that holds the state after so many steps."""
+    return f"step_{step:09d}.pth"
+
+
+def newest_step(run_dir: Path) -> int | None:
+    """Step of the newest state by the names of the files, whole or not; None if there is none."""
+    return max((int(path.stem.removeprefix("step_")) for path in run_dir.glob(f"step_{'[0-9]' * 9}.pth")), default=None)
+
+
 class Checkpoints:
     """The checkpoints of one run directory. A context manager: leaving it waits for the last write."""
 
@@ -217,7 +227,7 @@ class Checkpoints:
         return sorted(self.run_dir.glob("step_*.pth"))
 
     def _write_step(self, state: dict[str, Any]) -> None:
-        path = self.run_dir / f"step_{state['step']:09d}.pth"
+        path = self.run_dir / step_file(state["step"])
         write_checkpoint(state, path)
         _name_again(path, self.run_dir / LATEST)
         for old in self._steps()[: -self.keep]:

@@ -4,25 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuner.full.confirmation import confirm
-    from tuner.full.promotion import promote
-    from tuner.launcher import launch
-    from tuner.run import Runtime
-    from tuner.spec import StudySpec
+    from tuner.api import confirm, launch, promote
+    from tuner.spec.study_toml import StudySpec
+    from tuner.study.launch import open_study
+    from tuner.study.tracked_run import Runtime
 
-# Imported on first use: the command line must not wait for torch to print its help.
-_HOMES = {
-    "Runtime": "run",
-    "StudySpec": "spec",
-    "confirm": "full.confirmation",
-    "launch": "launcher",
-    "promote": "full.promotion",
+# Imported on first use: the command line prints its help without importing torch.
+_MODULES = {
+    "Runtime": "study.tracked_run",
+    "StudySpec": "spec.study_toml",
+    "confirm": "api",
+    "launch": "api",
+    "open_study": "study.launch",
+    "promote": "api",
 }
 
-__all__ = ["Runtime", "StudySpec", "confirm", "launch", "promote"]
+__all__ = ["Runtime", "StudySpec", "confirm", "launch", "open_study", "promote"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'tuner' has no attribute {name!r}")
-    return getattr(import_module(f"tuner.{_HOMES[name]}"), name)
+    return getattr(import_module(f"tuner.{_MODULES[name]}"), name)

@@ -13,9 +13,9 @@ import optuna
 import pytest
 
 from tests.browser.conftest import at
-from tuner.full.promotion import promote
-from tuner.run import Runtime
-from tuner.storage import load_study, open_storage
+from tuner.promotion.promote import promote
+from tuner.study.tracked_run import Runtime
+from tuner.study.storage import load_study, open_storage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

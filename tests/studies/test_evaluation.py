@@ -16,11 +16,11 @@ from tests.studies.test_weights import published, tokenizers, with_aliases, with
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.full.evaluation import evaluate_checkpoint
-from tuner.full.export import export
-from tuner.run import Runtime, tracked_train
-from tuner.search_space import full_setup
-from tuner.spec import StudySpec
+from tuner.promotion.evaluate import evaluate_checkpoint
+from tuner.promotion.export import export
+from tuner.study.tracked_run import Runtime, tracked_train
+from tuner.spec.setups import full_setup
+from tuner.spec.study_toml import StudySpec
 
 
 @pytest.fixture

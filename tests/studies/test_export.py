@@ -21,9 +21,9 @@ from tests.studies.test_weights import new_model, tokenizers, with_aliases, with
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import TrainConfig, UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.full.export import export
-from tuner.run import Runtime, tracked_train
-from tuner.search_space import Setup
+from tuner.promotion.export import export
+from tuner.study.tracked_run import Runtime, tracked_train
+from tuner.spec.setups import Setup
 
 KEYS = [
     line.split("\t")[:2]

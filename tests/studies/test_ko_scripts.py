@@ -18,7 +18,7 @@ from tests.studies.test_weights import published, tokenizers  # noqa: F401
 from tests.studies.test_workload import CONFIG_YAML
 from tests.studies.tiny_corpus import write_tiny_corpus
 from trainer.checkpoint import read_checkpoint, write_checkpoint
-from tuner.spec import parse_override
+from tuner.spec.study_toml import parse_override
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from tuner.spec import StudySpec
+from tuner.spec.study_toml import StudySpec
 
 VALUES: dict[str, Any] = {
     "study": {"name": "toy", "workload": "tests.toy:Toy"},

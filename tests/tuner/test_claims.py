@@ -14,11 +14,11 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tests.tuner.studies_for_tests import build
-from tuner.claims import claim_trial, wants_more
+from tuner.study.claims import claim_trial, wants_more
 from tuner.display.trial_table import is_interrupted
-from tuner.launcher import open_study
-from tuner.run import Runtime
-from tuner.storage import open_storage
+from tuner.study.launch import open_study
+from tuner.study.tracked_run import Runtime
+from tuner.study.storage import open_storage
 from tuner.trials import BASELINE
 
 ClaimOn = Callable[..., tuple[optuna.Trial, bool]]
@@ -76,7 +76,7 @@ def test_of_two_baselines_made_at_once_the_later_one_becomes_a_usual_trial(
 ) -> None:
     claim_on("alpha")
     looks = iter((False, True))
-    monkeypatch.setattr("tuner.claims._has_baseline", lambda trials: next(looks))
+    monkeypatch.setattr("tuner.study.claims._has_baseline", lambda trials: next(looks))
     later, _ = claim_on("beta")
     assert later.number == 1 and later.user_attrs[BASELINE] is False
     assert later.suggest_float("train.d_coef", 0.1, 10.0) != 1.0, "not the baseline's value"

@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from tuner.display.curves import ASCII_BLOCKS, Scale, curves_table, resample, sparkline
-from tuner.launcher import open_study
+from tuner.study.launch import open_study
 from tuner.report import watch
 from tuner.trials import BASELINE
 

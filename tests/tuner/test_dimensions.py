@@ -6,7 +6,7 @@ import pytest
 
 from trainer import TrainConfig
 from trainer.config import PositiveFloat, PositiveInt
-from tuner.dimensions import Choices, Range, flatten, is_whole, plain_types
+from tuner.spec.search import Choices, Range, flatten, is_whole, plain_types
 
 
 @pytest.mark.parametrize(

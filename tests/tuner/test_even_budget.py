@@ -9,8 +9,8 @@ import pytest
 
 from tests.tuner.studies_for_tests import values
 from trainer import UserError
-from tuner.even_budget import MAX_DELAY, MAX_EXCESS, unevenness
-from tuner.spec import StudySpec
+from tuner.spec.search import MAX_DELAY, MAX_EXCESS, unevenness
+from tuner.spec.study_toml import StudySpec
 from tuner.trials import BASE_DIR, SPEC, stored_spec
 
 

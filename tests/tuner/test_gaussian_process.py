@@ -9,7 +9,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from tuner.gaussian_process import (
+from tuner.study.gaussian_process import (
     GaussianProcessSampler,
     choose,
     expected_improvement,

@@ -20,14 +20,14 @@ from trainer import UserError
 from trainer.acceleration import Capabilities
 from trainer.checkpoint import read_checkpoint
 from trainer.tracking import Tracker, Trackers
-from tuner.launcher import launch
-from tuner.objective import STARTS, _fitted, is_out_of_memory
-from tuner.peak_memory import PeakMemory
+from tuner.study.launch import launch
+from tuner.study.objective import STARTS, _fitted, is_out_of_memory
+from tuner.study.peak_memory import PeakMemory
 from tuner.report import status
-from tuner.run import Runtime
-from tuner.search_space import trial_setup
-from tuner.spec import StudySpec
-from tuner.storage import load_study, open_storage
+from tuner.study.tracked_run import Runtime
+from tuner.spec.setups import trial_setup
+from tuner.spec.study_toml import StudySpec
+from tuner.study.storage import load_study, open_storage
 from tuner.trials import INFEASIBLE, ranking
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -177,7 +177,7 @@ def test_what_the_device_can_never_hold_is_infeasible_before_it_is_built(
 
 def test_a_card_is_judged_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """A described card of 24 GB, on a machine without one."""
-    monkeypatch.setattr("tuner.objective.available_memory", lambda kind: 24_000_000_000)
+    monkeypatch.setattr("tuner.study.objective.available_memory", lambda kind: 24_000_000_000)
     card = Capabilities("cuda", "card", 8, 24_000_000_000, compute_capability=(8, 9))
     trial = optuna.create_study().ask()
     for batch_size, given, found in ((8, None, 8), (8, 3, 3), (64, "auto", 64)):
@@ -225,9 +225,9 @@ def test_the_peak_is_that_of_its_own_time() -> None:
 def test_a_mark_that_can_not_be_reset_counts_only_where_it_rose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.peak_memory.SELF", tmp_path / "none")
+    monkeypatch.setattr("tuner.study.peak_memory.SELF", tmp_path / "none")
     assert PeakMemory("cpu").read() is None, "no /proc"
-    monkeypatch.setattr("tuner.peak_memory.SELF", tmp_path)
+    monkeypatch.setattr("tuner.study.peak_memory.SELF", tmp_path)
     (tmp_path / "clear_refs").mkdir()
     (tmp_path / "status").write_text("Name: python\nVmHWM:     1000 kB\n")
     peak = PeakMemory("cpu")

@@ -18,13 +18,13 @@ from optuna.trial import TrialState
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import locked, read_checkpoint
-from tuner.full.promotion import rerun
-from tuner.launcher import launch
+from tuner.promotion.promote import rerun
+from tuner.study.launch import launch
 from tuner.report import status
-from tuner.run import Runtime
-from tuner.samplers import build_pruner
-from tuner.spec import Choice
-from tuner.storage import load_study, open_storage
+from tuner.study.tracked_run import Runtime
+from tuner.study.samplers import build_pruner
+from tuner.spec.study_toml import Choice
+from tuner.study.storage import load_study, open_storage
 from tuner.trials import INFEASIBLE, baseline_trial, ranking
 
 

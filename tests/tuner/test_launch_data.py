@@ -7,7 +7,7 @@ import pytest
 
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
-from tuner.launcher import open_study
+from tuner.study.launch import open_study
 
 
 @pytest.mark.parametrize(

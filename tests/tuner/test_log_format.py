@@ -18,8 +18,8 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from tests.tuner.test_cli import tuner
 from tuner.cli import main
 from tuner.cli.terminal import Format, follow_run, shown_log
-from tuner.launcher import open_study
-from tuner.storage import load_study, open_storage
+from tuner.study.launch import open_study
+from tuner.study.storage import load_study, open_storage
 
 
 def events(output: str) -> list[str]:

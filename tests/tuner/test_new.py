@@ -16,7 +16,7 @@ from trainer.laws import check_workload
 from tuner import Runtime, StudySpec, launch, promote
 from tuner.cli import main
 from tuner.new import FILES, TEMPLATE, new
-from tuner.spec import StudySection
+from tuner.spec.study_toml import StudySection
 from tuner.template.workload import MyModel
 
 ROOT = Path(__file__).parents[2]

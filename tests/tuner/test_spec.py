@@ -8,8 +8,8 @@ import pytest
 
 from tests.tuner.studies_for_tests import TOML, build, values, write
 from trainer import UserError
-from tuner.search_space import baseline, full_setup, suggest, trial_setup
-from tuner.spec import StudySpec, parse_override
+from tuner.spec.setups import baseline, full_setup, suggest, trial_setup
+from tuner.spec.study_toml import StudySpec, parse_override
 
 
 def test_both_spellings_of_a_searched_field_are_the_same(tmp_path: Path) -> None:

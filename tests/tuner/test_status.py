@@ -17,9 +17,9 @@ from rich.console import Console
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from tuner.display import StudyDisplay, trial_table
-from tuner.launcher import launch, open_study
+from tuner.study.launch import launch, open_study
 from tuner.report import status
-from tuner.run import Runtime
+from tuner.study.tracked_run import Runtime
 from tuner.trials import (
     BASELINE,
     D_RISING,

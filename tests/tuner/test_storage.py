@@ -16,9 +16,9 @@ from tests.tuner.studies_for_tests import write
 from trainer import UserError
 from tuner import storage as storage_module
 from tuner.cli import main
-from tuner.launcher import open_study
-from tuner.spec import StudySpec
-from tuner.storage import DEFAULT_URL, load_study, open_storage, storage_url
+from tuner.study.launch import open_study
+from tuner.spec.study_toml import StudySpec
+from tuner.study.storage import DEFAULT_URL, load_study, open_storage, storage_url
 
 
 def test_the_url_given_then_the_environment_then_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_sqlite_has_a_write_ahead_log_and_waits_when_busy(tmp_path: Path) -> Non
 
 WORKER = """
 import sys, optuna
-from tuner.storage import open_storage
+from tuner.study.storage import open_storage
 study = optuna.create_study(study_name="s", storage=open_storage(sys.argv[1]), load_if_exists=True)
 for _ in range(5):
     trial = study.ask()

@@ -20,10 +20,10 @@ from optuna.trial import FrozenTrial, TrialState
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.tracking import Tracker
-from tuner.launcher import launch
-from tuner.run import Runtime
-from tuner.storage import for_other_processes, load_study, open_storage
-from tuner.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
+from tuner.study.launch import launch
+from tuner.study.tracked_run import Runtime
+from tuner.study.storage import for_other_processes, load_study, open_storage
+from tuner.study.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
 from tuner.trials import ENDED
 
 # A worker's side of the pipe without what takes seconds to import: it leaves the job unread, and knows its number.

@@ -13,10 +13,10 @@ import pytest
 from tests.tuner.studies_for_tests import TOML, write
 from trainer import UserError
 from tuner.cli import main
-from tuner.launcher import open_study
-from tuner.spec import StudySpec
+from tuner.study.launch import open_study
+from tuner.spec.study_toml import StudySpec
 from tuner.trials import BASE_DIR, stored_spec
-from tuner.workloads import load_workload_class
+from tuner.spec.workloads import load_workload_class
 
 SOUND = "from tests.toy import Toy\n\nclass Mine(Toy):\n    pass\n"
 

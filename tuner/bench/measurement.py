@@ -19,10 +19,10 @@ from typing import Any
 from trainer import TrainConfig, UserError, Workload, train
 from trainer.acceleration import detect
 from tuner.bench.baseline import BaselineLoop, switched
-from tuner.objective import is_out_of_memory
-from tuner.peak_memory import peak_memory
-from tuner.search_space import full_setup
-from tuner.spec import StudySpec
+from tuner.study.objective import is_out_of_memory
+from tuner.study.peak_memory import peak_memory
+from tuner.spec.setups import full_setup
+from tuner.spec.study_toml import StudySpec
 
 WARMUP = 5
 # torch.compile has seen enough shapes when so many in a row made no graph, and anyway after so many steps or seconds.

@@ -29,10 +29,10 @@ from trainer.errors import UserError
 from trainer.metrics import clock
 from trainer.workload import Workload
 from tuner.bench.baseline import ADDED, REQUESTED, why_not
-from tuner.explain import unknown_key
-from tuner.run import code_version
-from tuner.search_space import full_setup
-from tuner.spec import StudySpec
+from tuner.spec.mistakes import unknown_key
+from tuner.study.tracked_run import code_version
+from tuner.spec.setups import full_setup
+from tuner.spec.study_toml import StudySpec
 
 Group = Literal["baseline", "alone", "cumulative", "trainer"]
 CHILD = (sys.executable, "-m", "tuner.bench.measurement")

@@ -47,26 +47,23 @@ def launch(
     from rich.console import Console
 
     from trainer.tracking import aim_command
+    from tuner import Runtime, StudySpec, api, open_study
     from tuner.doctor.quick import before_spec, check_first
-    from tuner.launcher import launch, open_study
-    from tuner.run import Runtime
-    from tuner.spec import StudySpec
-    from tuner.storage import storage_url
+    from tuner.study.storage import storage_url
 
     console = Console(stderr=log_format == Format.json)
     study_spec = StudySpec.load(spec)
     check_first(before_spec(study_spec, run_root, storage=storage_url(storage)))
     with shown_log(log_format):
-        # The first look at the data may index and pack it, which takes its time.
+        # The first use of the data may index and pack it, and logs its progress.
         study = open_study(study_spec, storage)
     with stoppable(console.print) as stop, shown_log(log_format, logging.WARNING):
-        runtime = Runtime(run_root, track, stop)
         total = trials or study_spec.trial.num_trials
         with follow_study(study, study_spec, total=total, log_format=log_format) as display:
-            launch(
+            api.launch(
                 study_spec,
-                storage=study._storage,
-                runtime=runtime,
+                study=study,
+                runtime=Runtime(run_root, track, stop),
                 num_trials=trials,
                 timeout=seconds,
                 num_workers=workers,
@@ -74,7 +71,7 @@ def launch(
             )
         name = study_spec.study.name
         if stop():
-            console.print("Stopped with a checkpoint. The same command goes on.", highlight=False)
+            console.print("Stopped with a checkpoint. The same command continues.", highlight=False)
             raise typer.Exit(STOPPED)
     at = f" --storage {storage}" if storage else ""
     root = f" --run-root {run_root}" if run_root != Path("runs") else ""
@@ -103,7 +100,7 @@ def status(
 
     from tuner.display.events import to_json
     from tuner.report import print_status, print_studies, status, watch
-    from tuner.storage import load_study, open_storage
+    from tuner.study.storage import load_study, open_storage
 
     opened = open_storage(storage, must_exist=True)
     if follow:
@@ -127,7 +124,7 @@ def dashboard(
     Example: tuner dashboard --read-only
     """
     from tuner.dashboard.server import make_dashboard
-    from tuner.storage import open_storage
+    from tuner.study.storage import open_storage
 
     opened = open_storage(storage, must_exist=True)
     server, address = make_dashboard(opened, host=host, port=port, read_only=read_only)
@@ -165,43 +162,37 @@ def promote(
         raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
     from rich.console import Console
 
-    from tuner.display.events import confirmation_ended
+    from tuner import Runtime, api
     from tuner.doctor.data import check_paths
     from tuner.doctor.quick import check_first, quick
-    from tuner.full.confirmation import confirm as confirm_best
-    from tuner.full.promotion import promote
-    from tuner.objective import Interrupted
-    from tuner.report import confirmation_table
-    from tuner.run import Runtime
-    from tuner.storage import load_study, open_storage, storage_url
-    from tuner.trials import stored_spec
+    from tuner.show.json_events import confirmation_ended
+    from tuner.show.table import confirmation_table
+    from tuner.study.objective import Interrupted
+    from tuner.study.record import read_spec
+    from tuner.study.storage import load_study, open_storage, storage_url
 
     check_first(quick(run_root, study=study, storage=storage_url(storage)))
     show_log(log_format)
     opened = load_study(study, open_storage(storage, must_exist=True))
-    check_first(check_paths(stored_spec(opened).build_workload()))
+    check_first(check_paths(read_spec(opened).build_workload()))
     console = Console(stderr=log_format == Format.json)
     with stoppable(console.print) as stop, explained():
-        runtime, confirmed = Runtime(run_root, track, stop), None
+        runtime, confirmation = Runtime(run_root, track, stop), None
         if confirm is not None:
+            follow = partial(follow_run, log_format=log_format)
             try:
-                confirmed = confirm_best(
-                    opened,
-                    confirm,
-                    num_seeds=seeds or 2,
-                    rung=rung,
-                    runtime=runtime,
-                    follow=partial(follow_run, log_format=log_format),
+                confirmation = api.confirm(
+                    opened, confirm, num_seeds=seeds or 2, rung=rung, runtime=runtime, follow=follow
                 )
             except Interrupted:
-                console.print("Stopped with a checkpoint; the same command goes on.")
+                console.print("Stopped with a checkpoint; the same command continues.")
                 raise typer.Exit(STOPPED) from None
-            console.print(confirmation_table(confirmed))
-            console.print(confirmed.verdict, markup=False, highlight=False, soft_wrap=True)
+            console.print(confirmation_table(confirmation))
+            console.print(confirmation.verdict, markup=False, highlight=False, soft_wrap=True)
             if log_format == Format.json:
-                confirmation_ended(study, confirmed)
+                confirmation_ended(study, confirmation)
         with follow_run(f"full run of {study}", log_format) as run:
-            result = promote(
-                opened, trial=trial, confirmed=confirmed, steps=steps, fresh=fresh, runtime=runtime, trackers=[run]
+            result = api.promote(
+                opened, trial=trial, confirmed=confirmation, steps=steps, fresh=fresh, runtime=runtime, trackers=[run]
             )
     finish(run, result, "the same command")

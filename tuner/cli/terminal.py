@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tuner.display.events import RunEvents, StudyEvents
     from tuner.display.run import RunDisplay
     from tuner.display.study import StudyDisplay
-    from tuner.spec import StudySpec
+    from tuner.spec.study_toml import StudySpec
 
 
 class Format(StrEnum):
@@ -77,7 +77,7 @@ class LogLines(logging.Handler):
 
 
 def _log_handlers(log_format: Format, level: int) -> Sequence[logging.Handler]:
-    from tuner.run import LOGGERS
+    from tuner.study.tracked_run import LOGGERS
 
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
@@ -134,7 +134,7 @@ def follow_run(name: str, log_format: Format) -> RunDisplay | RunEvents:
 def explained() -> Iterator[None]:
     """A run that can't go on with these settings ends with one line, not with a traceback."""
     from trainer import Diverged
-    from tuner.objective import is_out_of_memory
+    from tuner.study.objective import is_out_of_memory
 
     try:
         yield

@@ -40,9 +40,9 @@ def train(
     from rich.console import Console
 
     from tuner.doctor.quick import before_spec, check_first
-    from tuner.run import Runtime, tracked_train
-    from tuner.search_space import full_setup
-    from tuner.spec import StudySpec, parse_override
+    from tuner.study.tracked_run import Runtime, tracked_train
+    from tuner.spec.setups import full_setup
+    from tuner.spec.study_toml import StudySpec, parse_override
 
     show_log(log_format)
     say = Console(stderr=log_format == Format.json).print
@@ -76,8 +76,8 @@ def evaluate(
     Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
     """
     from tuner.display.events import to_json
-    from tuner.full.evaluation import evaluate_checkpoint
-    from tuner.spec import StudySpec, parse_override
+    from tuner.promotion.evaluate import evaluate_checkpoint
+    from tuner.spec.study_toml import StudySpec, parse_override
 
     if not as_json:
         show_log()
@@ -102,7 +102,7 @@ def export(
 
     Example: tuner export runs/indextts2-ko/full-trial-00007 --to gpt.pth
     """
-    from tuner.full.export import export
+    from tuner.promotion.export import export
 
     show_log()
     done = export(run_dir, to, checkpoint=checkpoint, format=format, spec=spec, force=force)
@@ -128,7 +128,7 @@ def bench(
 
     from tuner.bench.report import check_chart_path, print_table, write_chart
     from tuner.bench.table import Bench
-    from tuner.spec import StudySpec, parse_override
+    from tuner.spec.study_toml import StudySpec, parse_override
 
     if chart:
         check_chart_path(chart)

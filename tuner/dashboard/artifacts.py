@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import URL
 
 from tuner.dashboard.findings import Findings
-from tuner.search_space import full_setup
+from tuner.spec.setups import full_setup
 from tuner.trials import BASE_DIR, INFEASIBLE, last_value, state_of, stored_spec
 
 BEST_SPEC = "study.toml"

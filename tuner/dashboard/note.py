@@ -18,7 +18,7 @@ from tuner.dashboard.artifacts import database_url
 from tuner.dashboard.findings import Findings
 from tuner.display import format_params, format_value, is_rising
 from tuner.full.runs import run_state
-from tuner.storage import DEFAULT_URL
+from tuner.study.storage import DEFAULT_URL
 from tuner.trials import BASELINE, FULL_HOURS, INFEASIBLE, last_value, state_of
 
 MAX_RANKED = 15

@@ -25,7 +25,7 @@ from tuner.trials import BASELINE, ENDED, INFEASIBLE, last_value, ranking, state
 if TYPE_CHECKING:
     from trainer import TrainResult
     from tuner.full.confirmed import Confirmation
-    from tuner.spec import StudySpec
+    from tuner.spec.study_toml import StudySpec
 
 # Several trials may tell something at once.
 _lock = threading.Lock()

@@ -19,7 +19,7 @@ from tuner.display.trial_table import duration, format_params, trial_table
 from tuner.trials import BASELINE, ENDED, INFEASIBLE, last_value, state_of
 
 if TYPE_CHECKING:
-    from tuner.spec import StudySpec
+    from tuner.spec.study_toml import StudySpec
 
 FURNITURE = 13
 """Lines of a live display besides its trials: borders, remarks, cells that take two lines, the progress."""

@@ -24,7 +24,7 @@ from trainer.packing import CannotPack, Estimate, duration, estimate
 from trainer.workload import Workload
 from tuner.doctor.check import Check, State, size
 from tuner.doctor.disk import nearest
-from tuner.search_space import Setup
+from tuner.spec.setups import Setup
 
 INDEX, OTHER_INDEX = ".tuner-index", Path("data/index")
 """Where packed stores lie: in such a folder beside a manifest, else in the second."""

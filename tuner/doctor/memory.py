@@ -10,7 +10,7 @@ from trainer.memory import MemoryEstimate, Probe, available_memory
 from trainer.micro_batches import fit, shortage
 from tuner.doctor.check import Check, State, size
 from tuner.doctor.device import Machine
-from tuner.spec import StudySpec
+from tuner.spec.study_toml import StudySpec
 
 
 def check_memory(spec: StudySpec, probe: Probe, baseline: MemoryEstimate, machine: Machine) -> Iterator[Check]:

@@ -19,7 +19,7 @@ from tuner.doctor.disk import check_free
 from tuner.doctor.gpus import check_gpus
 from tuner.doctor.installation import check_clock, check_packages, check_python
 from tuner.doctor.storage import check_lost, check_storage, open_trials
-from tuner.spec import StudySpec
+from tuner.spec.study_toml import StudySpec
 
 
 def quick(

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import nearest
-from tuner.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
+from tuner.study.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
 from tuner.trials import CLAIM, HOST, trial_name
 
 TIMEOUT_S = 5

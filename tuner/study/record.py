@@ -27,7 +27,7 @@ from tuner.study import optuna_internals
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmationRun
 
 if TYPE_CHECKING:
-    from tuner.spec import StudySpec
+    from tuner.spec.study_toml import StudySpec
 
 State = Literal["complete", "pruned", "infeasible", "failed", "running", "waiting"]
 FullRunState = Literal["running", "interrupted", "finished"]
@@ -129,6 +129,23 @@ def write_trial(trial: optuna.Trial, **values: Unpack[TrialKeys]) -> None:
         trial.set_user_attr(key, value)
 
 
+def write_aim_run(trial: optuna.Trial, run_hash: str) -> None:
+    """Store the hash of the Aim run of a trial or a full run, once."""
+    if trial.user_attrs.get("aim_run") != run_hash:
+        trial.set_user_attr("aim_run", run_hash)
+
+
+def create_trial(study: optuna.Study, fixed_params: Mapping[str, Any], **values: Unpack[TrialKeys]) -> int:
+    """Create a RUNNING trial that has these attributes from its first moment; returns its number."""
+    return optuna_internals.create_running_trial(study, cast(Mapping[str, Any], values), fixed_params)
+
+
+def write_unopened_trial(study: optuna.Study, number: int, **values: Unpack[TrialKeys]) -> None:
+    """Store attributes of a RUNNING trial before the sampler proposes its parameters."""
+    for key, value in values.items():
+        optuna_internals.set_user_attr(study, number, key, value)
+
+
 def write_full_run(curve: optuna.Trial, **values: Unpack[FullRunKeys]) -> None:
     """Store attributes of the open trial of `<study>.full` that holds a full run's curve."""
     for key, value in values.items():
@@ -139,6 +156,14 @@ def write_study(study: optuna.Study, **values: Unpack[StudyKeys]) -> None:
     """Store attributes of a study."""
     for key, value in values.items():
         study.set_user_attr(key, value)
+
+
+def write_confirmation(
+    study: optuna.Study, request: ConfirmationRequest, confirmation: Confirmation | None = None
+) -> None:
+    """Store a confirmation: its request when it begins, its result when it has ended."""
+    result = {} if confirmation is None else {"found": asdict(confirmation)}
+    write_study(study, confirmation={"asked": asdict(request), **result})
 
 
 def write_confirmation_run(study: optuna.Study, number: int, seed: int, run: ConfirmationRun) -> None:
@@ -328,6 +353,11 @@ def full_study(study: optuna.Study) -> optuna.Study | None:
     return optuna.load_study(study_name=name, storage=storage)
 
 
+def is_new(study: optuna.Study) -> bool:
+    """Whether nothing is stored in the study yet."""
+    return not study.user_attrs and not study.get_trials(deepcopy=False)
+
+
 def is_launched(study: optuna.Study) -> bool:
     """Whether this tuner launched the study."""
     return "spec" in study.user_attrs
@@ -339,7 +369,7 @@ def read_spec(study: optuna.Study) -> StudySpec:
     Raises:
         UserError: The study was not launched by this tuner, or its workload can't be imported.
     """
-    from tuner.spec import StudySpec  # imports torch
+    from tuner.spec.study_toml import StudySpec  # imports torch
 
     record = StudyRecord.read(study)
     assert record.base_dir is not None

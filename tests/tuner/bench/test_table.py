@@ -29,7 +29,7 @@ from tuner.bench.measurement import Measurement, answer, build_workload, measure
 from tuner.bench.report import chart, check_chart_path, print_table
 from tuner.bench.table import Bench, Row, build_rows, error_line, rotated, run_child, select
 from tuner.cli import main
-from tuner.spec import StudySpec
+from tuner.spec.study_toml import StudySpec
 
 CPU = Capabilities("cpu", "CPU", cores=2, memory=1 << 34)
 H100 = Capabilities("cuda", "H100", cores=8, memory=1 << 36, compute_capability=(9, 0))

@@ -32,12 +32,12 @@ from tuner.dashboard.page import StudyPage
 from tuner.dashboard.plot_labels import AROUND, place_labels
 from tuner.dashboard.server import make_dashboard
 from tuner.full.confirmed import Asked, Confirmation, ConfirmedTrial, keep_found
-from tuner.full.promotion import promote
-from tuner.launcher import launch
-from tuner.run import Runtime
-from tuner.search_space import full_setup
-from tuner.spec import StudySpec
-from tuner.storage import load_study, open_storage
+from tuner.promotion.promote import promote
+from tuner.study.launch import launch
+from tuner.study.tracked_run import Runtime
+from tuner.spec.setups import full_setup
+from tuner.spec.study_toml import StudySpec
+from tuner.study.storage import load_study, open_storage
 from tuner.trials import BASE_DIR, BASELINE, ENDED, INFEASIBLE, SPEC, stored_spec
 
 GRID = (40, 80, 120, 160)

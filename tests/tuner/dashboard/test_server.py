@@ -13,7 +13,7 @@ import pytest
 
 from trainer import UserError
 from tuner.dashboard.server import guarded, make_dashboard
-from tuner.storage import open_storage
+from tuner.study.storage import open_storage
 
 
 class Client:

@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
 from trainer.workload import DataPath
 from tuner.doctor.check import Check
 from tuner.doctor.data import check_loader, check_packing, check_paths
-from tuner.search_space import Setup
+from tuner.spec.setups import Setup
 
 
 class Rows:

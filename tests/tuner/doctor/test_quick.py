@@ -15,7 +15,7 @@ from tuner.cli import main
 from tuner.doctor import quick as module
 from tuner.doctor.check import Check
 from tuner.doctor.quick import before_spec, check_first
-from tuner.storage import open_storage
+from tuner.study.storage import open_storage
 
 MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Manifested").replace(
     "num_train = 128", 'num_train = 128\ntrain_manifests = ["/none/train.jsonl::ko"]'

@@ -23,7 +23,7 @@ from tuner.doctor.storage import (
     open_trials,
     schema_versions,
 )
-from tuner.storage import open_storage
+from tuner.study.storage import open_storage
 from tuner.trials import CLAIM, HOST
 
 

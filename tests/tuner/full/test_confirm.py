@@ -19,7 +19,7 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.cli import main
-from tuner.full.confirmation import confirm
+from tuner.promotion.confirm import confirm
 from tuner.full.confirmed import (
     Asked,
     Confirmation,
@@ -29,11 +29,11 @@ from tuner.full.confirmed import (
     stored_confirmation,
 )
 from tuner.full.lineage import PROMOTIONS
-from tuner.full.promotion import promote
-from tuner.launcher import launch, open_study
-from tuner.objective import Interrupted
+from tuner.promotion.promote import promote
+from tuner.study.launch import launch, open_study
+from tuner.study.objective import Interrupted
 from tuner.report import confirmation_table
-from tuner.run import Runtime
+from tuner.study.tracked_run import Runtime
 from tuner.trials import BASELINE, ranking
 
 

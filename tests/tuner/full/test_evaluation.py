@@ -18,9 +18,9 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import Batch, UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.cli import main
-from tuner.full.evaluation import evaluate_checkpoint
-from tuner.run import Runtime, tracked_train
-from tuner.search_space import full_setup
+from tuner.promotion.evaluate import evaluate_checkpoint
+from tuner.study.tracked_run import Runtime, tracked_train
+from tuner.spec.setups import full_setup
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from tuner.cli import main
-from tuner.full.export import export, find_checkpoint
-from tuner.run import Runtime, describe_workload, tracked_train
-from tuner.search_space import full_setup
+from tuner.promotion.export import export, find_checkpoint
+from tuner.study.tracked_run import Runtime, describe_workload, tracked_train
+from tuner.spec.setups import full_setup
 
 
 @pytest.fixture

@@ -17,15 +17,15 @@ from tests.toy import Toy
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.full.confirmation import confirm
+from tuner.promotion.confirm import confirm
 from tuner.full.lineage import PROMOTIONS
-from tuner.full.projection import MeasuredSpeed, Outlook
-from tuner.full.promotion import promote
+from tuner.promotion.projection import MeasuredSpeed, Outlook
+from tuner.promotion.promote import promote
 from tuner.full.retracing import Retracing
 from tuner.full.runs import full_runs
-from tuner.launcher import launch
+from tuner.study.launch import launch
 from tuner.report import status
-from tuner.run import Runtime
+from tuner.study.tracked_run import Runtime
 from tuner.trials import ranking, report_once, stored_spec
 
 
@@ -107,7 +107,7 @@ def test_a_fresh_run_that_ended_before_its_first_checkpoint_starts_at_step_0_aga
     study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Killed), monkeypatch.context() as patch:
-        patch.setattr("tuner.full.promotion.tracked_train", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        patch.setattr("tuner.promotion.promote.tracked_train", lambda *_, **__: (_ for _ in ()).throw(Killed))
         promote(study, runtime=runtime, fresh=True, confirmed=confirm(study, 1, num_seeds=1, runtime=runtime))
     verdict = study.user_attrs[PROMOTIONS][0]["confirmation"]["verdict"]
     promote(study, runtime=runtime)

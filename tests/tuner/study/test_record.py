@@ -14,9 +14,11 @@ from pathlib import Path
 import optuna
 import pytest
 
-from tuner.run import Runtime
-from tuner.storage import load_study, open_storage
-from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
+from tuner.promotion.promote import promote
+from tuner.study.launch import launch, open_study
+from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord, full_study, read_spec
+from tuner.study.storage import load_study, open_storage
+from tuner.study.tracked_run import Runtime
 
 ARCHIVE = Path(__file__).parent / "study_0.1.0.tar.gz"
 
@@ -25,7 +27,7 @@ ARCHIVE = Path(__file__).parent / "study_0.1.0.tar.gz"
 def study(tmp_path: Path) -> optuna.Study:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
-    places = {"@PLACE@": str(tmp_path), "@BASE@": str(Path.cwd()), "@HOST@": f'"{platform.node()}"'}
+    places = {"@PLACE@": str(tmp_path), "@BASE@": str(Path.cwd()), "@HOST@": platform.node()}
     sql = (tmp_path / "study.sql").read_text()
     for mark, place in places.items():
         sql = sql.replace(mark, place)
@@ -113,3 +115,28 @@ def test_every_field_of_a_full_run_is_read(study: optuna.Study, tmp_path: Path) 
     )
     assert run.state == "interrupted"
     assert run.curve[40] == 2.918056536735372 and run.curve[480] == 1.2980615494099068
+
+
+def test_the_interrupted_trial_and_the_study_go_on_with_the_same_numbers(study: optuna.Study, tmp_path: Path) -> None:
+    spec, storage = read_spec(study), f"sqlite:///{tmp_path}/runs/tuner.db"
+    study = open_study(spec, storage)
+    launch(study, spec, runtime=Runtime(tmp_path / "runs", track=False), num_trials=7)
+    trials = StudyRecord.read(study).trials
+    assert [trial.value for trial in trials[5:]] == pytest.approx([2.2064255734707445, 1.2741665454621012], rel=1e-6)
+    assert trials[5].curve[80] == 2.8351032662898934
+    assert trials[6].params == pytest.approx({"train.batch_size": 4, "train.d_coef": 0.8904215414936063})
+    first, last = study.get_trials(deepcopy=False)[0].user_attrs, study.get_trials(deepcopy=False)[6].user_attrs
+    assert last.keys() == first.keys() - {"baseline"}
+    assert all(type(last[key]) is type(first[key]) for key in last)
+
+
+def test_the_full_run_goes_on_with_the_same_numbers(study: optuna.Study, tmp_path: Path) -> None:
+    (before,) = StudyRecord.read(study).full_runs
+    result = promote(study, runtime=Runtime(tmp_path / "runs", track=False))
+    assert (result.finished, result.step) == (True, 80)
+    assert result.metrics["val/loss"] == pytest.approx(1.202132594331782, rel=1e-6)
+    (run,) = StudyRecord.read(study).full_runs
+    assert run.curve == {**before.curve, 640: result.metrics["val/loss"]}
+    assert (run.state, run.step, run.continued_from) == ("finished", 80, before.continued_from)
+    curves = full_study(study)
+    assert curves is not None and len(curves.trials) == 1

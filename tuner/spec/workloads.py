@@ -15,7 +15,7 @@ import trainer
 from trainer.errors import UserError
 from trainer.workload import Workload
 
-NOT_THE_USERS = [Path(__file__).parent, Path(trainer.__path__[0])]
+NOT_THE_USERS = [Path(__file__).parent.parent, Path(trainer.__path__[0])]
 """Folders of code that no user of this package wrote."""
 NOT_THE_USERS += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from trainer.config import (
     NonNegativeFloat,
@@ -27,10 +27,9 @@ from trainer.config import (
 )
 from trainer.errors import UserError
 from trainer.workload import Workload
-from tuner.dimensions import Dimension, Range, Section, flatten, is_whole
-from tuner.even_budget import unevenness
-from tuner.explain import explain, unknown_key
-from tuner.workloads import load_workload_class
+from tuner.spec.mistakes import explain, unknown_key
+from tuner.spec.search import Dimension, Range, Section, flatten, is_whole, split_key, unevenness
+from tuner.spec.workloads import load_workload_class
 
 ENDINGS = ("num_trials", "patience", "min_delta")
 """What of [trial] says when a study ends: its trials are comparable whatever they say."""
@@ -143,6 +142,7 @@ class StudySpec(Section):
     full: FullSection
     base_dir: Path = Path()
     """Folder of the study.toml: relative paths and the workload's module are looked for here."""
+    _workloads: dict[str, Workload] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None, *, search: bool = True) -> StudySpec:
@@ -214,17 +214,32 @@ class StudySpec(Section):
         return load_workload_class(self.study.workload, self.base_dir)
 
     def build_workload(self, options: Mapping[str, Any] | None = None) -> Workload:
-        """The workload with `[workload]`'s options, or with others.
+        """The workload with the options of `[workload]`, or with others.
+
+        The last two workloads are kept, and returned again for the same options: their data is open.
 
         Raises:
             UserError: An option is unknown or out of range.
         """
-        try:
-            return self.workload_class.model_validate(
-                dict(self.workload if options is None else options), context={"base_dir": self.base_dir}
-            )
-        except ValidationError as error:
-            raise UserError(explain(error, self.workload_class, prefix="workload")) from None
+        options = dict(self.workload if options is None else options)
+        key, kept = repr(sorted(options.items())), self._workloads
+        if key not in kept:
+            try:
+                kept[key] = self.workload_class.model_validate(options, context={"base_dir": self.base_dir})
+            except ValidationError as error:
+                raise UserError(explain(error, self.workload_class, prefix="workload")) from None
+            for old in [*kept][:-2]:
+                del kept[old]
+        return kept[key]
+
+    def forget_workloads(self) -> None:
+        """Let `build_workload` open the data anew."""
+        self._workloads.clear()
+
+    @cached_property
+    def baseline(self) -> TrainConfig:
+        """`[train]` as a configuration of one step: its settings without a length."""
+        return self.build_config({**self.train, "steps": 1})
 
     def build_config(self, values: Mapping[str, Any]) -> TrainConfig:
         """A TrainConfig from `values`.
@@ -246,16 +261,16 @@ class StudySpec(Section):
                         f"train.{key}: the length and the evaluation grid are set in [trial] and [full]; "
                         "remove it from [train]."
                     )
-            owners = {"train": self.build_config({**self.train, "steps": 1}), "workload": self.build_workload()}
+            owners = {"train": self.baseline, "workload": self.build_workload()}
             for key, dimension in () if stored else self.search.items():
                 self._check_dimension(key, dimension, owners)
             if not stored:
-                self._check_budget(owners["train"])
+                self._check_budget()
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
     def _check_dimension(self, key: str, dimension: Dimension, owners: Mapping[str, BaseModel]) -> None:
-        section, _, name = key.partition(".")
+        section, name = split_key(key)
         if section not in owners or not name:
             raise UserError(f'search."{key}": only train.* and workload.* fields can be searched.')
         owner = owners[section]
@@ -287,10 +302,12 @@ class StudySpec(Section):
                 "the space or change it."
             )
 
-    def _check_budget(self, baseline: BaseModel) -> None:
+    def _check_budget(self) -> None:
         """That trials of all batch sizes see as many samples, and that the pruner's rungs lie within them."""
         steps = [
-            dimension.whole_numbers() if (dimension := self.search.get(f"train.{name}")) else [getattr(baseline, name)]
+            dimension.whole_numbers()
+            if (dimension := self.search.get(f"train.{name}"))
+            else [getattr(self.baseline, name)]
             for name in ("batch_size", "grad_accumulation")
         ]
         samples, is_searched = self.trial.samples, max(map(len, steps)) > 1
@@ -305,7 +322,7 @@ class StudySpec(Section):
 
     def is_integer(self, key: str) -> bool:
         """Whether a searched field takes whole numbers only."""
-        section, _, name = key.partition(".")
+        section, name = split_key(key)
         fields = (TrainConfig if section == "train" else self.workload_class).model_fields
         return is_whole(fields[name].annotation)
 
@@ -345,7 +362,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    section, _, name = key.partition(".")
+    section, name = split_key(key)
     if section not in ("train", "workload", "full", "trial", "study"):
         raise UserError(f"--set {key}: the sections are train, workload, full, trial and study.")
     if section in ("full", "trial") and name in ("steps", "samples", "seconds"):

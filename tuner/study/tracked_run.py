@@ -1,4 +1,4 @@
-"""One tracked training run: what trials, full runs and `tuner train` have in common."""
+"""One tracked training run, as trials, confirmations, full runs and `tuner train` all do it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from typing import Any
 import optuna
 
 from trainer import Evaluation, TrainResult, train
-from trainer.tracking import AIM_RUN, AimTracker, Tracker, Trackers, aim_command, aim_run
+from trainer.tracking import AimTracker, Tracker, Trackers, aim_command, aim_run
 from trainer.workload import Workload
-from tuner.search_space import Setup
-from tuner.workloads import folder_digest
+from tuner.spec.setups import Setup
+from tuner.spec.workloads import folder_digest
+from tuner.study.record import write_aim_run
 
 WORKLOAD = "workload"
-"""In a checkpoint's lineage: what it takes to build its workload again."""
+"""Key in a checkpoint's lineage: how to build its workload again."""
 
 LOGGERS = ("trainer", "tuner", "studies")
 
@@ -32,13 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where runs lie and how they are followed; nothing of it changes what is computed."""
+    """Where runs are stored and how they are tracked; none of it changes the result of a run."""
 
     run_root: Path = Path("runs")
     track: bool = True
     """Write to the Aim repository in `run_root`."""
     stop: Callable[[], bool] = lambda: False
-    """Asked at every step boundary; True ends the run there with a checkpoint."""
+    """Called at every step boundary; True ends the run there with a checkpoint."""
 
     def run_dir(self, study: str, name: str) -> Path:
         return (self.run_root / study / name).resolve()
@@ -56,18 +57,18 @@ def tracked_train(
     resume: str | Path = "auto",
     init: Path | None = None,
 ) -> TrainResult:
-    """`train()` with its log kept in `run_dir/train.log` and its figures in Aim."""
-    followers = list(trackers)
+    """Calls `train()`, logs to `run_dir/train.log`, and tracks the run in Aim."""
     lineage = {**lineage, "code_version": code_version()}
     if runtime.track:
-        # The study by name and the trial by number: these hold in whatever storage the study lies.
+        # The study by name and the trial by number: both stay valid if the study is copied to another storage.
         params: dict[str, Any] = {
             **{key: lineage[key] for key in ("study", "trial") if key in lineage},
             "train": setup.config.model_dump(mode="json"),
             "workload": setup.workload.model_dump(mode="json"),
             "lineage": lineage,
         }
-        followers.append(AimTracker(runtime.run_root, run_dir=run_dir, experiment=experiment, params=params))
+        aim = AimTracker(runtime.run_root, run_dir=run_dir, experiment=experiment, params=params)
+        trackers = [*trackers, aim]
     with log_file(run_dir):
         if runtime.track:
             log.info("curves: %s", aim_command(runtime.run_root))
@@ -75,7 +76,7 @@ def tracked_train(
             setup.workload,
             setup.config,
             run_dir=run_dir,
-            tracker=Trackers(followers),
+            tracker=Trackers(trackers),
             on_eval=on_eval,
             stop=runtime.stop,
             resume=resume,
@@ -85,25 +86,25 @@ def tracked_train(
 
 
 def link_aim(trial: optuna.Trial, run_dir: Path) -> None:
-    """Give a trial the hash of the Aim run of its run directory, as soon as there is one."""
-    if (run_hash := aim_run(run_dir)) and trial.user_attrs.get(AIM_RUN) != run_hash:
-        trial.set_user_attr(AIM_RUN, run_hash)
+    """Store the hash of a run directory's Aim run with its trial, once Aim has made the run."""
+    if run_hash := aim_run(run_dir):
+        write_aim_run(trial, run_hash)
 
 
 def describe_workload(workload: Workload) -> dict[str, Any]:
-    """Its import name ("module:Class"), the folder that the module is imported from, and its options."""
+    """A workload's import name ("module:Class"), the folder that its module is imported from, and its options."""
     cls = type(workload)
     parts = cls.__module__.split(".")
     packages = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    # The package that offers the class, sooner than the file that defines it: files are renamed more often.
-    offered = (name for name in packages if getattr(sys.modules.get(name), cls.__name__, None) is cls)
+    # A package that exports the class rather than the file that defines it: files are renamed more often.
+    exporting = (name for name in packages if getattr(sys.modules.get(name), cls.__name__, None) is cls)
     if getattr(sys.modules[cls.__module__], "__file__", None):
         source = Path(inspect.getfile(cls)).resolve()
         folder = source.parents[len(parts) - (source.name != "__init__.py")]
     else:
         folder = Path.cwd()  # a notebook's cell
     return {
-        "class": f"{next(offered, cls.__module__)}:{cls.__name__}",
+        "class": f"{next(exporting, cls.__module__)}:{cls.__name__}",
         "folder": str(folder),
         "options": workload.model_dump(mode="json"),
         "code": code_digest(workload),
@@ -111,8 +112,8 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
 
 
 def code_digest(workload: Workload) -> str:
-    """Of the Python files beside the one that defines its class, as this process found them; empty where there is no
-    such file."""
+    """Digest of the Python files in the folder of the workload's class, when this process first asked; "" if the class
+    has no file."""
     return _code_digest(type(workload))
 
 
@@ -126,7 +127,7 @@ def _code_digest(cls: type[Workload]) -> str:
 
 @contextmanager
 def log_file(run_dir: Path) -> Iterator[None]:
-    """Append what the trainer and the workload log to `run_dir/train.log`."""
+    """Append the logs of the trainer and the workload to `run_dir/train.log`."""
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
     run_dir.mkdir(parents=True, exist_ok=True)

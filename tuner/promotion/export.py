@@ -13,10 +13,10 @@ from trainer.checkpoint import LATEST, digest_path, read_checkpoint
 from trainer.errors import UserError
 from trainer.export import WeightsFormat
 from trainer.workload import Workload
-from tuner.explain import explain
-from tuner.run import WORKLOAD
-from tuner.spec import StudySpec
-from tuner.workloads import load_workload_class
+from tuner.spec.mistakes import explain
+from tuner.spec.study_toml import StudySpec
+from tuner.spec.workloads import load_workload_class
+from tuner.study.tracked_run import WORKLOAD
 
 DEFAULT = "best_mel_model.pth"
 

@@ -11,8 +11,8 @@ from optuna import Trial
 
 from trainer.config import TrainConfig
 from trainer.workload import Workload
-from tuner.dimensions import Choices
-from tuner.spec import StudySpec
+from tuner.spec.search import Choices, split_key
+from tuner.spec.study_toml import StudySpec
 
 VALIDATION_SHARE = 0.1
 # A forward pass without gradients costs about a third of a training step.
@@ -43,20 +43,19 @@ def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
     return params
 
 
-def baseline(spec: StudySpec) -> dict[str, Any]:
+def baseline_params(spec: StudySpec) -> dict[str, Any]:
     """The searched fields' present values: the parameters of trial 0."""
-    config, workload = spec.build_config({**spec.train, "steps": 1}), spec.build_workload()
-    owners = {"train": config, "workload": workload}
-    return {name: getattr(owners[name.partition(".")[0]], name.partition(".")[2]) for name in spec.search}
+    owners = {"train": spec.baseline, "workload": spec.build_workload()}
+    fields = {key: split_key(key) for key in spec.search}
+    return {key: getattr(owners[section], name) for key, (section, name) in fields.items()}
 
 
 def largest_step(spec: StudySpec) -> int:
     """Most samples that one optimizer update may take anywhere in the search space."""
-    config = spec.build_config({**spec.train, "steps": 1})
     largest = 1
     for name in ("batch_size", "grad_accumulation"):
         space = spec.search.get(f"train.{name}")
-        largest *= int(max(space.corners)) if space else getattr(config, name)
+        largest *= int(max(space.corners)) if space else getattr(spec.baseline, name)
     return largest
 
 
@@ -96,9 +95,10 @@ def trial_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> S
 
 
 def _overlay(spec: StudySpec, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """[train] and [workload] with a trial's parameters in them."""
     sections = {"train": dict(spec.train), "workload": dict(spec.workload)}
     for key, value in params.items():
-        section, _, name = key.partition(".")
+        section, name = split_key(key)
         sections[section][name] = value
     return sections["train"], sections["workload"]
 
@@ -111,7 +111,7 @@ def _val_samples(spec: StudySpec) -> int:
         return DEFAULT_VAL_SAMPLES
     # In steps, batch sizes differ in samples; the smallest decides, since the set is the same for all.
     smallest = min(spec.search["train.batch_size"].corners) if "train.batch_size" in spec.search else None
-    batch_size = smallest or spec.build_config({**spec.train, "steps": 1}).batch_size
+    batch_size = smallest or spec.baseline.batch_size
     samples = spec.trial.samples or (spec.trial.steps or 0) * int(batch_size)
     affordable = VALIDATION_SHARE / FORWARD_SHARE * samples / spec.trial.evaluations
     return max(1, math.floor(affordable))

@@ -1,7 +1,7 @@
-"""Several workers on one study: processes that stay warm from trial to trial, started, watched and replaced here.
+"""Supervisor of the workers of one launch: starts them, shows their trials, and restarts those that die.
 
-Each worker has a pipe of its own. A shared queue or event has a lock, and a worker that is killed while it holds that
-lock would hang all others; what a killed worker leaves of its own pipe is the end of the file.
+A worker is a process that stays warm from trial to trial. Each has a pipe of its own: a shared queue has a lock, and a
+worker killed while it holds the lock would hang all others; a killed worker's own pipe just ends.
 """
 
 from __future__ import annotations
@@ -22,41 +22,45 @@ from typing import Any, Protocol
 
 import optuna
 import torch
-from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
 
 from trainer.errors import UserError
 from trainer.tracking import CheckpointTracker, Tracker
+from tuner.study.record import TrialRecord
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-"""So often the supervisor asks whether it is to stop."""
+"""Seconds between two calls of `stop`."""
 MAX_DEATHS = 5
-"""So many for each worker may die in a row without an evaluation: more than it takes to find that a trial has too
-little memory (`tuner.objective.MAX_STARTS`)."""
-PATIENCE_S = 10
-"""How long workers may take to end at the second Ctrl-C."""
-# As the interpreter's own options would not: the modules are found where this process finds them, a study's too.
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from tuner.worker import main; main(int(sys.argv[1]))"
+"""Deaths in a row without an evaluation, for each worker, that end the launch. More than `objective.MAX_STARTS`, which
+finds a trial with too little memory infeasible first."""
+GRACE_S = 10
+"""Seconds that workers get to exit at the second Ctrl-C."""
+# Modules, a study's too, are imported from where this process imports them; no option of the interpreter does that.
+START = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv[2])
+from tuner.study.worker import main
+main(int(sys.argv[1]))
+"""
 
 
 class Display(Protocol):
-    """Shows a study's progress to a person."""
+    """Shows the progress of a launch."""
 
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker: ...
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> Tracker: ...
 
-    def trial_ended(self, trial: FrozenTrial) -> None: ...
+    def trial_ended(self, trial: TrialRecord) -> None: ...
 
 
 class WorkerError(RuntimeError):
-    """A defect in a worker; its traceback is in the message."""
+    """A worker raised an error that is no user's mistake; the message holds its traceback."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is given. It goes through a pipe."""
+    """A worker's task, sent to it through its pipe."""
 
     study_name: str
     spec: Mapping[str, Any]
@@ -71,15 +75,15 @@ class Job:
 def worker_environments(num_workers: int, devices: Sequence[str], threads: int) -> list[dict[str, str]]:
     """The environment variables that divide a machine among workers. A pure function.
 
-    Processes are not bound to cores: the system moves them better than a fixed share would.
+    Processes are not pinned to cores: the scheduler balances them better than fixed shares.
 
     Args:
-        devices: The GPUs that trials may use, as CUDA_VISIBLE_DEVICES names them; empty where they train on the CPU.
-        threads: Of the whole machine, or of what of it this process may use.
+        devices: The GPUs that trials may use, as CUDA_VISIBLE_DEVICES names them; empty for the CPU.
+        threads: Threads to divide.
 
     Raises:
-        UserError: There are fewer GPUs than workers. Two trials on one would judge by each other's memory and speed
-            what fits and how long a full run takes.
+        UserError: There are fewer GPUs than workers. Two trials on one GPU would disturb each other's measured memory
+            and speed.
     """
     if devices and num_workers > len(devices):
         raise UserError(
@@ -94,11 +98,11 @@ def worker_environments(num_workers: int, devices: Sequence[str], threads: int) 
 
 
 def visible_devices(device: str) -> list[str]:
-    """The GPUs that a run with `train.device` may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that a run with this `train.device` may use, as CUDA_VISIBLE_DEVICES names them."""
     if device == "cpu" or not torch.cuda.is_available():
         return []
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    # CUDA reads the list up to the first name that is no device.
+    # CUDA ignores the list from the first name on that is no device.
     return (named or [str(index) for index in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
 
 
@@ -106,7 +110,8 @@ class _Worker:
     def __init__(self, index: int, job: Job, environment: Mapping[str, str], start: str) -> None:
         self.index, self.environment = index, environment
         self.trackers: dict[int, Tracker] = {}
-        self.said_farewell = False
+        self.has_exited = False
+        """Whether it sent its exit message: it ended on purpose."""
         self.log_file = job.run_root / job.study_name / f"worker-{index}.log"
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self.connection, theirs = multiprocessing.Pipe()
@@ -118,22 +123,22 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # A terminal's Ctrl-C is for the supervisor alone, which passes it on.
+                # A terminal's Ctrl-C reaches the supervisor alone, which sends it on.
                 start_new_session=True,
             )
-        # Where it is gone already, the pipe's end says so.
+        # If the process has died already, EOF on the pipe tells the supervisor.
         with suppress(OSError):
             self.connection.send(job)
 
-    def ask_to_stop(self) -> None:
-        """At the next step, with a checkpoint."""
+    def request_stop(self) -> None:
+        """Stop at the next step, with a checkpoint."""
         with suppress(OSError):
             self.connection.send("stop")
 
     def interrupt(self) -> None:
-        """At once, as far as it can; then wait for its end."""
-        self.ask_to_stop()
-        for _ in range(PATIENCE_S):
+        """Stop as soon as possible, and wait for the exit."""
+        self.request_stop()
+        for _ in range(GRACE_S):
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(1)
@@ -141,19 +146,19 @@ class _Worker:
         self.process.kill()
         self.process.wait()
 
-    def how_it_died(self) -> str:
+    def describe_death(self) -> str:
         code = self.process.wait()
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"{how}; its last words may be in {self.log_file}"
+        cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"{cause}; its last output may be in {self.log_file}"
 
 
 class Supervisor:
-    """Runs the workers of one launch, and shows what they tell.
+    """Runs the workers of one launch.
 
     Args:
-        environments: One for each worker: what it has besides this process's.
-        stop: Asked all the time; True stops each worker at its next step with a checkpoint.
-        on_trial_end: Called after each trial that ended.
+        environments: One for each worker: environment variables besides this process's.
+        stop: Polled; True stops each worker at its next step with a checkpoint.
+        on_trial_end: Called after each trial.
         start: The code that a worker process runs.
     """
 
@@ -162,39 +167,37 @@ class Supervisor:
         job: Job,
         environments: Sequence[Mapping[str, str]],
         *,
-        storage: BaseStorage,
+        study: optuna.Study,
         stop: Callable[[], bool],
         display: Display | None,
         on_trial_end: Callable[[], None],
         start: str = START,
     ) -> None:
-        self.job, self.environments, self.stop, self._start = job, environments, stop, start
+        self.job, self.environments, self.study, self.stop, self._start = job, environments, study, stop, start
         self.display, self.on_trial_end = display, on_trial_end
-        # To look at trials of others; a sampler that proposes would do it a second time.
-        self._study = optuna.load_study(study_name=job.study_name, storage=storage, sampler=RandomSampler())
-        self._team: list[_Worker] = []
+        self._workers: list[_Worker] = []
         self._stopping = False
         self._deaths = 0
         """Since the last evaluation."""
         self._error: Exception | None = None
 
     def run(self) -> bool:
-        """Start the workers and wait until all have ended; True if no trial was left to claim, False if stopped.
+        """Start the workers and wait until all have exited; True if no trial was left to claim, False if stopped.
 
         Raises:
-            UserError: A worker met a user's mistake, or they died again and again.
-            WorkerError: A worker met a defect.
+            UserError: A worker met a user's mistake, or workers died again and again.
+            WorkerError: A worker raised another error.
         """
-        self._team = [_Worker(index, self.job, given, self._start) for index, given in enumerate(self.environments)]
+        self._workers = [_Worker(index, self.job, given, self._start) for index, given in enumerate(self.environments)]
         try:
-            while self._team:
+            while self._workers:
                 if not self._stopping and self.stop():
                     self._stop_all()
-                ready = wait([worker.connection for worker in self._team], POLL_S)
-                for worker in [worker for worker in self._team if worker.connection in ready]:
-                    self._hear(worker)
+                ready = wait([worker.connection for worker in self._workers], POLL_S)
+                for worker in [worker for worker in self._workers if worker.connection in ready]:
+                    self._receive(worker)
         finally:
-            for worker in self._team:
+            for worker in self._workers:
                 worker.interrupt()
         if self._error is not None:
             raise self._error
@@ -202,19 +205,19 @@ class Supervisor:
 
     def _stop_all(self) -> None:
         self._stopping = True
-        for worker in self._team:
-            worker.ask_to_stop()
+        for worker in self._workers:
+            worker.request_stop()
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive(self, worker: _Worker) -> None:
         try:
-            event = worker.connection.recv()
+            message = worker.connection.recv()
         except (EOFError, OSError):
-            self._ended(worker)
+            self._handle_eof(worker)
             return
-        match event:
+        match message:
             case ("started", int(number), bool(resumed)):
                 if self.display:
-                    worker.trackers[number] = self.display.trial_started(self._trial(number), resumed)
+                    worker.trackers[number] = self.display.trial_started(self._read_trial(number), resumed)
             case ("track", int(number), values, int(step), int(samples)):
                 if any(name.startswith("val/") for name in values):
                     self._deaths = 0
@@ -228,37 +231,36 @@ class Supervisor:
                 self._deaths = 0
                 if self.display:
                     worker.trackers.pop(number).close()
-                    self.display.trial_ended(self._study.get_trials(deepcopy=False)[number])
+                    self.display.trial_ended(self._read_trial(number))
                 self.on_trial_end()
             case ("warning", text):
                 log.warning("worker %d: %s", worker.index, text)
-            case ("farewell", kind, text):
-                worker.said_farewell = True
+            case ("exit", kind, text):
+                worker.has_exited = True
                 if kind != "done":
                     self._error = self._error or (UserError(text) if kind == "mistake" else WorkerError(text))
                     self._stop_all()
             case _:
-                raise AssertionError(f"worker {worker.index} said {event!r}")
+                raise AssertionError(f"worker {worker.index} sent {message!r}")
 
-    def _trial(self, number: int) -> optuna.Trial:
-        storage = self._study._storage
-        return optuna.Trial(self._study, storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number))
+    def _read_trial(self, number: int) -> TrialRecord:
+        return TrialRecord.read(self.study.get_trials(deepcopy=False)[number])
 
-    def _ended(self, worker: _Worker) -> None:
-        """A worker's pipe is at its end; put another in its place where it did not mean to go."""
-        self._team.remove(worker)
+    def _handle_eof(self, worker: _Worker) -> None:
+        """EOF on a worker's pipe: restart the worker unless it exited on purpose."""
+        self._workers.remove(worker)
         worker.connection.close()
-        if worker.said_farewell or self._stopping:
+        if worker.has_exited or self._stopping:
             worker.process.wait()
             return
         self._deaths += 1
-        how = worker.how_it_died()
+        death = worker.describe_death()
         if self._deaths >= MAX_DEATHS * len(self.environments):
             self._error = UserError(
-                f"{self._deaths} workers in a row died before an evaluation, the last one {how}: launch with "
+                f"{self._deaths} workers in a row died before an evaluation, the last one {death}: launch with "
                 "--workers 1 to see why, or with fewer workers if memory is short."
             )
             self._stop_all()
             return
-        log.warning("worker %d died (%s); another one takes its place", worker.index, how)
-        self._team.append(_Worker(worker.index, self.job, worker.environment, self._start))
+        log.warning("worker %d died (%s) and is restarted", worker.index, death)
+        self._workers.append(_Worker(worker.index, self.job, worker.environment, self._start))

@@ -17,8 +17,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.errors import UserError
-from tuner.gaussian_process import GaussianProcessSampler
-from tuner.spec import Choice
+from tuner.spec.study_toml import Choice
+from tuner.study.gaussian_process import GaussianProcessSampler
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from trainer.config import TrainConfig, differences
 from trainer.evaluation import evaluate
 from trainer.loader import BatchReader, DamageCount
 from trainer.workload import Batch, Dataset, Workload
-from tuner.full.export import find_checkpoint
-from tuner.search_space import full_setup
-from tuner.spec import StudySpec
+from tuner.promotion.export import find_checkpoint
+from tuner.spec.setups import full_setup
+from tuner.spec.study_toml import StudySpec
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,107 @@
+"""The Python API, which the commands call too: the core, with the study's page in optuna-dashboard kept up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage
+
+from trainer import TrainResult
+from trainer.tracking import Tracker, Trackers
+from tuner.promotion import confirm as confirm_core
+from tuner.promotion import promote as promote_core
+from tuner.promotion.confirm import Follow
+from tuner.show.page import StudyPage
+from tuner.spec.study_toml import StudySpec
+from tuner.study import launch as launch_core
+from tuner.study.confirmation import Confirmation
+from tuner.study.supervisor import Display
+from tuner.study.tracked_run import Runtime
+
+
+def launch(
+    spec: StudySpec | Path | str,
+    *,
+    storage: BaseStorage | str | None = None,
+    study: optuna.Study | None = None,
+    runtime: Runtime | None = None,
+    num_trials: int | None = None,
+    timeout: float | None = None,
+    num_workers: int = 1,
+    display: Display | None = None,
+) -> optuna.Study:
+    """Start a study, or continue it, and return it when it has ended or was stopped.
+
+    Args:
+        spec: A study.toml, read or by its path.
+        storage: An Optuna storage or a database URL. Default: $TUNER_STORAGE, else runs/tuner.db.
+        study: The spec's study, if `open_study` has opened it already.
+        num_trials, timeout, num_workers, display: See `tuner.study.launch.launch`.
+
+    Raises:
+        UserError: The spec has a mistake, or differs from the one that the study was started with.
+    """
+    spec = spec if isinstance(spec, StudySpec) else StudySpec.load(spec)
+    study, runtime = study or launch_core.open_study(spec, storage), runtime or Runtime()
+    with StudyPage(study, runtime.run_root).keep_updated() as on_change:
+        launch_core.launch(
+            study,
+            spec,
+            runtime=runtime,
+            num_trials=num_trials,
+            timeout=timeout,
+            num_workers=num_workers,
+            display=display,
+            on_change=on_change,
+        )
+    return study
+
+
+def confirm(
+    study: optuna.Study,
+    num_trials: int,
+    *,
+    num_seeds: int = 2,
+    rung: int | None = None,
+    runtime: Runtime | None = None,
+    follow: Follow = lambda name: nullcontext(Trackers([])),
+) -> Confirmation:
+    """Run the best trials and the baseline for longer: see `tuner.promotion.confirm.confirm`."""
+    runtime = runtime or Runtime()
+    confirmation = confirm_core.confirm(
+        study, num_trials, num_seeds=num_seeds, rung=rung, runtime=runtime, follow=follow
+    )
+    StudyPage(study, runtime.run_root).update(now=True)
+    return confirmation
+
+
+def promote(
+    study: optuna.Study,
+    *,
+    trial: int | None = None,
+    confirmed: Confirmation | None = None,
+    steps: int | None = None,
+    fresh: bool = False,
+    runtime: Runtime | None = None,
+    trackers: Sequence[Tracker] = (),
+) -> TrainResult:
+    """Train the full run with the best trial, or continue it: see `tuner.promotion.promote.promote`."""
+    runtime = runtime or Runtime()
+    page = StudyPage(study, runtime.run_root)
+    try:
+        return promote_core.promote(
+            study,
+            trial=trial,
+            confirmed=confirmed,
+            steps=steps,
+            fresh=fresh,
+            runtime=runtime,
+            trackers=trackers,
+            on_change=page.update,
+        )
+    finally:
+        # A run that failed is shown as it is, too.
+        page.update(now=True)

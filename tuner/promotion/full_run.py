@@ -1,0 +1,356 @@
+"""A full run: where it starts, its curve in `<study>.full`, its lineage, and the check against its trial's curve.
+
+The study's attribute `promotions` holds where each full run started, a trial of `<study>.full` holds its curve, and the
+run directory its checkpoints. Both are stored before the first step, so that a killed promotion is repeated as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError
+
+from trainer import Evaluation, TrainResult, UserError
+from trainer.acceleration import detect
+from trainer.checkpoint import holds_state, newest_step
+from trainer.locks import is_locked
+from trainer.tracking import Tracker
+from tuner.promotion.curve_check import CurveCheck, own_curve
+from tuner.promotion.link_checkpoint import link_checkpoints, read_step
+from tuner.promotion.projection import MeasuredSpeed, log_projections, project
+from tuner.spec.setups import Setup, full_setup
+from tuner.spec.study_toml import StudySpec
+from tuner.study import optuna_internals
+from tuner.study.confirmation import Confirmation
+from tuner.study.peak_memory import PeakMemory
+from tuner.study.record import (
+    FullRunRecord,
+    PromotionKeys,
+    StudyRecord,
+    TrialRecord,
+    full_study,
+    read_spec,
+    report_once,
+    write_full_run,
+    write_study,
+)
+from tuner.study.tracked_run import code_digest, code_version, link_aim, log_file
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """The state of a full run when `promote` finds it."""
+
+    NEW = "new"
+    """No checkpoint of its own yet."""
+    CONTINUED = "continued"
+    """It has a checkpoint, and is shorter than asked for."""
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run whose checkpoint a full run continues from."""
+
+    run_dir: Path
+    step: int | None
+    """None if an early version, which did not store it, started the run."""
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """The full run of one trial."""
+
+    study: optuna.Study
+    spec: StudySpec
+    trial: TrialRecord
+    run_dir: Path
+    setup: Setup
+    state: State
+    origin: Origin | None
+    """None: it started, or starts, at step 0."""
+    curve: optuna.Trial | None
+    """Its open trial of `<study>.full`; None when it is FINISHED."""
+    curve_check: CurveCheck | None
+    """For a run that is known to start at step 0."""
+
+    @classmethod
+    def find_or_begin(
+        cls,
+        study: optuna.Study,
+        trial: TrialRecord,
+        run_dir: Path,
+        *,
+        fresh: bool = False,
+        steps: int | None = None,
+        confirmation: Confirmation | None = None,
+    ) -> FullRun:
+        """Find the full run of a trial by its run directory, or begin one: its record, its curve, its first checkpoint.
+
+        Args:
+            fresh: Start at step 0 instead of continuing from a checkpoint.
+            steps: Length in optimizer updates, in place of the spec's or that of the run so far.
+            confirmation: The one that chose the trial.
+
+        Raises:
+            UserError: The run directory is in use, or the run can't have this start or this length.
+        """
+        if is_locked(run_dir):
+            raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
+        record, spec, is_new = StudyRecord.read(study), read_spec(study), not holds_state(run_dir)
+        last = next((run for run in reversed(record.all_full_runs) if run.trial == trial.number), None)
+        if fresh and not is_new:
+            _refuse_fresh(last, run_dir)
+        setup = _setup(spec, trial, last, steps)
+        promotion = _find_promotion(record, run_dir, is_new)
+        origin = _choose_origin(record, spec, trial, run_dir, promotion, fresh) if is_new else _stored_origin(promotion)
+        _check_steps(steps, last, run_dir, origin, is_new)
+        if is_new or not promotion:
+            _store_promotion(record, trial, run_dir, origin, promotion, confirmation)
+        length = setup.config.num_steps
+        curve: optuna.Trial | None
+        if is_new:
+            curve = _begin_curve(record, spec, trial, run_dir, last, origin)
+        else:
+            curve = _continue_curve(record, trial, run_dir, last, length or 0)
+        if curve is not None:
+            write_full_run(curve, steps=length)
+        if is_new and origin is not None:
+            link_checkpoints(origin.run_dir, run_dir, setup.workload)
+        at_zero = origin is None if is_new else last is not None and last.started_at_zero
+        return cls(
+            study=study,
+            spec=spec,
+            trial=trial,
+            run_dir=run_dir,
+            setup=setup,
+            state=State.NEW if is_new else State.FINISHED if curve is None else State.CONTINUED,
+            origin=origin,
+            curve=curve,
+            curve_check=CurveCheck(record, spec, trial) if at_zero and curve is not None else None,
+        )
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """Where the run comes from, for its checkpoints: the same each time that it is continued."""
+        origin = self.origin
+        return {
+            "study": self.study.study_name,
+            "trial": self.trial.number,
+            "params": dict(self.trial.params),
+            "continued_from": None if origin is None else {"run_dir": str(origin.run_dir), "step": origin.step},
+        }
+
+    def warn_of_differences(self) -> None:
+        """Warn if the code has changed since the trial, or if no point of the trial's curve will be met."""
+        if self.curve_check is not None:
+            self.curve_check.warn_if_blind(self.setup.config.eval_every or math.inf)
+        if self.trial.code not in (None, code_digest(self.setup.workload)):
+            log.warning("the code of %s has changed since trial %d ran", self.spec.study.workload, self.trial.number)
+
+    def trackers(self) -> list[Tracker]:
+        """Log the projected hours now, by the trial's speed, and again once the run's own speed is measured."""
+        curve = self.curve
+        if curve is None:
+            return []
+        projections = project(StudyRecord.read(self.study), self.spec, self.trial, self.setup.config.num_steps)
+        with log_file(self.run_dir):
+            log_projections(projections)
+        peak = PeakMemory(detect(self.setup.config.device).kind)
+
+        def store_hours(hours: float) -> None:
+            with _storage_errors_logged():
+                write_full_run(curve, full_hours=hours)
+
+        return [MeasuredSpeed(projections, peak=peak.read, store_hours=store_hours)]
+
+    def on_eval(self, evaluation: Evaluation) -> None:
+        """Store one evaluation: the point of the curve, the step, the metrics."""
+        curve = self.curve
+        if curve is None:
+            return
+        value = evaluation.metrics[self.spec.study.metric]
+        with _storage_errors_logged():
+            if self.curve_check is not None:
+                self.curve_check.check(curve, evaluation.point, value)
+            report_once(curve, value, evaluation.samples)
+            link_aim(curve, self.run_dir)
+            write_full_run(curve, step=evaluation.step, metrics=dict(evaluation.metrics))
+
+    def end(self, result: TrainResult) -> None:
+        """Store the end of this call's training, and close the curve if the run has its full length."""
+        if self.curve is None:
+            return
+        link_aim(self.curve, self.run_dir)
+        write_full_run(self.curve, step=result.step, metrics=dict(result.metrics))
+        if result.finished:
+            self.curve.study.tell(self.curve, result.metrics[self.spec.study.metric])
+
+
+def _setup(spec: StudySpec, trial: TrialRecord, last: FullRunRecord | None, steps: int | None) -> Setup:
+    """The run's configuration, at the length asked for now or when the run was started, else the spec's."""
+    setup = full_setup(spec, trial.params)
+    if steps is None and last is not None:
+        steps = last.steps
+    if steps is None or steps == setup.config.num_steps:
+        return setup
+    if setup.config.schedule != "none":
+        raise UserError(
+            f"--steps {steps}: the trials followed schedule {setup.config.schedule} over {setup.config.num_steps} "
+            "steps, and the full run continues it; leave --steps out, or tune with another [full] length."
+        )
+    return full_setup(spec, trial.params, steps=steps, samples=None)
+
+
+def _refuse_fresh(last: FullRunRecord | None, run_dir: Path) -> None:
+    if last is None or not last.started_at_zero:
+        origin = last.continued_from.name if last and last.continued_from else "a checkpoint"
+        raise UserError(
+            f"{run_dir} continued from {origin}: remove that folder to start at step 0, or leave --fresh out."
+        )
+
+
+def _check_steps(
+    steps: int | None, last: FullRunRecord | None, run_dir: Path, origin: Origin | None, is_new: bool
+) -> None:
+    if is_new:
+        reached = origin.step or 0 if origin else 0
+    else:
+        reached = max(last.step if last else 0, newest_step(run_dir) or 0)
+    if steps is not None and steps < reached:
+        raise UserError(f"--steps {steps}: the full run is at step {reached}; leave --steps out, or give more.")
+
+
+def _find_promotion(record: StudyRecord, run_dir: Path, is_new: bool) -> PromotionKeys:
+    """The stored promotion of a run directory; empty if there is none."""
+    promotions = [each for each in record.promotions if each["run_dir"] == str(run_dir)]
+    if not promotions and not is_new:
+        # The folder of runs was moved.
+        promotions = [each for each in record.promotions if Path(each["run_dir"]).name == run_dir.name]
+    return promotions[-1] if promotions else {}
+
+
+def _stored_origin(promotion: PromotionKeys) -> Origin | None:
+    origin = promotion.get("continued_from")
+    return Origin(Path(origin), promotion.get("continued_at")) if origin else None
+
+
+def _choose_origin(
+    record: StudyRecord, spec: StudySpec, trial: TrialRecord, run_dir: Path, promotion: PromotionKeys, fresh: bool
+) -> Origin | None:
+    """The confirmation run of the trial, which is longer, else the trial; None to start at step 0."""
+    # A run that began at step 0 and was killed before its first checkpoint begins there again.
+    if fresh or (promotion and promotion["continued_from"] is None):
+        return None
+    confirmed = record.confirmation_run(trial.number, spec.baseline.seed)
+    origins = [Path(confirmed.run_dir)] if confirmed and not confirmed.failed else []
+    for origin in (*origins, *([trial.run_dir] if trial.run_dir else [])):
+        step = read_step(origin, run_dir)
+        if step is not None:
+            return Origin(origin, step)
+    log.warning("the full run starts at step 0")
+    return None
+
+
+def _store_promotion(
+    record: StudyRecord,
+    trial: TrialRecord,
+    run_dir: Path,
+    origin: Origin | None,
+    before: PromotionKeys,
+    confirmation: Confirmation | None,
+) -> None:
+    """Store a promotion with the study: a finished trial can't be written to."""
+    others = [promotion for promotion in record.promotions if promotion["run_dir"] != str(run_dir)]
+    promotion: PromotionKeys = {
+        "trial": trial.number,
+        "value": trial.value or 0.0,
+        "params": trial.params,
+        "best": record.ranked[0].number,
+        "run_dir": str(run_dir),
+        "continued_from": None if origin is None else str(origin.run_dir),
+        "continued_at": (origin.step or 0) if origin else 0,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": code_version(),
+    }
+    if confirmation is not None:
+        promotion["confirmation"] = {**asdict(confirmation), "verdict": confirmation.verdict}
+    elif "confirmation" in before:
+        promotion["confirmation"] = before["confirmation"]
+    write_study(record.study, promotions=[*others, promotion])
+
+
+def _begin_curve(
+    record: StudyRecord,
+    spec: StudySpec,
+    trial: TrialRecord,
+    run_dir: Path,
+    last: FullRunRecord | None,
+    origin: Origin | None,
+) -> optuna.Trial:
+    """The curve of a run without a checkpoint of its own: it begins with that of the run it continues from."""
+    follows = origin is not None and spec.trial.unit == "samples"
+    values = own_curve(record, trial, spec.baseline.seed) if follows else {}
+    curve = _open_curve(record, trial, run_dir, last if last and last.is_open else None, values)
+    write_full_run(curve, continued_from=None if origin is None else str(origin.run_dir))
+    return curve
+
+
+def _continue_curve(
+    record: StudyRecord, trial: TrialRecord, run_dir: Path, last: FullRunRecord | None, length: int
+) -> optuna.Trial | None:
+    """The curve of a run with a checkpoint; None if the run has finished at this length."""
+    if last is None or last.is_open:
+        return _open_curve(record, trial, run_dir, last, {})
+    if last.step >= length:
+        return None
+    # It is made longer. A finished trial can't be written to, so another one continues its curve.
+    curve = _open_curve(record, trial, run_dir, None, last.curve)
+    if last.started_at_zero or last.continued_from:
+        write_full_run(curve, continued_from=str(last.continued_from) if last.continued_from else None)
+    return curve
+
+
+def _open_curve(
+    record: StudyRecord, trial: TrialRecord, run_dir: Path, known: FullRunRecord | None, values: Mapping[int, float]
+) -> optuna.Trial:
+    """Open a known trial of `<study>.full`, or create one, and report values that it lacks."""
+    curves = full_study(record.study)
+    if curves is None:
+        storage = optuna_internals.storage_of(record.study)
+        curves = optuna.create_study(
+            study_name=f"{record.name}.full", storage=storage, direction=record.study.direction
+        )
+        write_study(curves, promoted_from=record.name)
+        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+            curves.set_metric_names([record.metric])
+    if known is not None:
+        curve = optuna_internals.open_trial(curves, known.number)
+    else:
+        curves.enqueue_trial(dict(trial.params))
+        curve = curves.ask(fixed_distributions=dict(trial.distributions))
+    write_full_run(curve, run_dir=str(run_dir), trial=trial.number)
+    for samples, value in values.items():
+        report_once(curve, value, samples)
+    return curve
+
+
+@contextmanager
+def _storage_errors_logged() -> Iterator[None]:
+    """A run of days does not end because the database is locked or its disk is full."""
+    try:
+        yield
+    except StorageInternalError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        log.warning("the study could not be written (%s): the run continues, its curve has a gap", reason)

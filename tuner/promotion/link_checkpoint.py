@@ -1,0 +1,43 @@
+"""Continue a run from another run's checkpoint: a trial is a prefix of its confirmation and of its full run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from trainer import UserError, Workload
+from trainer.checkpoint import LATEST, digest_path, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def read_step(origin: Path, run_dir: Path) -> int | None:
+    """Step of the newest checkpoint in `origin`; None if none is whole, and then the log gives the reason."""
+    try:
+        step: int = read_checkpoint(origin / LATEST, mmap=True)["step"]
+    except UserError as error:
+        log.warning("%s can't continue from %s: %s", run_dir.name, origin.name, error)
+        return None
+    return step
+
+
+def link_checkpoints(origin: Path, run_dir: Path, workload: Workload) -> None:
+    """Link the checkpoints of `origin` into `run_dir`, so that `train()` continues from there."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # The best ones too: a run that never beats its first samples would have none. The state is last: until it is
+    # linked, the run has not begun.
+    for name in (*workload.best_checkpoints().values(), LATEST):
+        for file in (origin / name, digest_path(origin / name)):
+            if file.is_file():
+                _link(file, run_dir / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard link, or copy if the file system has no links. A checkpoint may have 10 GB, and none is written in place."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

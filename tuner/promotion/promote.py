@@ -1,0 +1,151 @@
+"""Promotion: the full run with the parameters of the best trial, or of the winner of a confirmation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import optuna
+
+from trainer import Evaluation, TrainResult, UserError
+from trainer.tracking import Tracker
+from tuner.promotion.full_run import FullRun
+from tuner.spec.setups import trial_setup
+from tuner.study.confirmation import Confirmation
+from tuner.study.record import StudyRecord, TrialRecord, read_spec, trial_name
+from tuner.study.tracked_run import Runtime, tracked_train
+
+log = logging.getLogger(__name__)
+
+
+def promote(
+    study: optuna.Study,
+    *,
+    trial: int | None = None,
+    confirmed: Confirmation | None = None,
+    steps: int | None = None,
+    fresh: bool = False,
+    runtime: Runtime | None = None,
+    trackers: Sequence[Tracker] = (),
+    on_change: Callable[[], None] = lambda: None,
+) -> TrainResult:
+    """Train the full run with a trial's parameters, or continue the one that was started.
+
+    The full run continues from the checkpoint of the trial's confirmation, else from the trial's own, since a trial is
+    a prefix of its full run. A run from step 0 is checked against the trial's curve.
+
+    Args:
+        trial: Number of the trial. Default: that of the full run already started, else the winner of the study's
+            confirmation, else the best.
+        confirmed: Promote the winner of this confirmation.
+        steps: Length in optimizer updates, in place of the spec's `[full]`.
+        fresh: Start at step 0 instead of continuing from a checkpoint.
+        on_change: Called after each evaluation.
+
+    Raises:
+        UserError: There is no such trial, it can't be promoted, a better one has appeared since, or a confirmation is
+            unfinished.
+    """
+    runtime, record = runtime or Runtime(), StudyRecord.read(study)
+    if trial is None and confirmed is None:
+        confirmed = _stored_confirmation(record)
+    chosen = _choose_trial(record, trial, confirmed)
+    run_dir = runtime.run_dir(record.name, f"full-{trial_name(chosen.number)}")
+    run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, steps=steps, confirmation=confirmed)
+    run.warn_of_differences()
+
+    def on_eval(evaluation: Evaluation) -> None:
+        run.on_eval(evaluation)
+        on_change()
+
+    result = tracked_train(
+        run.setup,
+        run_dir,
+        runtime,
+        experiment=record.name,
+        lineage=run.lineage,
+        trackers=[*trackers, *run.trackers()],
+        on_eval=on_eval,
+    )
+    run.end(result)
+    return result
+
+
+def rerun(
+    study: optuna.Study,
+    number: int,
+    *,
+    seed: int,
+    runtime: Runtime | None = None,
+    trackers: Sequence[Tracker] = (),
+) -> TrainResult:
+    """Train a trial's short run again on another seed, measured on the same validation set.
+
+    The best of many noisy trials looks better than it is; a fresh seed gives its real value.
+    """
+    runtime, spec = runtime or Runtime(), read_spec(study)
+    chosen = _find_trial(StudyRecord.read(study), number)
+    setup = trial_setup(spec, chosen.params, seed=seed, save_every=None)
+    run_dir = runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{seed}")
+    lineage = {"study": spec.study.name, "trial": number, "params": dict(chosen.params), "seed": seed}
+    return tracked_train(setup, run_dir, runtime, experiment=spec.study.name, lineage=lineage, trackers=trackers)
+
+
+def _stored_confirmation(record: StudyRecord) -> Confirmation | None:
+    """The study's confirmation, if no full run was started since.
+
+    Raises:
+        UserError: It is unfinished, or a better trial has appeared since.
+    """
+    request, confirmation = record.confirmation_request, record.confirmation
+    if request is None or record.promotions:
+        return None
+    best = record.ranked[0].number
+    if confirmation is None:
+        raise UserError(
+            f"a confirmation of {record.name} is unfinished: continue it ({request.options}), or promote the best "
+            f"trial without it (--trial {best})."
+        )
+    if best != request.best:
+        raise UserError(
+            f"trial {best} is better than those that were confirmed: confirm again ({request.options}), or choose with "
+            f"--trial {best} or --trial {confirmation.winner.number} (which won)."
+        )
+    log.info("promoting the winner of the confirmation: %s", confirmation.verdict)
+    return confirmation
+
+
+def _choose_trial(record: StudyRecord, number: int | None, confirmation: Confirmation | None) -> TrialRecord:
+    if number is not None:
+        return _find_trial(record, number)
+    if confirmation is None and record.best is None:
+        raise UserError(f"study {record.name} has no complete trial yet: launch it, or look at tuner status.")
+    started = record.promotions[-1]["trial"] if record.promotions else None
+    if confirmation is not None:
+        winner = confirmation.winner.number
+        if started not in (None, winner):
+            raise UserError(
+                f"a full run of trial {started} was started, and trial {winner} won the confirmation: choose with "
+                f"--trial {started} (continue) or --trial {winner} (start anew), without --confirm."
+            )
+        return _find_trial(record, winner)
+    best = record.ranked[0]
+    if started is None:
+        return best
+    if best.number not in (started, record.promotions[-1]["best"]):
+        raise UserError(
+            f"a full run of trial {started} was started, and trial {best.number} is better since: choose with "
+            f"--trial {started} (continue) or --trial {best.number} (start anew)."
+        )
+    return _find_trial(record, started)
+
+
+def _find_trial(record: StudyRecord, number: int) -> TrialRecord:
+    trials = record.trials
+    if not 0 <= number < len(trials):
+        raise UserError(f"study {record.name} has no trial {number}: it has {len(trials)}, counted from 0.")
+    if trials[number] not in record.ranked:
+        raise UserError(
+            f"trial {number} of {record.name} is {trials[number].state}, not complete and feasible: choose another."
+        )
+    return trials[number]

@@ -1,0 +1,1 @@
+"""The spec: study.toml read, checked, and turned into workloads and configurations."""

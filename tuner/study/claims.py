@@ -1,0 +1,104 @@
+"""Claims: each process of a study takes one trial at a time, and no trial is trained twice."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import optuna
+from filelock import FileLock
+
+from trainer.locks import is_locked, locked
+from tuner.spec.setups import baseline_params
+from tuner.spec.study_toml import StudySpec
+from tuner.study import optuna_internals
+from tuner.study.record import CLAIM, StudyRecord, TrialRecord, create_trial, trial_name, write_unopened_trial
+from tuner.study.tracked_run import Runtime
+
+CLAIMS_TIMEOUT_S = 600
+
+
+def claim_trial(
+    study: optuna.Study, spec: StudySpec, runtime: Runtime, total: int, claim: ExitStack
+) -> tuple[optuna.Trial, bool] | None:
+    """Claim an interrupted trial, else a new one; returns it and whether it was interrupted.
+
+    Returns None when the study needs no more trials.
+
+    Args:
+        claim: Releases the trial when it closes.
+    """
+    study_dir = runtime.run_dir(study.study_name, "")
+    study_dir.mkdir(parents=True, exist_ok=True)
+    # One process at a time, so that no two take the same interrupted trial.
+    with FileLock(study_dir / ".claims", timeout=CLAIMS_TIMEOUT_S):
+        record = StudyRecord.read(study)
+        for trial in record.trials:
+            if _is_free(trial, study_dir):
+                claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
+                return optuna_internals.open_trial(study, trial.number), True
+        if not needs_more_trials(record, spec, total):
+            return None
+        number = None
+        if any(trial.state == "waiting" for trial in record.trials):
+            # A person enqueued it, through Optuna.
+            number = optuna_internals.pop_waiting_trial(study)
+        if number is None:
+            number = _create_trial(study, spec)
+        else:
+            write_unopened_trial(study, number, host=platform.node())
+        run_dir = study_dir / trial_name(number)
+        claim.enter_context(locked(run_dir, CLAIM))
+        write_unopened_trial(study, number, run_dir=str(run_dir))
+        return optuna_internals.open_trial(study, number), False
+
+
+def _is_free(trial: TrialRecord, study_dir: Path) -> bool:
+    """Whether an open trial belongs to this machine and no process trains it."""
+    # By its number, since the folder of runs may have been moved; a process may still work in the old one.
+    run_dir = study_dir / trial_name(trial.number)
+    is_ours = trial.state == "running" and trial.host == platform.node()
+    return is_ours and not is_locked(trial.run_dir or run_dir, CLAIM) and not is_locked(run_dir, CLAIM)
+
+
+def _create_trial(study: optuna.Study, spec: StudySpec) -> int:
+    """Create a trial that belongs to this machine; the first one is the baseline. Returns its number."""
+    if _has_baseline(StudyRecord.read(study).trials):
+        return create_trial(study, {}, host=platform.node())
+    number = create_trial(study, baseline_params(spec), host=platform.node(), baseline=True)
+    if _has_baseline(StudyRecord.read(study).trials[:number]):
+        # Another machine, which the lock does not reach, was first.
+        write_unopened_trial(study, number, baseline=False)
+        optuna_internals.remove_fixed_params(study, number)
+    return number
+
+
+def _has_baseline(trials: Sequence[TrialRecord]) -> bool:
+    return any(trial.is_baseline and trial.state != "failed" for trial in trials)
+
+
+def needs_more_trials(record: StudyRecord, spec: StudySpec, total: int) -> bool:
+    """Whether the study needs another trial besides its finished and running ones."""
+    return _num_counted(record) < total and not _has_lost_patience(record, spec)
+
+
+def _has_lost_patience(record: StudyRecord, spec: StudySpec) -> bool:
+    """Whether as many trials in a row as the spec's patience improved nothing."""
+    patience = spec.trial.patience
+    return patience > 0 and record.trials_since_improvement(spec.trial.min_delta) >= patience
+
+
+def _num_counted(record: StudyRecord) -> int:
+    """Number of trials that have ended or that a machine trains; a RUNNING trial without an owner is not counted."""
+    ended = ("complete", "pruned", "infeasible")
+    return sum(t.state in ended or (t.state == "running" and t.host is not None) for t in record.trials)
+
+
+def describe_end(record: StudyRecord, spec: StudySpec, total: int) -> str:
+    """Why the study starts no more trials."""
+    if _num_counted(record) >= total:
+        return f"the study has its {total} trial{'s' if total > 1 else ''}"
+    delta = f" by more than {spec.trial.min_delta:g}" if spec.trial.min_delta else ""
+    return f"no trial improved {spec.study.metric}{delta} in the last {spec.trial.patience}"

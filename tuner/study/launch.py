@@ -1,0 +1,253 @@
+"""Start a study, or continue it: open it, run its trials one after the other or in several workers."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+import optuna
+import torch
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from trainer import DamagedSample, UserError
+from trainer.checkpoint import digest_path
+from trainer.clock import clock
+from trainer.loader import check_lengths, check_losses
+from trainer.tracking import Tracker
+from tuner.spec.setups import largest_step
+from tuner.spec.study_toml import StudySpec
+from tuner.study.claims import claim_trial, describe_end, needs_more_trials
+from tuner.study.objective import Interrupted, Objective
+from tuner.study.optuna_internals import storage_of
+from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, write_study
+from tuner.study.samplers import build_pruner, build_sampler
+from tuner.study.storage import for_other_processes, opened
+from tuner.study.supervisor import Display, Job, Supervisor, visible_devices, worker_environments
+from tuner.study.tracked_run import Runtime, code_digest
+
+log = logging.getLogger(__name__)
+
+KEEP_TRIALS = 3
+"""Number of best trials whose checkpoints are kept, besides the baseline's."""
+
+
+def launch(
+    study: optuna.Study,
+    spec: StudySpec,
+    *,
+    runtime: Runtime,
+    num_trials: int | None = None,
+    timeout: float | None = None,
+    num_workers: int = 1,
+    display: Display | None = None,
+    on_change: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a study's trials until it has as many as the spec asks for, or until they no longer improve it.
+
+    An interrupted trial, by Ctrl-C or a lost process, is continued from its checkpoint under its own number. The first
+    trial is always the baseline: the settings in `[train]`. The study's attribute `ended` holds why it ended.
+
+    Args:
+        study: From `open_study`.
+        num_trials: The study's total, in place of `trial.num_trials`.
+        timeout: Seconds after which no new trial starts and the running ones are stopped with a checkpoint.
+        num_workers: Trials at once, each in a process of its own, on a GPU of its own or with its share of the CPU's
+            threads. One trains in this process.
+        on_change: Called after each trial.
+
+    Raises:
+        UserError: With several workers: they can't share the storage or the GPUs, or died again and again.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    asked_to_stop = runtime.stop
+
+    def stop() -> bool:
+        return asked_to_stop() or (deadline is not None and time.monotonic() > deadline)
+
+    total = num_trials or spec.trial.num_trials
+    _warn_of_other_code(study, spec)
+    write_study(study, ended="")
+    runtime = replace(runtime, stop=stop)
+    if num_workers == 1:
+        is_complete = run_trials(study, spec, runtime, total, display, on_change)
+    else:
+        is_complete = _run_workers(study, spec, runtime, total, num_workers, display, on_change)
+    if is_complete:
+        write_study(study, ended=describe_end(StudyRecord.read(study), spec, total))
+    elif timeout is not None and not asked_to_stop():
+        write_study(study, ended=f"the time given, {clock(timeout)}, is over")
+
+
+def _warn_of_other_code(study: optuna.Study, spec: StudySpec) -> None:
+    code = code_digest(spec.build_workload())
+    others = [str(trial.number) for trial in StudyRecord.read(study).trials if trial.code not in (None, code)]
+    if others:
+        log.warning(
+            "the code of %s has changed since trials %s ran, so they may not compare with new ones: to start a new "
+            "study, give study.name another value",
+            spec.study.workload,
+            ", ".join(others),
+        )
+
+
+def run_trials(
+    study: optuna.Study,
+    spec: StudySpec,
+    runtime: Runtime,
+    total: int,
+    display: Display | None,
+    on_change: Callable[[], None] = lambda: None,
+) -> bool:
+    """Claim trials and run them one after the other; True if none was left to claim, False if stopped."""
+    objective = Objective(spec, runtime)
+    try:
+        while not runtime.stop():
+            with ExitStack() as claim:
+                claimed = claim_trial(study, spec, runtime, total, claim)
+                if claimed is None:
+                    return True
+                _run_trial(study, objective, *claimed, display)
+            on_change()
+            if not gc.get_freeze_count():
+                # Objects that outlive a trial, modules above all, are permanent: later collections, which free the
+                # memory of trials, need not walk them. That saves tenths of a second each.
+                gc.freeze()
+    finally:
+        gc.unfreeze()
+    return False
+
+
+def _run_workers(
+    study: optuna.Study,
+    spec: StudySpec,
+    runtime: Runtime,
+    total: int,
+    num_workers: int,
+    display: Display | None,
+    on_change: Callable[[], None],
+) -> bool:
+    """`run_trials` in several processes."""
+    environments = worker_environments(num_workers, visible_devices(spec.baseline.device), torch.get_num_threads())
+    job = Job(
+        study_name=study.study_name,
+        spec=spec.to_dict(),
+        base_dir=spec.base_dir,
+        storage=for_other_processes(storage_of(study)),
+        run_root=runtime.run_root.resolve(),
+        track=runtime.track,
+        total=total,
+    )
+    while True:
+        supervisor = Supervisor(
+            job, environments, study=study, stop=runtime.stop, display=display, on_trial_end=on_change
+        )
+        if not supervisor.run():
+            return False
+        # A worker may have exited for lack of patience before another one's trial improved the best.
+        if not needs_more_trials(StudyRecord.read(study), spec, total):
+            return True
+
+
+def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> optuna.Study:
+    """The spec's study: created if the storage has none, refused if it was started with another spec.
+
+    Raises:
+        UserError: The spec differs from the study's, or does not fit its data.
+    """
+    storage = opened(storage)
+    name = spec.study.name
+    sampler, pruner = build_sampler(spec.sampler, spec.study.seed), build_pruner(spec.pruner, spec.trial.first_point)
+    # Before the study is created: the data may be missing, damaged, or too small for the search space.
+    digest = _check_data(spec)
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        sampler=sampler,
+        pruner=pruner,
+        direction=spec.study.direction,
+        load_if_exists=True,
+    )
+    if not is_new(study):
+        changed = spec.differences(read_spec(study))
+        changed += ["the data has changed"] if StudyRecord.read(study).data_digest not in (None, digest) else []
+        if changed:
+            raise UserError(
+                f"study {name} was started with another spec ({'; '.join(changed)}): give study.name another value, "
+                "or set these back."
+            )
+    write_study(study, spec=spec.to_dict(), data_digest=digest, base_dir=str(spec.base_dir))
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        study.set_metric_names([spec.study.metric])
+    return study
+
+
+def _check_data(spec: StudySpec) -> str:
+    """Check the spec against its data; returns the data's digest.
+
+    Raises:
+        UserError: A split is empty or does not match its lengths, the weights name other losses than a batch, no
+            validation gives the study's metric, or the data is smaller than a searched batch size.
+    """
+    spec.forget_workloads()  # the data may have changed since this process last opened it
+    workload = spec.build_workload()
+    digest = workload.data_digest()
+    train, val = workload.train_data(), workload.val_data()
+    for data in (train, val):
+        check_lengths(data)
+    if not len(val):
+        raise UserError("the validation split has no samples: name data for it in [workload].")
+    names = {"loss", *workload.loss_weights}
+    with suppress(DamagedSample):
+        batch = workload.collate([val[0]])
+        check_losses(workload, batch)
+        names |= batch.counts.keys()
+    if spec.study.metric.removeprefix("val/") not in names:
+        known = ", ".join(f"val/{name}" for name in sorted(names))
+        raise UserError(f"study.metric {spec.study.metric}: the workload's metrics are {known}.")
+    num_samples, largest = len(train), largest_step(spec)
+    if num_samples < largest:
+        raise UserError(
+            f"the search may take {largest} samples a step (train.batch_size x train.grad_accumulation), and the data "
+            f"has {num_samples}: search smaller ones or use more data."
+        )
+    return digest
+
+
+def _run_trial(
+    study: optuna.Study, objective: Objective, trial: optuna.Trial, resumed: bool, display: Display | None
+) -> None:
+    trackers: Sequence[Tracker] = [display.trial_started(TrialRecord.read(trial), resumed)] if display else []
+    try:
+        value = objective(trial, trackers)
+    except optuna.TrialPruned:
+        frozen = study.tell(trial, state=TrialState.PRUNED)
+    except (Interrupted, UserError, KeyboardInterrupt):
+        # The trial stays open: the next launch continues it.
+        if not objective.runtime.stop():
+            raise
+        return
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    else:
+        frozen = study.tell(trial, value)
+    if display:
+        display.trial_ended(TrialRecord.read(frozen))
+    _delete_checkpoints(StudyRecord.read(study))
+
+
+def _delete_checkpoints(record: StudyRecord) -> None:
+    """Delete the checkpoints of finished trials but those of the baseline and of the best trials."""
+    kept = {trial.number for trial in record.ranked[:KEEP_TRIALS]}
+    for trial in record.finished:
+        if trial.number in kept or trial.is_baseline or trial.run_dir is None:
+            continue
+        for path in trial.run_dir.glob("*.pth"):
+            path.unlink(missing_ok=True)  # another worker may delete it too
+            digest_path(path).unlink(missing_ok=True)
