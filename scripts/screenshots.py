@@ -1,4 +1,4 @@
-"""The README's pictures: the dashboard, Aim and the terminal, as they look on the quickstart's study.
+"""The pictures of README.md and docs/: the dashboard, Aim and the terminal, of the quickstart's study.
 
     bash scripts/quickstart.sh        # minutes; what it made before is reused
     python scripts/screenshots.py [--run-root runs] [--only note] [--to scripts/screenshots]
