@@ -13,9 +13,9 @@ import optuna
 import pytest
 
 from tests.browser.conftest import at
-from tuner.promotion.promote import promote
-from tuner.study.tracked_run import Runtime
+from tuner import promote
 from tuner.study.storage import load_study, open_storage
+from tuner.study.tracked_run import Runtime
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -18,9 +18,9 @@ from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.promotion.evaluate import evaluate_checkpoint
 from tuner.promotion.export import export
-from tuner.study.tracked_run import Runtime, tracked_train
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study.tracked_run import Runtime, tracked_train
 
 
 @pytest.fixture

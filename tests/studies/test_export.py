@@ -22,8 +22,8 @@ from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import TrainConfig, UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.promotion.export import export
-from tuner.study.tracked_run import Runtime, tracked_train
 from tuner.spec.setups import Setup
+from tuner.study.tracked_run import Runtime, tracked_train
 
 KEYS = [
     line.split("\t")[:2]

@@ -15,9 +15,8 @@ from rich.console import Console
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from tuner.display.curves import ASCII_BLOCKS, Scale, curves_table, resample, sparkline
-from tuner.study.launch import open_study
 from tuner.report import watch
-from tuner.trials import BASELINE
+from tuner.study.launch import open_study
 
 
 def add(study: optuna.Study, curve: dict[int, float], state: TrialState = TrialState.COMPLETE, **attrs: Any) -> None:
@@ -36,7 +35,7 @@ def add(study: optuna.Study, curve: dict[int, float], state: TrialState = TrialS
 @pytest.fixture
 def study(tmp_path: Path) -> optuna.Study:
     study = open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
-    add(study, {40: 5.0, 80: 4.5, 120: 4.0, 160: 3.5}, **{BASELINE: True})
+    add(study, {40: 5.0, 80: 4.5, 120: 4.0, 160: 3.5}, **{"baseline": True})
     add(study, {40: 4.5, 80: 4.0, 120: 3.5, 160: 3.0})
     add(study, {40: 5.0}, TrialState.PRUNED)
     return study

@@ -16,21 +16,10 @@ from rich.console import Console
 
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
+from tuner import launch, open_study
 from tuner.display import StudyDisplay, trial_table
-from tuner.study.launch import launch, open_study
 from tuner.report import status
 from tuner.study.tracked_run import Runtime
-from tuner.trials import (
-    BASELINE,
-    D_RISING,
-    ENDED,
-    FULL_HOURS,
-    FULL_LENGTH,
-    INFEASIBLE,
-    full_hours,
-    not_beaten,
-    trials_since_improvement,
-)
 
 
 def add(study: optuna.Study, value: float | None, state: TrialState = TrialState.COMPLETE, **attrs: Any) -> None:
@@ -56,13 +45,13 @@ def add(study: optuna.Study, value: float | None, state: TrialState = TrialState
 def study(tmp_path: Path) -> optuna.Study:
     """Trials 1, 2 and 4 are on the front: cheapest, between, best; trial 5 was never timed."""
     study = open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
-    add(study, 5.0, **{BASELINE: True, FULL_HOURS: 86.04, D_RISING: False})
+    add(study, 5.0, **{"baseline": True, FULL_HOURS: 86.04, D_RISING: False})
     add(study, 4.8, **{FULL_HOURS: 20.0})
     add(study, 4.5, **{FULL_HOURS: 30.0, D_RISING: True, "peak_memory": 10**9})
     add(study, 4.5, **{FULL_HOURS: 31.0, D_RISING: True})
     add(study, 4.1, **{FULL_HOURS: 1035.94})
     add(study, 4.3)
-    add(study, 4.0, TrialState.PRUNED, **{FULL_HOURS: 1.0, D_RISING: True, INFEASIBLE: "out of memory"})
+    add(study, 4.0, TrialState.PRUNED, **{FULL_HOURS: 1.0, D_RISING: True, "infeasible": "out of memory"})
     return study
 
 
@@ -174,7 +163,7 @@ def test_a_launch_says_which_of_three_ends_it_came_to(runtime: Runtime, tmp_path
         with StudyDisplay(open_study(spec, url), spec, total=spec.trial.num_trials, console=console) as display:
             study = launch(spec, storage=url, runtime=runtime, timeout=timeout, display=display)
         console.file.close()
-        return len(study.trials), study.user_attrs[ENDED], console.export_text().splitlines()[-1]
+        return len(study.trials), study.user_attrs["ended"], console.export_text().splitlines()[-1]
 
     impossible = {"trial.patience": 1, "trial.min_delta": 100.0}
     said = "no trial improved val/loss by more than 100 in the last 1"

@@ -8,6 +8,7 @@ Imports no torch, so that `tuner status` is quick.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -423,7 +424,7 @@ class StudyRecord:
             confirmation_runs={
                 name: _confirmation_run.validate_python(run)
                 for name, run in attrs.items()
-                if name.startswith("confirm-")
+                if run and re.fullmatch(r"confirm-\d+-seed-\d+", name)
             },
         )
 

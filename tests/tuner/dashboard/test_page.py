@@ -19,10 +19,13 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note, save_note
+from tuner.full.confirmed import Asked, Confirmation, ConfirmedTrial, keep_found
+from tuner.trials import BASE_DIR, BASELINE, ENDED, INFEASIBLE, SPEC, stored_spec
 
 from tests.tuner.dashboard.test_server import Client
 from tests.tuner.studies_for_tests import build
 from trainer.locks import locked
+from tuner import launch, promote
 from tuner.dashboard import page as study_page
 from tuner.dashboard import plots
 from tuner.dashboard.artifacts import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, leaderboard, to_toml
@@ -31,14 +34,10 @@ from tuner.dashboard.note import MAX_RANKED, escape, promote_command, study_note
 from tuner.dashboard.page import StudyPage
 from tuner.dashboard.plot_labels import AROUND, place_labels
 from tuner.dashboard.server import make_dashboard
-from tuner.full.confirmed import Asked, Confirmation, ConfirmedTrial, keep_found
-from tuner.promotion.promote import promote
-from tuner.study.launch import launch
-from tuner.study.tracked_run import Runtime
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.storage import load_study, open_storage
-from tuner.trials import BASE_DIR, BASELINE, ENDED, INFEASIBLE, SPEC, stored_spec
+from tuner.study.tracked_run import Runtime
 
 GRID = (40, 80, 120, 160)
 OUT_OF_MEMORY = "out of memory: tried | 2.00 GiB of *23.6* <GiB>\nTraceback"

@@ -23,8 +23,8 @@ from tuner.doctor.storage import (
     open_trials,
     schema_versions,
 )
+from tuner.study.record import CLAIM
 from tuner.study.storage import open_storage
-from tuner.trials import CLAIM, HOST
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def url(tmp_path: Path) -> Iterator[str]:
     study = optuna.create_study(study_name="toy", storage=storage)
     study.tell(study.ask(), 1.0)
     trial = study.ask()
-    trial.set_user_attr(HOST, platform.node())
+    trial.set_user_attr("host", platform.node())
     trial.set_user_attr("run_dir", str(tmp_path / "runs/toy/trial-00001"))
     storage.engine.dispose()
     yield url

@@ -9,8 +9,8 @@ import optuna
 import pytest
 
 from trainer import UserError
-from tuner.study.samplers import PRUNERS, SAMPLERS, build_pruner, build_sampler
 from tuner.spec.study_toml import Choice
+from tuner.study.samplers import PRUNERS, SAMPLERS, build_pruner, build_sampler
 
 
 @pytest.mark.parametrize(

@@ -18,23 +18,13 @@ from tests.toy import Toy
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
+from tuner import confirm, launch, open_study, promote
 from tuner.cli import main
-from tuner.promotion.confirm import confirm
-from tuner.full.confirmed import (
-    Asked,
-    Confirmation,
-    ConfirmedTrial,
-    keep_found,
-    record_name,
-    stored_confirmation,
-)
-from tuner.full.lineage import PROMOTIONS
-from tuner.promotion.promote import promote
-from tuner.study.launch import launch, open_study
-from tuner.study.objective import Interrupted
 from tuner.report import confirmation_table
+from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmedTrial
+from tuner.study.objective import Interrupted
+from tuner.study.record import StudyRecord, confirmation_run_name, write_confirmation
 from tuner.study.tracked_run import Runtime
-from tuner.trials import BASELINE, ranking
 
 
 class Diverging(Toy):
@@ -72,25 +62,25 @@ def with_trials(tmp_path: Path, *values: float, **changes: object) -> optuna.Stu
     }
     for number, value in enumerate(values):
         params = {"train.batch_size": 8, "train.d_coef": 1.0 + number}
-        attrs = {BASELINE: number == 0, "run_dir": str(tmp_path / f"{number}")}
+        attrs = {"baseline": number == 0, "run_dir": str(tmp_path / f"{number}")}
         study.add_trial(create_trial(value=value, params=params, distributions=distributions, user_attrs=attrs))
     return study
 
 
 def test_the_best_and_the_baseline_run_longer_on_every_seed(study: optuna.Study, runtime: Runtime) -> None:
-    best = ranking(study)[0]
+    best = StudyRecord.read(study).ranked[0]
     found = confirm(study, 1, runtime=runtime)
     assert (found.rung, found.unit) == (320, "samples")
     assert {trial.number for trial in found.trials} == {0, best.number}
     assert all(list(trial.values) == [0, 1] and trial.spread > 0 for trial in found.trials)
     assert found.trials == sorted(found.trials, key=lambda trial: trial.mean)
 
-    own, other = (runtime.run_dir("toy", record_name(best.number, seed)) for seed in (0, 1))
+    own, other = (runtime.run_dir("toy", confirmation_run_name(best.number, seed)) for seed in (0, 1))
     step = 160 // best.params["train.batch_size"]
     assert f"at step {step}" in (own / "train.log").read_text(), "only what the trial has not seen is paid for"
     assert "continuing from" not in (other / "train.log").read_text()
     assert (own / "latest.pth").exists() and not list(other.glob("*.pth"))
-    curve = study.user_attrs[record_name(best.number, 1)]["curve"]
+    curve = study.user_attrs[confirmation_run_name(best.number, 1)]["curve"]
     assert list(curve) == ["40", "80", "120", "160", "200", "240", "280", "320"]
 
 
@@ -106,8 +96,8 @@ def test_what_was_run_is_not_run_again(study: optuna.Study, runtime: Runtime) ->
 def test_a_stopped_confirmation_goes_on_and_finds_the_same(study: optuna.Study, runtime: Runtime) -> None:
     whole = confirm(study, 1, runtime=runtime)
     for trial, seed in itertools.product(whole.trials, (0, 1)):
-        study.set_user_attr(record_name(trial.number, seed), {})
-        shutil.rmtree(runtime.run_dir("toy", record_name(trial.number, seed)))
+        study.set_user_attr(confirmation_run_name(trial.number, seed), {})
+        shutil.rmtree(runtime.run_dir("toy", confirmation_run_name(trial.number, seed)))
     asked = itertools.count()
     stopped = Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 12)
     with pytest.raises(Interrupted):
@@ -121,11 +111,11 @@ def test_the_full_run_goes_on_from_the_confirmed_one(study: optuna.Study, runtim
     result = promote(study, confirmed=confirmed, runtime=runtime)
     assert result.samples == 480
     step = 320 // winner.params["train.batch_size"]
-    origin = runtime.run_dir("toy", record_name(winner.number, 0))
+    origin = runtime.run_dir("toy", confirmation_run_name(winner.number, 0))
     lineage = read_checkpoint(result.run_dir / "latest.pth")["lineage"]
     assert lineage["continued_from"] == {"run_dir": str(origin), "step": step} and lineage["trial"] == winner.number
     assert f"at step {step}" in (result.run_dir / "train.log").read_text()
-    (record,) = study.user_attrs[PROMOTIONS]
+    (record,) = study.user_attrs["promotions"]
     assert record["continued_from"] == str(origin) and record["confirmation"]["verdict"] == confirmed.verdict
     (curve,) = optuna.load_study(study_name="toy.full", storage=study._storage).trials
     assert sorted(curve.intermediate_values) == [40, 80, 120, 160, 200, 240, 280, 320, 480]
@@ -146,22 +136,22 @@ def test_an_unfinished_confirmation_is_said_and_a_finished_one_is_promoted(
     asked = itertools.count()
     with pytest.raises(Interrupted):
         confirm(study, 1, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 12))
-    best = ranking(study)[0].number
+    best = StudyRecord.read(study).ranked[0].number
     unfinished = rf"is unfinished: go on with it \(--confirm 1 --seeds 2 --rung 320\).*--trial {best}"
     with pytest.raises(UserError, match=unfinished):
         promote(study, runtime=runtime)
-    assert PROMOTIONS not in study.user_attrs and stored_confirmation(study) is None
+    assert "promotions" not in study.user_attrs and StudyRecord.read(study).confirmation is None
 
     found = confirm(study, 1, runtime=runtime)
-    assert stored_confirmation(study) == found, "the storage's JSON gives back the same"
+    assert StudyRecord.read(study).confirmation == found, "the storage's JSON gives back the same"
     result = promote(study, runtime=runtime)
     assert result.run_dir.name == f"full-trial-{found.winner.number:05d}"
-    assert study.user_attrs[PROMOTIONS][0]["confirmation"]["verdict"] == found.verdict
+    assert study.user_attrs["promotions"][0]["confirmation"]["verdict"] == found.verdict
 
 
 def test_a_better_trial_since_the_confirmation_asks_for_a_choice(runtime: Runtime, tmp_path: Path) -> None:
     study = with_trials(tmp_path, 2.0, 1.0)
-    keep_found(study, Asked(1, 2, 320, best=1), found(one(0, 2.0, 2.1), one(1, 1.0, 1.1)))
+    write_confirmation(study, ConfirmationRequest(1, 2, 320, best=1), found(one(0, 2.0, 2.1), one(1, 1.0, 1.1)))
     study.add_trial(create_trial(value=0.5, params=study.trials[0].params, distributions=study.trials[0].distributions))
     with pytest.raises(UserError, match=r"trial 2 is better .*--trial 2 or --trial 1 \(which won\)"):
         promote(study, runtime=runtime)
@@ -169,17 +159,20 @@ def test_a_better_trial_since_the_confirmation_asks_for_a_choice(runtime: Runtim
 
 def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
     confirmed = confirm(study, 1, runtime=runtime)
-    other = next(trial.number for trial in ranking(study) if trial.number != confirmed.winner.number)
-    study.set_user_attr(PROMOTIONS, [{"trial": other, "best": other, "run_dir": "elsewhere"}])
+    other = next(trial.number for trial in StudyRecord.read(study).ranked if trial.number != confirmed.winner.number)
+    study.set_user_attr("promotions", [{"trial": other, "best": other, "run_dir": "elsewhere"}])
     with pytest.raises(UserError, match=rf"--trial {other} \(continue\) or --trial {confirmed.winner.number}"):
         promote(study, confirmed=confirmed, runtime=runtime)
 
 
 def test_a_run_that_diverges_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) -> None:
-    study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.full.test_confirm:Diverging"})
+    study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.promotion.test_confirm:Diverging"})
     with pytest.raises(UserError, match=r"no trial got to the end .*trial 0, seed 1: none of the last 5 gradients"):
         confirm(study, 1, runtime=runtime)
-    assert study.user_attrs[record_name(0, 1)]["failed"] and not study.user_attrs[record_name(0, 0)]["failed"]
+    assert (
+        study.user_attrs[confirmation_run_name(0, 1)]["failed"]
+        and not study.user_attrs[confirmation_run_name(0, 0)]["failed"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +184,7 @@ def test_the_rung_lies_between_trial_and_full_run(runtime: Runtime, tmp_path: Pa
     study = with_trials(tmp_path, 1.0, **{"full.samples": full})
     with pytest.raises(Interrupted):
         confirm(study, 1, runtime=Runtime(runtime.run_root, track=False, stop=lambda: True))
-    log = runtime.run_dir("toy", record_name(0, 0)) / "train.log"
+    log = runtime.run_dir("toy", confirmation_run_name(0, 0)) / "train.log"
     assert log.exists()
     with pytest.raises(UserError, match=rf"no longer than the full run \({full:,}\)"):
         confirm(study, 1, rung=full + 1, runtime=runtime)

@@ -20,15 +20,15 @@ from trainer import UserError
 from trainer.acceleration import Capabilities
 from trainer.checkpoint import read_checkpoint
 from trainer.tracking import Tracker, Trackers
-from tuner.study.launch import launch
-from tuner.study.objective import STARTS, _fitted, is_out_of_memory
-from tuner.study.peak_memory import PeakMemory
+from tuner import launch
 from tuner.report import status
-from tuner.study.tracked_run import Runtime
 from tuner.spec.setups import trial_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study.objective import _decide_micro_batches, is_out_of_memory
+from tuner.study.peak_memory import PeakMemory
+from tuner.study.record import StudyRecord
 from tuner.study.storage import load_study, open_storage
-from tuner.trials import INFEASIBLE, ranking
+from tuner.study.tracked_run import Runtime
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nMore on it"),
@@ -127,10 +127,10 @@ def test_what_can_not_be_trained_is_infeasible_gives_its_memory_back_and_the_stu
     infeasible = [trial for trial in study.trials if trial.params["train.batch_size"] == 16]
     assert infeasible and all(trial.constraints == {constraint: 1.0} for trial in infeasible)
     assert all(trial.state == TrialState.PRUNED for trial in infeasible)
-    assert all(reason in trial.user_attrs[INFEASIBLE] for trial in infeasible)
-    assert all("\n" not in trial.user_attrs[INFEASIBLE] for trial in infeasible)
+    assert all(reason in trial.user_attrs["infeasible"] for trial in infeasible)
+    assert all("\n" not in trial.user_attrs["infeasible"] for trial in infeasible)
     assert status(study)["trials"]["infeasible"] == len(infeasible) < 5 == len(study.trials)
-    assert ranking(study)[0].params["train.batch_size"] != 16
+    assert StudyRecord.read(study).ranked[0].params["train.batch_size"] != 16
     assert witness.alive == [0] * 5
 
 
@@ -167,8 +167,8 @@ def test_what_the_device_can_never_hold_is_infeasible_before_it_is_built(
     wide = [trial for trial in study.trials if trial.params["workload.width"] > 16]
     assert wide and all(trial.constraints == {"memory": 1.0} for trial in wide)
     for trial in wide:
-        assert trial.user_attrs[INFEASIBLE].startswith("needs ")
-        assert " GB and the device has " in trial.user_attrs[INFEASIBLE]
+        assert trial.user_attrs["infeasible"].startswith("needs ")
+        assert " GB and the device has " in trial.user_attrs["infeasible"]
         assert "micro_batch_size" not in trial.user_attrs
         assert not list(runtime.run_dir("toy", f"trial-{trial.number:05d}").glob("*.pth"))
     rest = [trial for trial in study.trials if trial not in wide]
@@ -183,12 +183,12 @@ def test_a_card_is_judged_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> Non
     for batch_size, given, found in ((8, None, 8), (8, 3, 3), (64, "auto", 64)):
         values = {"train.batch_size": batch_size, "train.micro_batch_size": given} if given else {}
         spec = build(**values, **{"search.train.batch_size": {"choices": [8, 64]}, "trial.samples": 256})
-        setup = _fitted(trial, trial_setup(spec, {"train.batch_size": batch_size}), card)
+        setup = _decide_micro_batches(trial, trial_setup(spec, {"train.batch_size": batch_size}), card)
         assert trial.user_attrs["micro_batch_size"] == found
         assert setup.config.num_micro_batches == -(-batch_size // found)
     spec = build(**{"workload.width": 40_000})  # 1.6 G parameters, 6.4 GB; with Prodigy's state six times as much
     with pytest.raises(Exception, match=r"^needs 4\d\.\d GB and the device has 24\.0 GB$"):
-        _fitted(trial, trial_setup(spec, {}), card)
+        _decide_micro_batches(trial, trial_setup(spec, {}), card)
 
 
 def test_a_trial_bears_what_it_took_and_what_its_full_run_would(runtime: Runtime, url: str) -> None:
@@ -272,7 +272,9 @@ def test_a_trial_that_ends_three_times_without_a_word_is_infeasible(
     study = launch(build(), storage=url, runtime=runtime, num_trials=2)
     first, second = study.trials
     assert first.constraints == {"memory": 1.0} and first.state == TrialState.PRUNED
-    assert first.user_attrs[INFEASIBLE] == ("ended 3 times without a word, likely by the kernel's out-of-memory killer")
+    assert first.user_attrs["infeasible"] == (
+        "ended 3 times without a word, likely by the kernel's out-of-memory killer"
+    )
     assert second.state == TrialState.COMPLETE
 
 
@@ -280,7 +282,7 @@ def test_a_new_evaluation_or_a_stop_with_a_word_starts_the_count_anew(
     runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starts() -> list[int]:
-        found: list[int] = load_study("toy", open_storage(url)).trials[0].user_attrs[STARTS]
+        found: list[int] = load_study("toy", open_storage(url)).trials[0].user_attrs["starts"]
         return found[:2]
 
     killed_launch(runtime, url, monkeypatch, at=5)

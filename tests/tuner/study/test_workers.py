@@ -15,23 +15,22 @@ import optuna
 import psutil
 import pytest
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.tracking import Tracker
-from tuner.study.launch import launch
-from tuner.study.tracked_run import Runtime
+from tuner import launch
 from tuner.study.storage import for_other_processes, load_study, open_storage
 from tuner.study.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
-from tuner.trials import ENDED
+from tuner.study.tracked_run import Runtime
 
 # A worker's side of the pipe without what takes seconds to import: it leaves the job unread, and knows its number.
 PRETEND = """
 import os, signal, sys, time
 from multiprocessing.connection import Connection
-line = Connection(int(sys.argv[1]))
-line.recv_bytes()
+pipe = Connection(int(sys.argv[1]))
+pipe.recv_bytes()
 number = 1
 while True:
     try:
@@ -40,8 +39,8 @@ while True:
     except FileExistsError:
         number += 1
 """
-FAREWELL = 'line.send(("farewell", "done", ""))\n'
-UNTIL_STOPPED = "line.recv()\n" + FAREWELL
+EXIT = 'pipe.send(("exit", "done", ""))\n'
+UNTIL_STOPPED = "pipe.recv()\n" + EXIT
 
 
 class Witness:
@@ -58,12 +57,12 @@ class Witness:
     def numbers(self, what: str) -> list[int]:
         return sorted(number for said, number in self.seen if said == what)
 
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker:
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> Tracker:
         self.note("resumed" if resumed else "started", trial.number)
         return Follower(self, trial.number)
 
-    def trial_ended(self, trial: FrozenTrial) -> None:
-        assert trial.state.is_finished()
+    def trial_ended(self, trial: TrialRecord) -> None:
+        assert trial.is_finished
         self.note("ended", trial.number)
 
 
@@ -92,14 +91,13 @@ def supervise(tmp_path: Path) -> Callable[..., Supervisor]:
     """A supervisor of two workers that run `PRETEND` and this code."""
 
     def make(code: str, display: Witness | None = None, stop: Callable[[], bool] = lambda: False) -> Supervisor:
-        storage = InMemoryStorage()
-        optuna.create_study(study_name="toy", storage=storage)
+        study = optuna.create_study(study_name="toy", storage=InMemoryStorage())
         environment = {"OMP_NUM_THREADS": "1", "STARTS": str(tmp_path / "starts")}
         job = Job("toy", {}, tmp_path, "sqlite://", tmp_path, track=False, total=2)
         return Supervisor(
             job,
             [environment] * 2,
-            storage=storage,
+            study=study,
             stop=stop,
             display=display,
             on_trial_end=lambda: None,
@@ -168,7 +166,7 @@ def test_deaths_between_which_a_trial_was_validated_do_not_add_up(
 
 
 def test_a_mistake_in_one_worker_stops_all_and_is_said_once(supervise: Callable[..., Supervisor]) -> None:
-    code = 'if number == 1: line.send(("farewell", "mistake", "no weights: give some"))\nelse:\n    ' + UNTIL_STOPPED
+    code = 'if number == 1: pipe.send(("exit", "mistake", "no weights: give some"))\nelse:\n    ' + UNTIL_STOPPED
     code = code.replace("line.recv()\n", "line.recv(); ")
     with pytest.raises(UserError, match=r"^no weights: give some$"):
         supervise(code).run()
@@ -177,7 +175,7 @@ def test_a_mistake_in_one_worker_stops_all_and_is_said_once(supervise: Callable[
 
 def test_a_defect_in_one_worker_is_raised_with_its_traceback(supervise: Callable[..., Supervisor]) -> None:
     with pytest.raises(WorkerError, match="ZeroDivisionError"):
-        supervise('line.send(("farewell", "defect", "ZeroDivisionError"))').run()
+        supervise('pipe.send(("exit", "defect", "ZeroDivisionError"))').run()
 
 
 def test_a_stop_reaches_all_workers(supervise: Callable[..., Supervisor]) -> None:
@@ -199,7 +197,7 @@ def test_two_workers_share_a_study_and_none_of_its_trials_runs_twice(runtime: Ru
     witness, at_once = Witness(), []
     witness._do = lambda *_: at_once.append(len(witness.numbers("started")) - len(witness.numbers("ended")))
     study = launch(build(**{"trial.num_trials": 6}), storage=url, runtime=runtime, num_workers=2, display=witness)
-    assert [trial.state.is_finished() for trial in study.trials] == [True] * 6
+    assert [trial.is_finished for trial in study.trials] == [True] * 6
     for what in ("started", "ended", "closed"):
         assert witness.numbers(what) == [0, 1, 2, 3, 4, 5]
     assert set(witness.numbers("validated")) == {0, 1, 2, 3, 4, 5} and not witness.numbers("resumed")
@@ -207,7 +205,7 @@ def test_two_workers_share_a_study_and_none_of_its_trials_runs_twice(runtime: Ru
     assert max(at_once) == 2
     # Each trial's sampler has a seed of its own, in whatever process.
     assert len({trial.params["train.d_coef"] for trial in study.trials}) == 6
-    assert study.user_attrs[ENDED] == "the study has its 6 trials"
+    assert study.user_attrs["ended"] == "the study has its 6 trials"
 
 
 def test_a_killed_workers_trial_goes_on(runtime: Runtime, url: str) -> None:

@@ -19,8 +19,8 @@ from trainer import Batch, UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.cli import main
 from tuner.promotion.evaluate import evaluate_checkpoint
-from tuner.study.tracked_run import Runtime, tracked_train
 from tuner.spec.setups import full_setup
+from tuner.study.tracked_run import Runtime, tracked_train
 
 
 @pytest.fixture

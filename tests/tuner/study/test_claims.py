@@ -11,15 +11,14 @@ from typing import Any
 import optuna
 import pytest
 from optuna.samplers import RandomSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from tests.tuner.studies_for_tests import build
-from tuner.study.claims import claim_trial, wants_more
-from tuner.display.trial_table import is_interrupted
+from tuner.study.claims import claim_trial, needs_more_trials
 from tuner.study.launch import open_study
-from tuner.study.tracked_run import Runtime
+from tuner.study.record import StudyRecord
 from tuner.study.storage import open_storage
-from tuner.trials import BASELINE
+from tuner.study.tracked_run import Runtime
 
 ClaimOn = Callable[..., tuple[optuna.Trial, bool]]
 
@@ -67,8 +66,8 @@ def test_a_trial_that_is_still_being_proposed_is_no_other_machines(claim_on: Cla
 def test_only_the_first_machine_has_the_baseline(claim_on: ClaimOn) -> None:
     others: list[tuple[optuna.Trial, bool]] = []
     first, _ = claim_on("alpha", Slow(lambda: others.append(claim_on("beta"))))
-    assert first.user_attrs[BASELINE] and first.suggest_float("train.d_coef", 0.1, 10.0) == 1.0
-    assert not others[0][0].user_attrs.get(BASELINE)
+    assert first.user_attrs["baseline"] and first.suggest_float("train.d_coef", 0.1, 10.0) == 1.0
+    assert not others[0][0].user_attrs.get("baseline")
 
 
 def test_of_two_baselines_made_at_once_the_later_one_becomes_a_usual_trial(
@@ -78,7 +77,7 @@ def test_of_two_baselines_made_at_once_the_later_one_becomes_a_usual_trial(
     looks = iter((False, True))
     monkeypatch.setattr("tuner.study.claims._has_baseline", lambda trials: next(looks))
     later, _ = claim_on("beta")
-    assert later.number == 1 and later.user_attrs[BASELINE] is False
+    assert later.number == 1 and later.user_attrs["baseline"] is False
     assert later.suggest_float("train.d_coef", 0.1, 10.0) != 1.0, "not the baseline's value"
 
 
@@ -101,12 +100,12 @@ def test_a_person_enqueued_one_belongs_to_its_machine_while_the_sampler_thinks(c
 def test_a_trial_that_is_nobodys_is_not_waited_for(claim_on: ClaimOn) -> None:
     trial, _ = claim_on("alpha")
     trial.study.ask()
-    trials = trial.study.get_trials()
-    assert [frozen.state for frozen in trials] == [TrialState.RUNNING] * 2
-    assert wants_more(trial.study, build(), 2, trials) and not wants_more(trial.study, build(), 1, trials)
+    record = StudyRecord.read(trial.study)
+    assert [each.state for each in record.trials] == ["running"] * 2
+    assert needs_more_trials(record, build(), 2) and not needs_more_trials(record, build(), 1)
 
 
 def test_another_machines_trial_is_not_shown_as_interrupted(claim_on: ClaimOn) -> None:
     trial, _ = claim_on("alpha")
-    (frozen,) = trial.study.get_trials()
-    assert frozen.state == TrialState.RUNNING and not is_interrupted(frozen)
+    (other,) = StudyRecord.read(trial.study).trials
+    assert other.state == "running" and not other.is_interrupted

@@ -18,14 +18,14 @@ from optuna.trial import TrialState
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import locked, read_checkpoint
+from tuner import launch
 from tuner.promotion.promote import rerun
-from tuner.study.launch import launch
 from tuner.report import status
-from tuner.study.tracked_run import Runtime
-from tuner.study.samplers import build_pruner
 from tuner.spec.study_toml import Choice
+from tuner.study.record import StudyRecord
+from tuner.study.samplers import build_pruner
 from tuner.study.storage import load_study, open_storage
-from tuner.trials import INFEASIBLE, baseline_trial, ranking
+from tuner.study.tracked_run import Runtime
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_trial_zero_is_the_baseline(runtime: Runtime, url: str) -> None:
     study = launch(build(**{"trial.num_trials": 6}), storage=url, runtime=runtime)
     first = study.trials[0]
     assert first.params == {"train.batch_size": 8, "train.d_coef": 1.0}
-    assert first.state == TrialState.COMPLETE and baseline_trial(study) == first
+    assert first.state == TrialState.COMPLETE and StudyRecord.read(study).baseline == first
     assert len(study.trials) == 6
 
 
@@ -163,20 +163,20 @@ def test_a_failed_baseline_is_tried_again_as_the_baseline(
     monkeypatch.undo()
     study = launch(build(), storage=url, runtime=runtime, num_trials=1)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
-    baseline = baseline_trial(study)
+    baseline = StudyRecord.read(study).baseline
     assert baseline is not None and baseline.number == 1
     assert study.trials[0].params == study.trials[1].params
 
 
 def test_out_of_memory_is_infeasible_and_the_study_goes_on(runtime: Runtime, url: str) -> None:
     study = launch(build(**{"workload.explode_at_batch_size": 16, "trial.num_trials": 8}), storage=url, runtime=runtime)
-    infeasible = [trial for trial in study.trials if INFEASIBLE in trial.user_attrs]
+    infeasible = [trial for trial in study.trials if "infeasible" in trial.user_attrs]
     assert infeasible and all(trial.params["train.batch_size"] == 16 for trial in infeasible)
     assert all(trial.constraints == {"memory": 1.0} for trial in infeasible)
-    assert "CUDA out of memory" in infeasible[0].user_attrs[INFEASIBLE]
+    assert "CUDA out of memory" in infeasible[0].user_attrs["infeasible"]
     counts = status(study)["trials"]
     assert counts["infeasible"] == len(infeasible) and sum(counts.values()) == 8
-    assert ranking(study)[0].params["train.batch_size"] != 16
+    assert StudyRecord.read(study).ranked[0].params["train.batch_size"] != 16
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_first_rung_of_a_pruner_is_the_first_point_of_the_grid(name: str) ->
 def test_only_the_best_trials_and_the_baseline_keep_their_checkpoints(runtime: Runtime, url: str) -> None:
     study = launch(build(**{"trial.num_trials": 8}), storage=url, runtime=runtime)
     kept = {int(path.parent.name[6:]) for path in runtime.run_root.glob("toy/trial-*/latest.pth")}
-    assert kept == {0, *(trial.number for trial in ranking(study)[:3])}
+    assert kept == {0, *(trial.number for trial in StudyRecord.read(study).ranked[:3])}
     assert {int(path.parent.name[6:]) for path in runtime.run_root.glob("toy/trial-*/*.sha256")} == kept
 
 

@@ -13,10 +13,10 @@ import pytest
 from tests.tuner.studies_for_tests import TOML, write
 from trainer import UserError
 from tuner.cli import main
-from tuner.study.launch import open_study
 from tuner.spec.study_toml import StudySpec
-from tuner.trials import BASE_DIR, stored_spec
 from tuner.spec.workloads import load_workload_class
+from tuner.study.launch import open_study
+from tuner.study.record import read_spec
 
 SOUND = "from tests.toy import Toy\n\nclass Mine(Toy):\n    pass\n"
 
@@ -89,10 +89,10 @@ def test_a_study_that_was_moved_goes_on_from_its_new_place(tmp_path: Path) -> No
     sys.path.remove(str(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new")
     with pytest.raises(UserError, match=rf"no module moved_study in {tmp_path}/old .* folder is gone: .* tuner launch"):
-        stored_spec(opened)
+        read_spec(opened)
     again = open_study(StudySpec.load(tmp_path / "new/study.toml"), storage)
-    assert again.user_attrs[BASE_DIR] == str(tmp_path / "new")
-    assert stored_spec(again).workload_class.__module__ == "moved_study"
+    assert again.user_attrs["base_dir"] == str(tmp_path / "new")
+    assert read_spec(again).workload_class.__module__ == "moved_study"
 
 
 def test_a_copy_of_a_study_goes_on_from_its_new_place(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_copy_of_a_study_goes_on_from_its_new_place(tmp_path: Path) -> None:
     sys.path.remove(str(tmp_path / "old"))
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     again = open_study(StudySpec.load(tmp_path / "new/study.toml"), storage)
-    assert again.user_attrs[BASE_DIR] == str(tmp_path / "new")
+    assert again.user_attrs["base_dir"] == str(tmp_path / "new")
 
 
 def test_a_file_with_another_ones_name_and_another_text_is_refused(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from trainer import UserError
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from tuner.cli import main
 from tuner.promotion.export import export, find_checkpoint
-from tuner.study.tracked_run import Runtime, describe_workload, tracked_train
 from tuner.spec.setups import full_setup
+from tuner.study.tracked_run import Runtime, describe_workload, tracked_train
 
 
 @pytest.fixture

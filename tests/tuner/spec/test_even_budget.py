@@ -11,7 +11,7 @@ from tests.tuner.studies_for_tests import values
 from trainer import UserError
 from tuner.spec.search import MAX_DELAY, MAX_EXCESS, unevenness
 from tuner.spec.study_toml import StudySpec
-from tuner.trials import BASE_DIR, SPEC, stored_spec
+from tuner.study.record import read_spec
 
 
 def seen(samples: int, evaluations: int, step: int) -> list[tuple[float, int]]:
@@ -79,6 +79,6 @@ def test_a_study_whose_trials_are_run_is_past_judging(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trial\.samples 100: "):
         StudySpec.build(uneven, base_dir=tmp_path)
     study = optuna.create_study()
-    study.set_user_attr(SPEC, uneven)
-    study.set_user_attr(BASE_DIR, str(tmp_path))
-    assert stored_spec(study).trial.samples == 100
+    study.set_user_attr("spec", uneven)
+    study.set_user_attr("base_dir", str(tmp_path))
+    assert read_spec(study).trial.samples == 100

@@ -17,16 +17,12 @@ from tests.toy import Toy
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
-from tuner.promotion.confirm import confirm
-from tuner.full.lineage import PROMOTIONS
-from tuner.promotion.projection import MeasuredSpeed, Outlook
-from tuner.promotion.promote import promote
-from tuner.full.retracing import Retracing
-from tuner.full.runs import full_runs
-from tuner.study.launch import launch
+from tuner import confirm, launch, promote
+from tuner.promotion.curve_check import CurveCheck
+from tuner.promotion.projection import MeasuredSpeed, Projection
 from tuner.report import status
+from tuner.study.record import StudyRecord, read_spec, report_once
 from tuner.study.tracked_run import Runtime
-from tuner.trials import ranking, report_once, stored_spec
 
 
 @pytest.fixture
@@ -39,23 +35,23 @@ def curves(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_the_best_trial_becomes_the_full_run_with_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
-    best = ranking(study)[0]
+    best = StudyRecord.read(study).ranked[0]
     result = promote(study, runtime=runtime)
     assert result.finished and result.samples == 480
     assert result.run_dir == runtime.run_dir("toy", f"full-trial-{best.number:05d}")
     checkpoint = read_checkpoint(result.run_dir / "latest.pth")
     assert checkpoint["lineage"]["trial"] == best.number
     assert checkpoint["lineage"]["params"] == best.params
-    (record,) = study.user_attrs[PROMOTIONS]
+    (record,) = study.user_attrs["promotions"]
     assert record["trial"] == best.number and record["run_dir"] == str(result.run_dir) and record["code_version"]
 
 
 def test_the_full_run_goes_on_from_the_trials_checkpoint(study: optuna.Study, runtime: Runtime) -> None:
-    best = ranking(study)[0]
+    best = StudyRecord.read(study).ranked[0]
     promote(study, runtime=runtime)
     (curve,) = curves(study)
     assert curve.params == best.params
-    trial_curve = best.intermediate_values
+    trial_curve = best.curve
     assert {step: curve.intermediate_values[step] for step in trial_curve} == trial_curve
     assert sorted(curve.intermediate_values) == [40, 80, 120, 160, 320, 480]
     log = (runtime.run_dir("toy", f"full-trial-{best.number:05d}") / "train.log").read_text()
@@ -64,7 +60,7 @@ def test_the_full_run_goes_on_from_the_trials_checkpoint(study: optuna.Study, ru
 
 def test_promotion_from_the_checkpoint_equals_the_run_from_the_start(study: optuna.Study, runtime: Runtime) -> None:
     """A trial is a prefix of its full run."""
-    best = ranking(study)[0]
+    best = StudyRecord.read(study).ranked[0]
     promoted = promote(study, runtime=runtime)
     for path in runtime.run_dir("toy", f"trial-{best.number:05d}").glob("*.pth"):
         path.unlink()
@@ -76,26 +72,26 @@ class Killed(BaseException):
     """The process ends here, and nothing after it runs."""
 
 
-@pytest.mark.parametrize("where", ["continuation._link", "promotion.open_curve", "promotion.tracked_train"])
+@pytest.mark.parametrize("where", ["link_checkpoint._link", "full_run._open_curve", "promote.tracked_train"])
 def test_a_promotion_killed_before_its_first_step_begins_again_with_its_whole_lineage(
     study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     whole = promote(study, runtime=Runtime(runtime.run_root / "whole", track=False))
-    expected, (curve,) = study.user_attrs[PROMOTIONS][0], curves(study)
+    expected, (curve,) = study.user_attrs["promotions"][0], curves(study)
     optuna.delete_study(study_name="toy.full", storage=study._storage)
-    study.set_user_attr(PROMOTIONS, [])
+    study.set_user_attr("promotions", [])
 
     def kill(*given: object, **_: object) -> None:
         # Of the links, at the last one, which makes it a run that can be continued.
-        if where != "continuation._link" or given[0].name == "latest.pth":  # type: ignore[attr-defined]
+        if where != "link_checkpoint._link" or given[0].name == "latest.pth":  # type: ignore[attr-defined]
             raise Killed
 
     with pytest.raises(Killed), monkeypatch.context() as patch:
-        patch.setattr(f"tuner.full.{where}", kill)
+        patch.setattr(f"tuner.promotion.{where}", kill)
         promote(study, runtime=runtime)
     result = promote(study, runtime=runtime)
     assert result.metrics == whole.metrics
-    (record,), (drawn,) = study.user_attrs[PROMOTIONS], curves(study)
+    (record,), (drawn,) = study.user_attrs["promotions"], curves(study)
     assert record["continued_from"] == expected["continued_from"] is not None
     assert drawn.intermediate_values == curve.intermediate_values
     assert drawn.user_attrs["continued_from"] == curve.user_attrs["continued_from"]
@@ -109,9 +105,9 @@ def test_a_fresh_run_that_ended_before_its_first_checkpoint_starts_at_step_0_aga
     with pytest.raises(Killed), monkeypatch.context() as patch:
         patch.setattr("tuner.promotion.promote.tracked_train", lambda *_, **__: (_ for _ in ()).throw(Killed))
         promote(study, runtime=runtime, fresh=True, confirmed=confirm(study, 1, num_seeds=1, runtime=runtime))
-    verdict = study.user_attrs[PROMOTIONS][0]["confirmation"]["verdict"]
+    verdict = study.user_attrs["promotions"][0]["confirmation"]["verdict"]
     promote(study, runtime=runtime)
-    (record,) = study.user_attrs[PROMOTIONS]
+    (record,) = study.user_attrs["promotions"]
     assert record["continued_from"] is None and record["confirmation"]["verdict"] == verdict
     assert min(curves(study)[0].intermediate_values) > 40
 
@@ -119,9 +115,9 @@ def test_a_fresh_run_that_ended_before_its_first_checkpoint_starts_at_step_0_aga
 def test_a_full_run_of_a_record_without_the_step_goes_on(study: optuna.Study, runtime: Runtime) -> None:
     asked = itertools.count()
     promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
-    (record,) = study.user_attrs[PROMOTIONS]
+    (record,) = study.user_attrs["promotions"]
     del record["continued_at"]
-    study.set_user_attr(PROMOTIONS, [record])
+    study.set_user_attr("promotions", [record])
     assert promote(study, runtime=runtime).finished
 
 
@@ -132,15 +128,15 @@ def test_a_full_run_in_a_folder_that_was_moved_keeps_its_lineage(study: optuna.S
     result = promote(study, runtime=Runtime(moved, track=False))
     assert result.finished
     assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"]["step"] > 0
-    assert len(study.user_attrs[PROMOTIONS]) == 1
+    assert len(study.user_attrs["promotions"]) == 1
 
 
 def test_a_length_that_the_run_has_passed_is_refused(study: optuna.Study, runtime: Runtime) -> None:
-    with pytest.raises(UserError, match=r"--steps 2: the full run stands at step \d\d?; leave --steps out"):
+    with pytest.raises(UserError, match=r"--steps 2: the full run is at step \d\d?; leave --steps out"):
         promote(study, runtime=runtime, steps=2)
-    assert PROMOTIONS not in study.user_attrs and full_runs(study) == []
+    assert "promotions" not in study.user_attrs and StudyRecord.read(study).full_runs == []
     finished = promote(study, runtime=runtime).step
-    with pytest.raises(UserError, match=f"--steps 2: the full run stands at step {finished}"):
+    with pytest.raises(UserError, match=f"--steps 2: the full run is at step {finished}"):
         promote(study, runtime=runtime, steps=2)
 
 
@@ -157,7 +153,7 @@ class FailsLate(Toy):
 
 
 def test_the_note_of_a_full_run_that_failed_does_not_say_that_it_runs(runtime: Runtime, tmp_path: Path) -> None:
-    spec = build(**{"study.workload": "tests.tuner.full.test_promote:FailsLate", "trial.num_trials": 1})
+    spec = build(**{"study.workload": "tests.tuner.promotion.test_promote:FailsLate", "trial.num_trials": 1})
     study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
     with pytest.raises(ZeroDivisionError):
         promote(study, runtime=runtime, fresh=True, steps=100)
@@ -173,25 +169,22 @@ def test_run_again_it_continues_and_then_says_finished(study: optuna.Study, runt
     assert promote(study, runtime=runtime).finished
     assert promote(study, runtime=runtime).finished
     assert [curve.state for curve in curves(study)] == [TrialState.COMPLETE]
-    assert len(study.user_attrs[PROMOTIONS]) == 1
-    (run,) = full_runs(study)
-    assert (run.state, run.step, run.steps) == (
-        "finished",
-        480 // ranking(study)[0].params["train.batch_size"],
-        run.step,
-    )
+    assert len(study.user_attrs["promotions"]) == 1
+    (run,) = StudyRecord.read(study).full_runs
+    steps = 480 // StudyRecord.read(study).ranked[0].params["train.batch_size"]
+    assert (run.state, run.step, run.steps) == ("finished", steps, steps)
 
 
 def test_a_finished_full_run_can_be_made_longer(study: optuna.Study, runtime: Runtime) -> None:
     steps = promote(study, runtime=runtime).step
     longer = promote(study, runtime=runtime, steps=2 * steps)
     assert longer.step == 2 * steps
-    (run,) = full_runs(study)
+    (run,) = StudyRecord.read(study).full_runs
     assert run.steps == 2 * steps
 
 
 def test_a_length_once_asked_for_is_remembered(study: optuna.Study, runtime: Runtime) -> None:
-    shorter = ranking(study)[0].intermediate_values and 160 // ranking(study)[0].params["train.batch_size"] + 3
+    shorter = 160 // StudyRecord.read(study).ranked[0].params["train.batch_size"] + 3
     asked = itertools.count()
     stopped = Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 0)
     promote(study, steps=shorter, runtime=stopped)
@@ -201,7 +194,7 @@ def test_a_length_once_asked_for_is_remembered(study: optuna.Study, runtime: Run
 def test_a_chosen_trial_goes_on_without_asking_until_a_better_one_appears(
     study: optuna.Study, runtime: Runtime
 ) -> None:
-    worse = ranking(study)[1].number
+    worse = StudyRecord.read(study).ranked[1].number
     promote(study, trial=worse, runtime=runtime)
     assert promote(study, runtime=runtime).run_dir.name == f"full-trial-{worse:05d}"
 
@@ -216,7 +209,7 @@ def test_a_finished_run_whose_folder_is_gone_is_run_again(study: optuna.Study, r
 def test_a_damaged_trial_checkpoint_means_from_step_zero(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    best = ranking(study)[0]
+    best = StudyRecord.read(study).ranked[0]
     for path in runtime.run_dir("toy", f"trial-{best.number:05d}").glob("*.pth"):
         path.write_bytes(b"damaged")
     assert promote(study, runtime=runtime).finished
@@ -228,14 +221,14 @@ def test_another_length_than_the_schedules_is_refused_without_a_trace(runtime: R
     study = launch(spec, storage=f"sqlite:///{tmp_path}/cosine.db", runtime=runtime, num_trials=1)
     with pytest.raises(UserError, match="--steps 500: the trials followed schedule cosine over 60 steps"):
         promote(study, steps=500, runtime=runtime)
-    assert PROMOTIONS not in study.user_attrs and full_runs(study) == []
+    assert "promotions" not in study.user_attrs and StudyRecord.read(study).full_runs == []
     longer = build(**{"train.schedule": "cosine", "study.name": "cosine", "full.samples": 960})
     with pytest.raises(UserError, match=r"train\.schedule_steps was 60 and is now 120"):
         launch(longer, storage=f"sqlite:///{tmp_path}/cosine.db", runtime=runtime)
 
 
 def test_a_better_trial_since_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
-    worse = ranking(study)[1].number
+    worse = StudyRecord.read(study).ranked[1].number
     promote(study, trial=worse, runtime=runtime)
     best = study.ask(fixed_distributions=study.trials[0].distributions)
     best.set_user_attr("run_dir", str(runtime.run_dir("toy", "trial-00004")))
@@ -244,7 +237,7 @@ def test_a_better_trial_since_asks_for_a_choice(study: optuna.Study, runtime: Ru
     with pytest.raises(UserError, match=rf"--trial {worse} \(continue\) or --trial {best}"):
         promote(study, runtime=runtime)
     assert promote(study, trial=best, runtime=runtime).finished
-    assert {run.trial for run in full_runs(study)} == {worse, best}
+    assert {run.trial for run in StudyRecord.read(study).full_runs} == {worse, best}
 
 
 def test_what_can_not_be_promoted_is_said(study: optuna.Study, runtime: Runtime, tmp_path: Path) -> None:
@@ -276,7 +269,7 @@ def test_the_best_checkpoints_of_the_trial_come_along(study: optuna.Study, runti
 
 
 def test_a_fresh_run_starts_at_step_zero_and_retraces_the_trial(study: optuna.Study, runtime: Runtime) -> None:
-    best = ranking(study)[0]
+    best = StudyRecord.read(study).ranked[0]
     result = promote(study, fresh=True, runtime=runtime)
     assert "continuing from" not in (result.run_dir / "train.log").read_text()
     assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"] is None
@@ -288,9 +281,9 @@ def test_a_fresh_run_starts_at_step_zero_and_retraces_the_trial(study: optuna.St
 
 def test_a_run_from_a_checkpoint_does_not_become_a_fresh_one(study: optuna.Study, runtime: Runtime) -> None:
     result = promote(study, runtime=runtime)
-    origin = f"trial-{ranking(study)[0].number:05d}"
+    origin = f"trial-{StudyRecord.read(study).ranked[0].number:05d}"
     assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"]["run_dir"].endswith(origin)
-    with pytest.raises(UserError, match=f"went on from {origin}: remove that folder"):
+    with pytest.raises(UserError, match=f"continued from {origin}: remove that folder"):
         promote(study, fresh=True, runtime=runtime)
 
 
@@ -308,8 +301,8 @@ def test_a_run_that_does_not_retrace_its_trial_is_said_and_recorded(
     deviates: bool,
 ) -> None:
     """A trial that claims other values than its parameters give."""
-    best = ranking(study)[0]
-    real = best.intermediate_values[160]
+    best = StudyRecord.read(study).ranked[0]
+    real = best.curve[160]
     claimed = factor * real
     study.add_trial(
         optuna.trial.create_trial(
@@ -325,7 +318,7 @@ def test_a_run_that_does_not_retrace_its_trial_is_said_and_recorded(
         study.set_user_attr("confirm-00004-seed-1", record)
     promote(study, trial=4, runtime=runtime)
     (curve,) = curves(study)
-    assert ("does not retrace" in caplog.text) == deviates
+    assert ("deviates from it" in caplog.text) == deviates
     if deviates:
         allowed = 0.05 * claimed if seed_curve is None else seed_curve
         assert curve.user_attrs["deviation"] == [
@@ -342,17 +335,18 @@ def test_a_full_run_that_meets_no_point_of_its_trial_says_so(
     study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
     promote(study, runtime=runtime, fresh=True)
     assert (
-        "can't be held against trial 0: it is validated every 100 samples, the trial was every 40 samples up to 160"
-        in (caplog.text)
+        "can't be compared with trial 0: it is validated every 100 samples, "
+        "the trial was validated every 40 samples up to 160" in caplog.text
     )
 
 
 def test_a_trial_in_steps_is_retraced_too(runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = {"full.eval_every": 80, "trial.steps": 20, "trial.num_trials": 1}
     study = launch(build(without="trial.samples", **values), storage=f"sqlite:///{tmp_path}/t.db", runtime=runtime)
-    assert Retracing(study, stored_spec(study), study.trials[0]).expected.keys() == {40, 80, 120, 160}
+    record = StudyRecord.read(study)
+    assert CurveCheck(record, read_spec(study), record.trials[0]).expected.keys() == {40, 80, 120, 160}
     promote(study, runtime=runtime, fresh=True)
-    assert "retrace" not in caplog.text and "held against" not in caplog.text
+    assert "deviates" not in caplog.text and "compared with" not in caplog.text
 
 
 def test_a_changed_workload_is_said_before_the_full_run_and_the_next_trial(
@@ -361,10 +355,11 @@ def test_a_changed_workload_is_said_before_the_full_run_and_the_next_trial(
     promote(study, runtime=runtime)
     launch(build(), storage=study._storage, runtime=runtime, num_trials=4)
     assert "has changed" not in caplog.text
-    for module in ("full.promotion", "launcher"):
+    for module in ("promotion.full_run", "study.launch"):
         monkeypatch.setattr(f"tuner.{module}.code_digest", lambda workload: "other")
     promote(study, runtime=runtime)
-    assert f"the code of tests.toy:Toy has changed since trial {ranking(study)[0].number} ran" in caplog.text
+    best = StudyRecord.read(study).ranked[0].number
+    assert f"the code of tests.toy:Toy has changed since trial {best} ran" in caplog.text
     launch(build(), storage=study._storage, runtime=runtime, num_trials=4)
     assert "has changed since trials 0, 1, 2, 3 ran" in caplog.text
 
@@ -380,16 +375,16 @@ def test_a_busy_storage_does_not_end_a_full_run(
             raise StorageInternalError("An exception is raised during the commit.") from OSError("database is locked")
         return report_once(curve, value, step)
 
-    monkeypatch.setattr("tuner.full.following.report_once", report)
+    monkeypatch.setattr("tuner.promotion.full_run.report_once", report)
     assert promote(study, runtime=runtime).finished
-    assert "could not be written (database is locked): the run goes on" in caplog.text
+    assert "could not be written (database is locked): the run continues" in caplog.text
     assert 480 in curves(study)[0].intermediate_values
 
 
 def test_what_the_full_run_takes_is_said_beside_the_baselines(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    best = next(trial for trial in ranking(study) if trial.number != 0)
+    best = next(trial for trial in StudyRecord.read(study).ranked if trial.number != 0)
     promote(study, trial=best.number, runtime=runtime)
     lines = [line for line in caplog.messages if line.startswith("full run of ")]
     steps = 480 // best.params["train.batch_size"]
@@ -405,27 +400,27 @@ def test_only_a_run_from_step_zero_is_held_against_its_trial(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture, fresh: bool
 ) -> None:
     """A trial with the best one's checkpoint that claims other values than that had."""
-    best = ranking(study)[0]
+    best = StudyRecord.read(study).ranked[0]
     study.add_trial(
         optuna.trial.create_trial(
             value=0.0,
             params=best.params,
             distributions=best.distributions,
-            intermediate_values={160: 1.2 * best.intermediate_values[160]},
-            user_attrs={"run_dir": best.user_attrs["run_dir"]},
+            intermediate_values={160: 1.2 * best.curve[160]},
+            user_attrs={"run_dir": str(best.run_dir)},
         )
     )
     promote(study, trial=4, fresh=fresh, runtime=runtime)
     (curve,) = curves(study)
-    assert ("does not retrace" in caplog.text) == ("deviation" in curve.user_attrs) == fresh
+    assert ("deviates from it" in caplog.text) == ("deviation" in curve.user_attrs) == fresh
 
 
 def test_the_measured_speed_is_said_once_beside_the_baselines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    own = Outlook("trial 3", 10_000, 80_000, 2.5, hours=None, memory=None)
-    base = Outlook("the baseline (trial 0)", 10_000, 80_000, 2.5, hours=12.5, memory=None)
+    own = Projection("trial 3", 10_000, 80_000, 2.5, hours=None, memory=None)
+    base = Projection("the baseline (trial 0)", 10_000, 80_000, 2.5, hours=12.5, memory=None)
     kept: list[float] = []
-    speed = MeasuredSpeed([own, base], peak=lambda: 3_200_000_000, keep=kept.append, steps=50)
+    speed = MeasuredSpeed([own, base], peak=lambda: 3_200_000_000, store_hours=kept.append, steps=50)
     for step in range(20, 200, 20):
         # The first interval holds the compilation, and three steps that are not timed.
         timed = {"train/samples_per_second": 2.0, "train/timed_steps": 17 if step == 20 else 20}

@@ -10,10 +10,9 @@ import pytest
 
 from tests.tuner.studies_for_tests import build
 from trainer.tracking import AimTracker, aim_run
-from tuner.promotion.promote import promote
-from tuner.study.launch import launch
-from tuner.study.tracked_run import Runtime, code_digest
+from tuner import launch, promote
 from tuner.spec.workloads import folder_digest, load_workload_class
+from tuner.study.tracked_run import Runtime, code_digest
 
 # Aim's own code leaves files to the garbage collector and calls deprecated functions.
 pytestmark = pytest.mark.filterwarnings("ignore")

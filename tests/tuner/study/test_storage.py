@@ -16,8 +16,8 @@ from tests.tuner.studies_for_tests import write
 from trainer import UserError
 from tuner import storage as storage_module
 from tuner.cli import main
-from tuner.study.launch import open_study
 from tuner.spec.study_toml import StudySpec
+from tuner.study.launch import open_study
 from tuner.study.storage import DEFAULT_URL, load_study, open_storage, storage_url
 
 
