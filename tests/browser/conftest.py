@@ -16,7 +16,7 @@ from optuna.storages import RDBStorage
 from tests.browser.chromium import find_chromium, open_browser
 from tests.tuner.studies_for_tests import build
 from tuner import launch
-from tuner.dashboard.server import make_dashboard
+from tuner.show.server import make_dashboard
 from tuner.study.storage import open_storage
 from tuner.study.tracked_run import Runtime
 

@@ -101,7 +101,7 @@ def test_a_launch_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path: Path) -
         assert process.wait(300) == 130
         assert process.stderr.read() == ""
     (trial,) = load_study("toy", open_storage(f"sqlite:///{tmp_path}/tuner.db")).trials
-    assert trial.state.name == "RUNNING", "the same command goes on with it"
+    assert trial.state.name == "RUNNING", "the same command continues with it"
     assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
 
 

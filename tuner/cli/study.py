@@ -98,8 +98,9 @@ def status(
         raise UserError("--watch is for people: leave it or --json out.")
     from rich.console import Console
 
-    from tuner.display.events import to_json
-    from tuner.report import print_status, print_studies, status, watch
+    from tuner.show.json_events import to_json
+    from tuner.show.status import print_status, print_studies, status, watch
+    from tuner.study.record import StudyRecord
     from tuner.study.storage import load_study, open_storage
 
     opened = open_storage(storage, must_exist=True)
@@ -108,9 +109,9 @@ def status(
     elif study is None:
         print_studies(opened, as_json=as_json)
     elif as_json:
-        print(to_json(status(load_study(study, opened)), indent=1))
+        print(to_json(status(StudyRecord.read(load_study(study, opened))), indent=1))
     else:
-        print_status(load_study(study, opened))
+        print_status(StudyRecord.read(load_study(study, opened)))
 
 
 def dashboard(
@@ -123,7 +124,7 @@ def dashboard(
 
     Example: tuner dashboard --read-only
     """
-    from tuner.dashboard.server import make_dashboard
+    from tuner.show.server import make_dashboard
     from tuner.study.storage import open_storage
 
     opened = open_storage(storage, must_exist=True)

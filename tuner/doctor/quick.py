@@ -62,7 +62,7 @@ def _check_gpus() -> Iterator[Check]:
 
 def before_spec(spec: StudySpec, run_root: Path, *, storage: str | None = None) -> Iterator[Check]:
     """`quick` for a run of this spec."""
-    device = spec.build_config({**spec.train, "steps": 1}).device
+    device = spec.baseline.device
     return quick(run_root, study=spec.study.name, workload=spec.build_workload(), storage=storage, device=device)
 
 

@@ -25,7 +25,7 @@ from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import nearest
 from tuner.study.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
-from tuner.trials import CLAIM, HOST, trial_name
+from tuner.study.record import CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
 
 TIMEOUT_S = 5
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
@@ -188,7 +188,7 @@ def _read_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
     started: sqlalchemy.ColumnClause[Any] = column("datetime_start", sqlalchemy.DateTime)
     trials = table("trials", *map(column, ("trial_id", "number", "study_id", "state")), started)
     attributes = table("trial_user_attributes", *map(column, ("trial_id", "key", "value_json")))
-    owned = (attributes.c.trial_id == trials.c.trial_id) & attributes.c.key.in_([HOST, "run_dir"])
+    owned = (attributes.c.trial_id == trials.c.trial_id) & attributes.c.key.in_([HOST_KEY, RUN_DIR_KEY])
     query = (
         sqlalchemy.select(studies.c.study_name, trials.c.number, started, attributes.c.key, attributes.c.value_json)
         .select_from(trials)
@@ -200,9 +200,9 @@ def _read_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
     found: dict[tuple[str, int], OpenTrial] = {}
     for study, number, begun, key, value in connection.execute(query):
         trial = found.setdefault((study, number), OpenTrial(study, number, begun))
-        if key == HOST:
+        if key == HOST_KEY:
             trial = replace(trial, host=json.loads(value))
-        elif key == "run_dir":
+        elif key == RUN_DIR_KEY:
             trial = replace(trial, run_dir=Path(json.loads(value)))
         found[study, number] = trial
     return list(found.values())

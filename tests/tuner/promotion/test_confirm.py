@@ -20,7 +20,7 @@ from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner import confirm, launch, open_study, promote
 from tuner.cli import main
-from tuner.report import confirmation_table
+from tuner.show.table import confirmation_table
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmedTrial
 from tuner.study.objective import Interrupted
 from tuner.study.record import StudyRecord, confirmation_run_name, write_confirmation
@@ -137,7 +137,7 @@ def test_an_unfinished_confirmation_is_said_and_a_finished_one_is_promoted(
     with pytest.raises(Interrupted):
         confirm(study, 1, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 12))
     best = StudyRecord.read(study).ranked[0].number
-    unfinished = rf"is unfinished: go on with it \(--confirm 1 --seeds 2 --rung 320\).*--trial {best}"
+    unfinished = rf"is unfinished: continue it \(--confirm 1 --seeds 2 --rung 320\).*--trial {best}"
     with pytest.raises(UserError, match=unfinished):
         promote(study, runtime=runtime)
     assert "promotions" not in study.user_attrs and StudyRecord.read(study).confirmation is None
@@ -167,7 +167,7 @@ def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Ru
 
 def test_a_run_that_diverges_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) -> None:
     study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.promotion.test_confirm:Diverging"})
-    with pytest.raises(UserError, match=r"no trial got to the end .*trial 0, seed 1: none of the last 5 gradients"):
+    with pytest.raises(UserError, match=r"no trial completed its confirmation .*trial 0, seed 1: none of the last 5 gradients"):
         confirm(study, 1, runtime=runtime)
     assert (
         study.user_attrs[confirmation_run_name(0, 1)]["failed"]
@@ -208,7 +208,7 @@ def test_a_rung_that_does_not_fit_is_refused(
 def test_a_shorter_rung_than_was_run_is_refused(runtime: Runtime, tmp_path: Path) -> None:
     study = with_trials(tmp_path, 1.0)
     confirm(study, 1, num_seeds=1, runtime=runtime)
-    with pytest.raises(UserError, match=r"--rung 170: confirm-00000-seed-0 has gone on to 320"):
+    with pytest.raises(UserError, match=r"--rung 170: confirm-00000-seed-0 is at 320 already"):
         confirm(study, 1, num_seeds=1, rung=170, runtime=runtime)
 
 
@@ -235,9 +235,9 @@ def one(number: int, *values: float, failed: str = "") -> ConfirmedTrial:
         (found(one(0, 3.0, 3.2), one(4, 2.9, 3.1)), "trial 4 is within noise of the baseline: 0.1000 better, and seed"),
         (found(one(0, 0.1, 0.1), one(4, 0.5, 0.6), minimized=False), "trial 4 is 0.4500 better than the baseline"),
         (found(one(0, 2.0, 2.2), one(4, 3.0, 3.1)), "the baseline (trial 0) is the best of them"),
-        (found(one(0, 3.0), one(4, 2.0)), "one seed does not say how much of it is noise"),
-        (found(one(0, 3.0, failed="seed 1: nan"), one(4, 2.0, 2.1)), "no baseline at the rung's end"),
-        (found(one(4, 2.0, 2.1), baseline=None), "no baseline at the rung's end"),
+        (found(one(0, 3.0), one(4, 2.0)), "one seed does not show how much of it is noise"),
+        (found(one(0, 3.0, failed="seed 1: nan"), one(4, 2.0, 2.1)), "the baseline has no value to compare it with"),
+        (found(one(4, 2.0, 2.1), baseline=None), "the baseline has no value to compare it with"),
     ],
 )
 def test_the_verdict_says_what_the_winner_is_worth(confirmation: Confirmation, verdict: str) -> None:

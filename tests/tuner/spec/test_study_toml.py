@@ -8,14 +8,14 @@ import pytest
 
 from tests.tuner.studies_for_tests import TOML, build, values, write
 from trainer import UserError
-from tuner.spec.setups import baseline, full_setup, suggest, trial_setup
+from tuner.spec.setups import baseline_params, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec, parse_override
 
 
 def test_both_spellings_of_a_searched_field_are_the_same(tmp_path: Path) -> None:
     spec = StudySpec.load(write(tmp_path))
     assert list(spec.search) == ["train.batch_size", "train.d_coef"]
-    assert baseline(spec) == {"train.batch_size": 8, "train.d_coef": 1.0}
+    assert baseline_params(spec) == {"train.batch_size": 8, "train.d_coef": 1.0}
 
 
 def test_a_spec_survives_being_stored() -> None:

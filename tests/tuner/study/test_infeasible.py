@@ -21,7 +21,7 @@ from trainer.acceleration import Capabilities
 from trainer.checkpoint import read_checkpoint
 from trainer.tracking import Tracker, Trackers
 from tuner import launch
-from tuner.report import status
+from tuner.show.status import status
 from tuner.spec.setups import trial_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.objective import _decide_micro_batches, is_out_of_memory
@@ -99,7 +99,7 @@ def exploding(how: str, **changes: Any) -> StudySpec:
     name = "Invalid" if how == "validation" else "Exploding"
     return build(
         **{
-            "study.workload": f"tests.tuner.test_infeasible:{name}",
+            "study.workload": f"tests.tuner.study.test_infeasible:{name}",
             "workload.how": how,
             "train.log_every": 2,
             "trial.num_trials": 5,
@@ -129,7 +129,7 @@ def test_what_can_not_be_trained_is_infeasible_gives_its_memory_back_and_the_stu
     assert all(trial.state == TrialState.PRUNED for trial in infeasible)
     assert all(reason in trial.user_attrs["infeasible"] for trial in infeasible)
     assert all("\n" not in trial.user_attrs["infeasible"] for trial in infeasible)
-    assert status(study)["trials"]["infeasible"] == len(infeasible) < 5 == len(study.trials)
+    assert status(StudyRecord.read(study))["trials"]["infeasible"] == len(infeasible) < 5 == len(study.trials)
     assert StudyRecord.read(study).ranked[0].params["train.batch_size"] != 16
     assert witness.alive == [0] * 5
 
@@ -152,7 +152,7 @@ def test_another_error_is_a_defect_and_no_infeasible_trial(
 
 def larger_than_any_machine(**changes: Any) -> StudySpec:
     """Batches of 16 samples would do, but not 4 TB of parameters."""
-    values = build(**{"study.workload": "tests.tuner.test_infeasible:Exploding", **changes}).to_dict()
+    values = build(**{"study.workload": "tests.tuner.study.test_infeasible:Exploding", **changes}).to_dict()
     values["search"] = {"workload.width": {"choices": [16, 1_000_000]}}
     return StudySpec.build(values, base_dir=Path.cwd())
 
@@ -273,7 +273,7 @@ def test_a_trial_that_ends_three_times_without_a_word_is_infeasible(
     first, second = study.trials
     assert first.constraints == {"memory": 1.0} and first.state == TrialState.PRUNED
     assert first.user_attrs["infeasible"] == (
-        "ended 3 times without a word, likely by the kernel's out-of-memory killer"
+        "killed 3 times before it made progress, likely by the kernel's out-of-memory killer"
     )
     assert second.state == TrialState.COMPLETE
 

@@ -20,7 +20,7 @@ from trainer import UserError
 from trainer.checkpoint import locked, read_checkpoint
 from tuner import launch
 from tuner.promotion.promote import rerun
-from tuner.report import status
+from tuner.show.status import status
 from tuner.spec.study_toml import Choice
 from tuner.study.record import StudyRecord
 from tuner.study.samplers import build_pruner
@@ -42,7 +42,7 @@ def test_trial_zero_is_the_baseline(runtime: Runtime, url: str) -> None:
     study = launch(build(**{"trial.num_trials": 6}), storage=url, runtime=runtime)
     first = study.trials[0]
     assert first.params == {"train.batch_size": 8, "train.d_coef": 1.0}
-    assert first.state == TrialState.COMPLETE and StudyRecord.read(study).baseline == first
+    assert first.state == TrialState.COMPLETE and first.number == StudyRecord.read(study).baseline.number
     assert len(study.trials) == 6
 
 
@@ -174,7 +174,7 @@ def test_out_of_memory_is_infeasible_and_the_study_goes_on(runtime: Runtime, url
     assert infeasible and all(trial.params["train.batch_size"] == 16 for trial in infeasible)
     assert all(trial.constraints == {"memory": 1.0} for trial in infeasible)
     assert "CUDA out of memory" in infeasible[0].user_attrs["infeasible"]
-    counts = status(study)["trials"]
+    counts = status(StudyRecord.read(study))["trials"]
     assert counts["infeasible"] == len(infeasible) and sum(counts.values()) == 8
     assert StudyRecord.read(study).ranked[0].params["train.batch_size"] != 16
 
@@ -273,7 +273,7 @@ def test_a_killed_launch_goes_on_where_it_was(tmp_path: Path, how: signal.Signal
         output, _ = process.communicate(timeout=60)
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert "The same command goes on" in output
+        assert "The same command continues" in output
     study = load_study("toy", open_storage(url))
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
 

@@ -122,7 +122,7 @@ def test_every_field_of_a_full_run_is_read(study: optuna.Study, tmp_path: Path) 
     assert run.curve[40] == 2.918056536735372 and run.curve[480] == 1.2980615494099068
 
 
-def test_the_interrupted_trial_and_the_study_go_on_with_the_same_numbers(study: optuna.Study, tmp_path: Path) -> None:
+def test_interrupted_trial_and_study_continue_with_the_same_numbers(study: optuna.Study, tmp_path: Path) -> None:
     spec, storage = read_spec(study), f"sqlite:///{tmp_path}/runs/tuner.db"
     study = open_study(spec, storage)
     launch(study, spec, runtime=Runtime(tmp_path / "runs", track=False), num_trials=7)
@@ -135,7 +135,7 @@ def test_the_interrupted_trial_and_the_study_go_on_with_the_same_numbers(study: 
     assert all(type(last[key]) is type(first[key]) for key in last)
 
 
-def test_the_full_run_goes_on_with_the_same_numbers(study: optuna.Study, tmp_path: Path) -> None:
+def test_full_run_continues_with_the_same_numbers(study: optuna.Study, tmp_path: Path) -> None:
     (before,) = StudyRecord.read(study).full_runs
     result = promote(study, runtime=Runtime(tmp_path / "runs", track=False))
     assert (result.finished, result.step) == (True, 80)

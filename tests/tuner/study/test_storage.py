@@ -14,7 +14,7 @@ from optuna.exceptions import StorageInternalError
 
 from tests.tuner.studies_for_tests import write
 from trainer import UserError
-from tuner import storage as storage_module
+from tuner.study import storage as storage_module
 from tuner.cli import main
 from tuner.spec.study_toml import StudySpec
 from tuner.study.launch import open_study

@@ -21,6 +21,7 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.tracking import Tracker
 from tuner import launch
+from tuner.study.record import TrialRecord
 from tuner.study.storage import for_other_processes, load_study, open_storage
 from tuner.study.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
 from tuner.study.tracked_run import Runtime
@@ -144,8 +145,8 @@ def test_a_storage_in_memory_is_refused_and_a_database_is_opened_by_its_url(url:
     assert for_other_processes(study._storage) == url
 
 
-def test_a_worker_that_dies_is_replaced(supervise: Callable[..., Supervisor], tmp_path: Path) -> None:
-    assert supervise("if number == 1: os.kill(os.getpid(), signal.SIGKILL)\n" + FAREWELL).run()
+def test_dead_worker_is_restarted(supervise: Callable[..., Supervisor], tmp_path: Path) -> None:
+    assert supervise("if number == 1: os.kill(os.getpid(), signal.SIGKILL)\n" + EXIT).run()
     assert num_starts(tmp_path) == 3
 
 
@@ -159,15 +160,15 @@ def test_deaths_between_which_a_trial_was_validated_do_not_add_up(
     supervise: Callable[..., Supervisor], tmp_path: Path
 ) -> None:
     last = 3 * MAX_DEATHS
-    code = f"if number >= {last}: {FAREWELL}"
-    code += "else: line.send(('track', 0, {'val/loss': 1.0}, 1, 8)); os.kill(os.getpid(), signal.SIGKILL)\n"
+    code = f"if number >= {last}: {EXIT}"
+    code += "else: pipe.send(('track', 0, {'val/loss': 1.0}, 1, 8)); os.kill(os.getpid(), signal.SIGKILL)\n"
     assert supervise(code).run()
     assert num_starts(tmp_path) >= last
 
 
 def test_a_mistake_in_one_worker_stops_all_and_is_said_once(supervise: Callable[..., Supervisor]) -> None:
     code = 'if number == 1: pipe.send(("exit", "mistake", "no weights: give some"))\nelse:\n    ' + UNTIL_STOPPED
-    code = code.replace("line.recv()\n", "line.recv(); ")
+    code = code.replace("pipe.recv()\n", "pipe.recv(); ")
     with pytest.raises(UserError, match=r"^no weights: give some$"):
         supervise(code).run()
     assert not children()
@@ -197,7 +198,7 @@ def test_two_workers_share_a_study_and_none_of_its_trials_runs_twice(runtime: Ru
     witness, at_once = Witness(), []
     witness._do = lambda *_: at_once.append(len(witness.numbers("started")) - len(witness.numbers("ended")))
     study = launch(build(**{"trial.num_trials": 6}), storage=url, runtime=runtime, num_workers=2, display=witness)
-    assert [trial.is_finished for trial in study.trials] == [True] * 6
+    assert [trial.state.is_finished() for trial in study.trials] == [True] * 6
     for what in ("started", "ended", "closed"):
         assert witness.numbers(what) == [0, 1, 2, 3, 4, 5]
     assert set(witness.numbers("validated")) == {0, 1, 2, 3, 4, 5} and not witness.numbers("resumed")
@@ -264,7 +265,7 @@ def test_ctrl_c_stops_all_workers_with_a_checkpoint_and_the_same_command_goes_on
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert "The same command goes on" in output
+    assert "The same command continues" in output
     for number in (0, 1):
         assert (tmp_path / f"runs/toy/trial-0000{number}/latest.pth").exists()
     assert [trial.state for trial in load_study("toy", open_storage(url)).trials] == [TrialState.RUNNING] * 2
