@@ -121,10 +121,11 @@ def run_child(function: Callable[..., T], *arguments: Any, environment: Mapping[
         [*command, json.dumps(arguments)],
         env={**os.environ, **(environment or {})},
         cwd=ROOT,
-        check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
+    if child.returncode:
+        sys.exit(f"{function.__name__} exited with {child.returncode} in its child process; its error is above.")
     result: T = json.loads(child.stdout.splitlines()[-1])
     return result
 
@@ -155,13 +156,12 @@ def run_benchmark(
     """
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the record is written")
     arguments = parser.parse_args()
-    before = os.getloadavg()
+    head, before = describe_run(packages, getattr(arguments, "device", "cpu")), os.getloadavg()
     try:
         results = measure(arguments)
     except UserError as error:
         sys.exit(f"{parser.prog}: {error}")
-    load = {"before": before, "after": os.getloadavg()}
-    record = describe_run(packages, getattr(arguments, "device", "cpu")) | {"load_average": load} | results
+    record = head | {"load_average": {"before": before, "after": os.getloadavg()}} | results
     if format_table:
         print(format_table(record))
     if arguments.json:
