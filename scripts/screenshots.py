@@ -207,10 +207,10 @@ def main() -> None:
     arguments = parser.parse_args()
     executable = find_chromium()
     if executable is None:
-        raise UserError("there is no Chromium on this machine: install the system's chromium.")
+        raise UserError("no Chromium on this machine: install the system's chromium.")
     run_root = arguments.run_root.resolve()
     if not (run_root / "tuner.db").is_file():
-        raise UserError(f"{run_root} holds no study: run scripts/quickstart.sh first.")
+        raise UserError(f"{run_root} has no study: run scripts/quickstart.sh first.")
     study = load_study(arguments.study, open_storage(f"sqlite:///{run_root}/tuner.db"))
     StudyPage(study, run_root).update(now=True)
     arguments.to.mkdir(parents=True, exist_ok=True)

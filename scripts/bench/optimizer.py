@@ -86,7 +86,7 @@ def measure_steps(device: str, rounds: int) -> dict[str, list[float]]:
                     for group in optimizer.param_groups:
                         torch._foreach_neg_([p.grad for p in group["params"]])
                 took.append(measure_seconds(optimizer.step, device))
-            seconds[name].append(min(took[1:]))  # at the first the cache holds the others' data
+            seconds[name].append(min(took[1:]))  # the first reads a cache full of other data
         norm = prodigy.grad_norm
         seconds["copy"].append(min(measure_seconds(lambda: target.copy_(source), device) for _ in range(3)))
         seconds["grad_norm"].append(min(measure_seconds(norm, device) for _ in range(3)))

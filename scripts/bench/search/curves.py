@@ -49,7 +49,7 @@ class Curves:
         """Read a file of scripts.bench.search.record.
 
         Raises:
-            UserError: There is no such file, or curves are missing.
+            UserError: The file does not exist, or curves are missing.
         """
         try:
             record = json.loads(path.read_text(encoding="utf-8"))

@@ -128,7 +128,7 @@ def main() -> None:
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else head
     # The command may have had another name or number of workers.
     if changed := [key for key in head if key not in ("command", "curves") and record.get(key) != head[key]]:
-        sys.exit(f"{path} was recorded with another {', '.join(changed)}: move it away to record it anew.")
+        sys.exit(f"{path} was recorded with another {', '.join(changed)}: move it away to record it again.")
     done = {(c["batch_size"], c["d_coef"], c["seed"]) for c in record["curves"]}
     missing = [configuration for configuration in grid.configurations() if configuration not in done]
     if not missing:
