@@ -1,6 +1,6 @@
-"""The main job, end to end, on the demo corpus: launch, promote, compare. Run by scripts/quickstart.sh.
+"""The whole workflow on the demo corpus: launch, promote, compare. Run by scripts/quickstart.sh.
 
-python scripts/quickstart.py [--run-root runs] [--trials 10]
+python -m scripts.quickstart [--run-root runs] [--trials 10]
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
         before = len(study.get_trials(deepcopy=False))
         if before:
             console.print(
-                f"the study is there with {before} trials: continuing it up to {total}, or reusing it if complete"
+                f"the study exists with {before} trials: continuing it up to {total}, or reusing it if complete"
             )
         with StudyDisplay(study, spec, total=total, console=console) as display:
             launch(spec, storage=study._storage, runtime=runtime, num_trials=total, display=display)
@@ -87,18 +87,18 @@ def heading(console: Console, number: int, text: str) -> None:
 
 def announce(console: Console, run_dir: Path) -> None:
     if run_dir.exists():
-        console.print(f"{run_dir.name} is there: continuing it, or reusing it if it has finished")
+        console.print(f"{run_dir.name} exists: continuing it, or reusing it if it has finished")
 
 
 def leave_if(stop: object, console: Console) -> None:
     if callable(stop) and stop():
-        console.print("Stopped; the same command goes on.")
+        console.print("Stopped; run the same command to continue.")
         sys.exit(130)
 
 
 def show_results(console: Console, study: optuna.Study, reruns: dict[int, TrainResult], full: TrainResult) -> None:
-    """What was won, in tables."""
-    heading(console, 5, "what was won")
+    """The trials, baseline against best, and the full run, as tables."""
+    heading(console, 5, "the results")
     console.print(trial_table(study, "trials"))
     base, best = baseline_trial(study), ranking(study)[0]
     assert base is not None and base.value is not None and best.value is not None

@@ -1,7 +1,7 @@
 """The pictures of README.md and docs/: the dashboard, Aim and the terminal, of the quickstart's study.
 
-    bash scripts/quickstart.sh        # minutes; what it made before is reused
-    python scripts/screenshots.py [--run-root runs] [--only note] [--to scripts/screenshots]
+    bash scripts/quickstart.sh        # minutes; earlier results are reused
+    python -m scripts.screenshots [--run-root runs] [--only note] [--to scripts/screenshots]
 
 Needs the system's Chromium and the extra `dev`. Each picture is a PNG, some 1,200 points across.
 """
@@ -19,13 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from PIL import Image
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.browser.chromium import find_chromium, open_browser
 from trainer.errors import UserError
@@ -46,8 +44,8 @@ COLOURS = 256
 PLOTS = ("Learning curves", "Prodigy's d", "Loss against time", "val/loss over the search space")
 MARGIN = 12
 
-# A picture is of no use to others with this machine's paths in it.
-FORGET_THE_FOLDER = """
+# The pictures show no path of the machine that they were taken on.
+REPLACE_THE_FOLDER = """
     folder => {
         const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
         while (texts.nextNode()) {
@@ -56,7 +54,7 @@ FORGET_THE_FOLDER = """
         }
     }
 """
-# The browser finds the plots by their titles; their boxes are those of the cards around them.
+# The browser finds the plots by their titles; the boxes are those of the surrounding cards.
 BOXES = """
     titles => [...document.querySelectorAll('.js-plotly-plot')]
         .filter(plot => titles.some(title => plot.querySelector('.gtitle')?.textContent.startsWith(title)))
@@ -68,7 +66,7 @@ class Pictures:
     """Takes the pictures of one study.
 
     Args:
-        run_root: Where its runs and its Aim repository lie.
+        run_root: The folder of its runs and its Aim repository.
         to: The folder of the pictures.
     """
 
@@ -76,7 +74,7 @@ class Pictures:
         self.page, self.study, self.run_root, self.to = page, study, run_root, to
 
     def plots(self, dashboard: str) -> None:
-        """The study's four plots, whole, from the middle of its page."""
+        """The study's four plots, uncropped."""
         self.page.goto(f"{dashboard}/dashboard/studies/{self.study._study_id}")
         self.page.wait_for_function(f"titles => ({BOXES})(titles).length == {len(PLOTS)}", arg=list(PLOTS))
         self._settle()
@@ -93,7 +91,7 @@ class Pictures:
     def trial(self, dashboard: str) -> None:
         """The best one."""
         best = ranking(self.study)[0].number
-        # The values of d stand in one line, whatever the width.
+        # At this width the values of d fit in one line.
         self.page.set_viewport_size({"width": 1340, "height": 900})
         self.page.goto(f"{dashboard}/dashboard/studies/{self.study._study_id}/trials?numbers={best}")
         self.page.get_by_text("Intermediate Values").wait_for()
@@ -101,7 +99,7 @@ class Pictures:
         self.page.set_viewport_size({"width": 1200, "height": 900})
 
     def full_run(self, dashboard: str) -> None:
-        """Its curve, as the dashboard draws it."""
+        """The full run's curve in the dashboard."""
         curves = optuna.load_study(study_name=f"{self.study.study_name}.full", storage=self.study._storage)
         self.page.goto(f"{dashboard}/dashboard/studies/{curves._study_id}")
         card = self.page.locator(".MuiCard-root", has=self.page.locator("#graph-intermediate-values"))
@@ -123,7 +121,7 @@ class Pictures:
             self._save("aim")
 
     def terminal(self, _: str) -> None:
-        """`tuner status`, which has the table of a launch, and the curves."""
+        """`tuner status`: the table of a launch, and the curves."""
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             console = Console(record=True, width=100, file=nowhere, force_terminal=True, color_system="truecolor")
             for part in status_parts(self.study):
@@ -135,15 +133,15 @@ class Pictures:
         self._save("terminal", clip=(0, 0, box["width"], box["height"]))
 
     def _settle(self) -> None:
-        """Until two looks are alike: plots are drawn a piece at a time."""
+        """Wait until two screenshots are equal: plots are drawn in steps."""
         before = b""
         while (now := self.page.screenshot()) != before:
             before = now
             self.page.wait_for_timeout(1000)
 
     def _save(self, name: str, clip: tuple[float, float, float, float] | None = None) -> None:
-        self.page.evaluate(FORGET_THE_FOLDER, str(ROOT))
-        area = None if clip is None else dict(zip(("x", "y", "width", "height"), clip, strict=True))
+        self.page.evaluate(REPLACE_THE_FOLDER, str(ROOT))
+        area: Any = None if clip is None else dict(zip(("x", "y", "width", "height"), clip, strict=True))
         taken = self.page.screenshot(clip=area, full_page=clip is not None)
         path = self.to / f"{name}.png"
         # Few colours are enough for text and lines, and a third of the size.
@@ -153,7 +151,7 @@ class Pictures:
 
 @contextmanager
 def dashboard_of(study: optuna.Study) -> Iterator[str]:
-    """Serves the study's storage, to be read only; the address to open, token included."""
+    """Serves the study's storage read-only; yields its address with the token."""
     server, address = make_dashboard(study._storage, port=0, read_only=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -165,13 +163,13 @@ def dashboard_of(study: optuna.Study) -> Iterator[str]:
 
 @contextmanager
 def aim_up(repo: Path) -> Iterator[str]:
-    """Serves an Aim repository; its address."""
+    """Serves an Aim repository; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("aim")), "up", "--repo", str(repo), "--host", "127.0.0.1"]
     environment = {**os.environ, "AIM_UI_TELEMETRY_ENABLED": "0"}
-    # In a group of its own: `aim up` starts workers.
+    # In its own process group: `aim up` starts workers.
     server = subprocess.Popen(
         [*command, "--port", str(port), "--workers", "1", "--yes"],
         env=environment,
@@ -209,10 +207,10 @@ def main() -> None:
     arguments = parser.parse_args()
     executable = find_chromium()
     if executable is None:
-        raise UserError("there is no Chromium on this machine: install the system's chromium.")
+        raise UserError("no Chromium on this machine: install the system's chromium.")
     run_root = arguments.run_root.resolve()
     if not (run_root / "tuner.db").is_file():
-        raise UserError(f"{run_root} holds no study: run scripts/quickstart.sh first.")
+        raise UserError(f"{run_root} has no study: run scripts/quickstart.sh first.")
     study = load_study(arguments.study, open_storage(f"sqlite:///{run_root}/tuner.db"))
     StudyPage(study, run_root).update(now=True)
     arguments.to.mkdir(parents=True, exist_ok=True)

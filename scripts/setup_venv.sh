@@ -1,14 +1,22 @@
-# Sourced by the other scripts: makes .venv where there is none, with the project and the extras named in $1.
-# An unpinned torch would bring gigabytes of CUDA; the project pins it, and pip takes the build that fits.
+# Sourced by the other scripts: installs the project into .venv, with the extras named in $1, if it is not up to date.
+# The versions are those of scripts/constraints.txt if it exists.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 stamp=.venv/installed-$1
-if ! [ -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+constraints=scripts/constraints.txt
+files=(pyproject.toml)
+options=()
+if [ -f "$constraints" ]; then
+    files+=("$constraints")
+    options=(--constraint "$constraints")
+fi
+# The stamp holds the checksum of the files: an edit or another checkout installs again.
+checksum=$(cat "${files[@]}" | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$checksum" ]; then
     echo "installing prodigy-tuner[$1] into .venv (once, a few minutes)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install -qq --disable-pip-version-check "torch~=2.13.0"
-    .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$1]"
-    touch "$stamp"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "${options[@]}" --editable ".[$1]"
+    echo "$checksum" >"$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -135,7 +135,9 @@ class IndexTTS2(Workload):
         return model(inputs)  # type: ignore[no-any-return]
 
     def load_weights(self, model: torch.nn.Module, path: Path) -> None:
-        load_base_checkpoint(model, path, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer)
+        load_base_checkpoint(
+            cast(IndexTTS2GPT, model), path, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer
+        )
 
     def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
         export_gpt(state, path, base_checkpoint=self.base_checkpoint, format=format)

@@ -55,7 +55,8 @@ class Block(nn.Module):
         # Padding stands at the end, where no real character looks: no mask, so the flash kernel is eligible.
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
+        result: Tensor = x + self.mlp(self.norm_mlp(x))
+        return result
 
 
 class CharModel(nn.Module):
@@ -68,14 +69,18 @@ class CharModel(nn.Module):
     def forward(self, chars: Tensor) -> Tensor:
         # Padding may reach past the last position.
         places = torch.arange(chars.shape[1], device=chars.device).clamp(max=self.positions.num_embeddings - 1)
-        return self.head(self.blocks(self.chars(chars) + self.positions(places)))
+        logits: Tensor = self.head(self.blocks(self.chars(chars) + self.positions(places)))
+        return logits
 
 
 class KoreanChars(Workload):
     context: Annotated[PositiveInt, Role.MEASURE] = 64  # the validation windows depend on it
     width: int = Field(96, gt=0, multiple_of=HEAD_SIZE)
     layers: PositiveInt = 2
-    loss_weights = property(lambda self: {"char_loss": 1.0})
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        return {"char_loss": 1.0}
 
     @cached_property
     def _texts(self) -> tuple[list[np.ndarray], list[np.ndarray], int]:

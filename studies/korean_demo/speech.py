@@ -93,11 +93,13 @@ def read_sentences() -> list[str]:
 @functools.cache
 def _mel_filters(size: int) -> np.ndarray:
     """Triangular filters, float32 [size // 2 + 1, NUM_BANDS], evenly spaced in mel from 50 to 8,000 Hz."""
-    mels = np.linspace(*(2595 * np.log10(1 + np.array([50, 8000]) / 700)), NUM_BANDS + 2)
+    lowest, highest = 2595 * np.log10(1 + np.array([50, 8000]) / 700)
+    mels = np.linspace(lowest, highest, NUM_BANDS + 2)
     low, centre, high = np.lib.stride_tricks.sliding_window_view(700 * (10 ** (mels / 2595) - 1), NUM_BANDS)
     frequency = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)[:, None]
     rise, fall = (frequency - low) / (centre - low), (high - frequency) / (high - centre)
-    return np.maximum(0, np.minimum(rise, fall)).astype(np.float32)
+    filters: np.ndarray = np.maximum(0, np.minimum(rise, fall)).astype(np.float32)
+    return filters
 
 
 def log_mel(wave: np.ndarray) -> np.ndarray:
@@ -108,7 +110,8 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
     window = np.hanning(size).astype(np.float32)
     spectrum = np.fft.rfft(frames * window)
     power = (spectrum.real**2 + spectrum.imag**2) / np.sum(window**2)  # abs() takes as long as the transform
-    return np.log(power.astype(np.float32) @ _mel_filters(size) + np.float32(1e-5))
+    energies: np.ndarray = np.log(power.astype(np.float32) @ _mel_filters(size) + np.float32(1e-5))
+    return energies
 
 
 def _speak_as() -> None:
@@ -120,7 +123,7 @@ def _speak_as() -> None:
     (_, voice, pitch, words_a_minute), texts = json.load(sys.stdin)
     samples: list[bytes] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)  # type: ignore[untyped-decorator]
     def collect(wave: int | None, num_samples: int, _events: int | None) -> int:
         if wave and num_samples > 0:
             samples.append(ctypes.string_at(wave, 2 * num_samples))
@@ -228,7 +231,8 @@ def voice_vectors(
     def project(values: np.ndarray, shape: tuple[int, ...], stream: int) -> np.ndarray:
         matrix = np.random.default_rng([SEED, stream]).standard_normal((values.size, *shape))
         projected = np.tensordot(values, matrix, 1)
-        return (0.3 * projected / projected.std()).astype(np.float32)
+        scaled: np.ndarray = (0.3 * projected / projected.std()).astype(np.float32)
+        return scaled
 
     conditions = {}
     for speaker in SPEAKERS:

@@ -8,23 +8,23 @@ from dataclasses import replace
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from strategies import Confirmed, OptunaSearch, RayASHA, ShortThenTop, Strategy
 
+from scripts.bench.search.strategies import Confirmed, OptunaSearch, RayASHA, ShortThenTop, Strategy
 from tuner.samplers import PRUNERS, build_sampler
 from tuner.spec import Choice
 
 SHORT, FULL = 1_200, 6_400
 
 
-def default_tpe(seed: int) -> BaseSampler:
+def build_tpe(seed: int) -> BaseSampler:
     return TPESampler(seed=seed)
 
 
-def ours(name: str) -> Callable[[int], BaseSampler]:
+def build_ours(name: str) -> Callable[[int], BaseSampler]:
     return lambda seed: build_sampler(Choice(name=name), seed)
 
 
-# Made for resources of any size; the lengths here are in samples, and the first point is at 200.
+# The lengths here are in samples, and the first point is at 200.
 PEERS: dict[str, Callable[[], BasePruner]] = {
     "none": optuna.pruners.NopPruner,
     "Median": optuna.pruners.MedianPruner,
@@ -33,23 +33,23 @@ PEERS: dict[str, Callable[[], BasePruner]] = {
     "SuccessiveHalving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=200),
     "Wilcoxon": optuna.pruners.WilcoxonPruner,
 }
-OURS = OptunaSearch(ours("gp"), PRUNERS["median"], SHORT, with_baseline=True, spare_rising=True)
+OURS = OptunaSearch(build_ours("gp"), PRUNERS["median"], SHORT, with_baseline=True, spare_rising=True)
 
 STRATEGIES: dict[str, Strategy] = {
     "prodigy-tuner": OURS,
-    # As long as the command makes it: a quarter of the full run.
+    # The rung has the command's default length: a quarter of the full run.
     "prodigy-tuner, then --confirm 3": Confirmed(OURS, num_trials=3, rung=1_600),
     "prodigy-tuner, then --confirm 3 --seeds 1": Confirmed(OURS, num_trials=3, rung=1_600, num_seeds=1),
     "ours without pruning": replace(OURS, pruner=optuna.pruners.NopPruner),
     "ours, pruning while d rises": replace(OURS, spare_rising=False),
-    "ours with TPE": replace(OURS, sampler=ours("tpe")),
+    "ours with TPE": replace(OURS, sampler=build_ours("tpe")),
     "ours with Optuna's GP": replace(OURS, sampler=lambda seed: GPSampler(seed=seed, n_startup_trials=3)),
     "random": OptunaSearch(lambda seed: RandomSampler(seed=seed), length=SHORT),
     "random, full length": OptunaSearch(lambda seed: RandomSampler(seed=seed), length=FULL),
-    **{f"TPE, {name}": OptunaSearch(default_tpe, pruner, SHORT) for name, pruner in PEERS.items()},
-    **{f"TPE, {name}, full length": OptunaSearch(default_tpe, pruner, FULL) for name, pruner in PEERS.items()},
+    **{f"TPE, {name}": OptunaSearch(build_tpe, pruner, SHORT) for name, pruner in PEERS.items()},
+    **{f"TPE, {name}, full length": OptunaSearch(build_tpe, pruner, FULL) for name, pruner in PEERS.items()},
     "Optuna's GP, none": OptunaSearch(lambda seed: GPSampler(seed=seed), length=SHORT),
-    # Set up by hand as ours is by default: few random trials, and the batch sizes in their order.
+    # Configured as ours is by default: few random trials, and ordered batch sizes.
     "Optuna's GP, set up by hand": OptunaSearch(
         lambda seed: GPSampler(seed=seed, n_startup_trials=3), length=SHORT, ordered=True
     ),

@@ -1,14 +1,14 @@
-"""The same training by several hands. Each contender trains until its `Turn` raises `Finished`.
+"""The same training by several frameworks. Each contender trains until its `Turn` raises `Finished`.
 
-All of them have the workload's model, data and collate, Prodigy with the same hyperparameters, gradients clipped
-at 1.0, the precision that `trainer.acceleration` finds for the device, and no loader workers, logging, validation
-or checkpoints. The frameworks are set up for speed, as somebody would who knows them:
+All of them use the workload's model, data and collate, Prodigy with the same hyperparameters, gradients clipped
+at 1.0, the precision that `trainer.acceleration` selects for the device, and no loader workers, logging, validation
+or checkpoints. The frameworks are configured for speed, as an experienced user would:
 
-- batches of like length by transformers' own LengthGroupedSampler, for Lightning too, which has none; the lengths
-  are given to it, for from this dataset it would have to read every sample
+- batches of similar length by transformers' own LengthGroupedSampler, for Lightning too, which has none; the lengths
+  are passed to it: from this dataset it would have to read every sample
 - Lightning without logger, progress bar, summary and checkpoints; transformers without its check of the loss for
   NaN, which waits for the device at every step
-- prodigyopt's Prodigy, which is what their users have
+- prodigyopt's Prodigy, as their users have
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from trainer.prodigy import Prodigy
 
 
 class Finished(Exception):
-    """The benchmark has seen enough; raised out of a contender's training."""
+    """The benchmark is over; raised out of a contender's training."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a contender did in one turn."""
+    """A contender's work in one turn."""
 
     seconds: float
     steps: int
@@ -55,23 +55,24 @@ class Report:
 
 
 class Turn:
-    """A contender's clock: after `steps` steps it reports, and stands still until the contender's next turn.
+    """A contender's clock: after `steps` steps it reports, and waits for the contender's next turn.
 
     The reports go to the other end of `connection`, which sends True for one more turn and False for the end.
     """
 
     def __init__(self, connection: Connection, steps: int) -> None:
         self.connection, self.steps = connection, steps
+        self.loss: Tensor | float = 0.0
         self._wait()
 
     def add(self, tokens: int, slots: int, loss: Tensor | float) -> None:
-        """Count what a batch (or several; `loss` is then their sum) held. Does not wait for the device."""
+        """Count a batch, or several with the sum of their losses. Does not wait for the device."""
         self.tokens += tokens
         self.slots += slots
         self.loss = self.loss + loss
 
     def step(self, steps: int = 1) -> None:
-        """Count optimizer steps; at the turn's end, report and wait. Raises Finished at the end of all."""
+        """Count optimizer steps; at the turn's end, report and wait. Raises Finished after the last turn."""
         self.count += steps
         if self.count < self.steps:
             return
@@ -84,13 +85,13 @@ class Turn:
         if not self.connection.recv():
             raise Finished
         self.count = self.tokens = self.slots = 0
-        self.loss: Tensor | float = 0.0
+        self.loss = 0.0
         self.started = time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how."""
+    """A training: the workload, its configuration and the acceleration plan."""
 
     workload: IndexTTS2
     config: TrainConfig
@@ -109,8 +110,8 @@ class Task:
         return build(model.parameters(), lr=c.base_lr, betas=(c.beta1, c.beta2), **options)
 
     def collate(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """The workload's batch in the frameworks' form. The counts are tensors: numbers would be part of the
-        code for torch.compile."""
+        """The workload's batch in the frameworks' form. The counts are tensors: torch.compile would compile numbers
+        in as constants."""
         batch = self.workload.collate(samples)
         counts = {name: torch.tensor(count) for name, count in batch.counts.items()}
         return {"inputs": batch.inputs, "counts": counts, "tokens": batch.num_tokens, "slots": batch.num_slots}
@@ -118,11 +119,13 @@ class Task:
     def sampler(self) -> torch.utils.data.Sampler[int]:
         from transformers.trainer_pt_utils import LengthGroupedSampler
 
-        return LengthGroupedSampler(self.config.batch_size, lengths=self.workload.train_data().lengths.tolist())
+        lengths = self.workload.train_data().lengths.tolist()
+        sampler: torch.utils.data.Sampler[int] = LengthGroupedSampler(self.config.batch_size, lengths=lengths)
+        return sampler
 
 
 class WithLoss(nn.Module):
-    """The workload's model and its loss in one forward: what the frameworks call, and can compile, whole."""
+    """The workload's model and its loss in one forward: the frameworks call, and can compile, it as a whole."""
 
     def __init__(self, workload: IndexTTS2) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ def transformers(task: Task, turn: Turn, *, compiled: bool = False) -> None:
 
     class Grouped(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-            # What train_sampling_strategy="group_by_length" makes, with the lengths that are known.
+            # As train_sampling_strategy="group_by_length" does, with the known lengths.
             return task.sampler()
 
         def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -208,8 +211,9 @@ def lightning(task: Task, turn: Turn, *, compiled: bool = False) -> None:
         def on_train_batch_end(self, *_: Any, **__: Any) -> None:
             turn.step()
 
-    loader = torch.utils.data.DataLoader(
-        task.workload.train_data(),
+    data: Any = task.workload.train_data()
+    loader = torch.utils.data.DataLoader[Any](
+        data,
         batch_size=task.config.batch_size,
         sampler=task.sampler(),
         collate_fn=task.collate,
@@ -229,7 +233,7 @@ def lightning(task: Task, turn: Turn, *, compiled: bool = False) -> None:
 
 
 def bare_loop(task: Task, turn: Turn) -> None:
-    """The least code that trains on our batches with our optimizer, clipped within its step as it can do it."""
+    """The least code that trains on our batches with our optimizer, which clips within its step."""
     workload, config, device = task.workload, task.config, torch.device(task.plan.device)
     model = workload.build_model().to(device)
     optimizer: Any = task.optimizer(Prodigy, model)
@@ -257,8 +261,8 @@ def bare_loop(task: Task, turn: Turn) -> None:
         turn.step()
 
 
-class _Figures:
-    """A tracker that passes each log interval's figures on to the turn."""
+class _TurnTracker:
+    """A tracker that passes the metrics of each log interval to the turn."""
 
     def __init__(self, turn: Turn, batch_size: int) -> None:
         self.turn, self.batch_size, self.last_step = turn, batch_size, 0
@@ -275,7 +279,7 @@ class _Figures:
 
 def ours(task: Task, turn: Turn) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        train(task.workload, task.config, run_dir=folder, tracker=_Figures(turn, task.config.batch_size))
+        train(task.workload, task.config, run_dir=folder, tracker=_TurnTracker(turn, task.config.batch_size))
 
 
 CONTENDERS: dict[str, Callable[[Task, Turn], None]] = {
@@ -289,7 +293,7 @@ CONTENDERS: dict[str, Callable[[Task, Turn], None]] = {
 
 
 def contend(name: str, task: Task, connection: Connection, steps: int, output: Path) -> None:
-    """A contender's process, from its start to its end; what it prints goes to `output`."""
+    """A contender's process, from start to exit; its stdout and stderr go to `output`."""
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,8 +1,8 @@
-"""Ways to search, each asked what it would choose as its compute grows.
+"""Search strategies: each yields its current choice as its compute grows.
 
-A strategy is given curves, the index of the recorded training seed that its trials run under, a seed of its own, and
-how much compute it may spend; it yields (samples trained so far, the configuration it would promote now). Before it
-has anything to go by that is the baseline, the settings that the user came with.
+A strategy receives curves, the index of the recorded training seed that its trials run under, a seed of its own, and
+its compute budget; it yields (samples trained so far, the configuration it would promote now). Before its first result
+that is the baseline, the user's own settings.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from curves import Configuration, Curves
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+
+from scripts.bench.search.curves import Configuration, Curves
 
 BASELINE = Configuration(batch_size=8, d_coef=1.0)
 
@@ -31,23 +32,23 @@ class Task:
     train_seed: int
     seed: int
     samples: int
-    """No trial starts once so many were trained."""
+    """No trial starts after so many."""
 
     def points(self, length: int) -> range:
-        """Places of the validations that a trial of so many samples has."""
+        """Indexes of the validations in a trial of so many samples."""
         return range(int(np.searchsorted(self.curves.points, length)) + 1)
 
 
 class Strategy(Protocol):
-    """A way to search."""
+    """A search strategy."""
 
     def choices(self, task: Task) -> Iterator[Choice]:
-        """What it would promote, as its compute grows."""
+        """Yields the configuration it would promote, as its compute grows."""
 
 
 @dataclass
 class Trial:
-    """What a search knows of a configuration: the last loss, and after how many samples."""
+    """A configuration's last loss, and after how many samples."""
 
     configuration: Configuration
     value: float
@@ -57,7 +58,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class OptunaSearch:
-    """A sampler and a pruner of Optuna's, over trials of one length."""
+    """An Optuna sampler and pruner, over trials of one length."""
 
     sampler: Callable[[int], BaseSampler]
     pruner: Callable[[], BasePruner] = optuna.pruners.NopPruner
@@ -67,12 +68,12 @@ class OptunaSearch:
     spare_rising: bool = False
     """A trial is not pruned while its d rises."""
     ordered: bool = False
-    """The batch size is an integer, its place in their order, and not a category as a study.toml's choices are."""
+    """The batch size is an ordered integer, its index, and not a category as a study.toml's choices are."""
 
     def trials(self, task: Task) -> Iterator[tuple[int, list[Trial]]]:
         """After each trial: the samples trained so far, and all trials."""
         curves, spent, done = task.curves, 0, list[Trial]()
-        # Hyperband draws a trial's bracket from the study's name.
+        # Hyperband derives a trial's bracket from the study's name.
         name = f"replay-{task.seed}"
         study = optuna.create_study(study_name=name, sampler=self.sampler(task.seed), pruner=self.pruner())
         if self.with_baseline:
@@ -92,7 +93,7 @@ class OptunaSearch:
                 trial.value, trial.samples = float(curve[at]), int(curves.points[at])
                 asked.report(trial.value, trial.samples)
                 spared = (self.with_baseline and asked.number == 0) or (self.spare_rising and rising[at])
-                # As the objective does: at the grid's end nothing is saved by pruning.
+                # As the objective does: pruning at the last point saves nothing.
                 if at != points[-1] and not spared and asked.should_prune():
                     trial.pruned = True
                     break
@@ -112,11 +113,11 @@ class OptunaSearch:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A search, whose best trials go on from their checkpoints to a longer rung, and to the same on other training
-    seeds from step 0; the best mean there is chosen.
+    """A search whose best trials continue from their checkpoints to a longer rung, and run to the same length on other
+    training seeds from step 0; the best mean there is chosen.
 
-    The regret is a mean over the recorded seeds too, and there are only two: with both, it is asked in part what it is
-    judged by.
+    The regret is a mean over the recorded seeds too, and there are only two: with both, the choice sees part of the
+    data that it is judged by.
     """
 
     search: OptunaSearch
@@ -129,7 +130,7 @@ class Confirmed:
         at = task.points(self.rung)[-1]
         for spent, trials in self.search.trials(task):
             complete = sorted((trial for trial in trials if not trial.pruned), key=lambda trial: trial.value)
-            # A confirmation at every moment is imagined: each is paid for in full by the search that it ends.
+            # Each point is a search that ends with a confirmation here, and pays for it in full.
             best = [trial.configuration for trial in complete[: self.num_trials]]
             if BASELINE not in best and self.search.with_baseline:
                 best.append(BASELINE)
@@ -145,7 +146,7 @@ class Confirmed:
 
 @dataclass
 class RayTrial:
-    """As much of a Ray trial as its scheduler reads."""
+    """The part of a Ray trial that its scheduler reads."""
 
     trial_id: str
     status: str = "RUNNING"
@@ -164,7 +165,8 @@ class RayASHA:
     def choices(self, task: Task) -> Iterator[Choice]:
         from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-        curves, draw, spent, best = task.curves, random.Random(task.seed), 0, (np.inf, BASELINE)
+        curves, draw, spent = task.curves, random.Random(task.seed), 0
+        best: tuple[float, Configuration] = (np.inf, BASELINE)
         scheduler = AsyncHyperBandScheduler(
             time_attr="samples",
             metric="loss",
@@ -182,14 +184,15 @@ class RayASHA:
             number += 1
             scheduler.on_trial_add(None, trial)
             for at in task.points(self.length):
-                result = {"samples": int(curves.points[at]), "loss": float(curve[at])}
+                samples, loss = int(curves.points[at]), float(curve[at])
+                result = {"samples": samples, "loss": loss}
                 decision = scheduler.on_trial_result(None, trial, result)
                 if decision != TrialScheduler.CONTINUE:
                     break
             scheduler.on_trial_complete(None, trial, result)
-            spent += result["samples"]
-            # Ray's best trial is the best last result, of stopped trials too.
-            best = min(best, (result["loss"], configuration), key=lambda pair: pair[0])
+            spent += samples
+            # Ray's best trial is the best last result, also of stopped trials.
+            best = min(best, (loss, configuration), key=lambda pair: pair[0])
             yield spent, best[1]
 
 
@@ -216,6 +219,6 @@ class ShortThenTop:
 
 
 def draw_configuration(draw: random.Random, curves: Curves) -> Configuration:
-    """A configuration at random: d_coef evenly in its logarithm."""
+    """A random configuration, log-uniform in d_coef."""
     low, high = np.log(curves.d_coefs[0]), np.log(curves.d_coefs[-1])
     return Configuration(draw.choice(list(curves.batch_sizes)), float(np.exp(draw.uniform(low, high))))

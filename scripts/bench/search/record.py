@@ -1,39 +1,33 @@
 """Records the learning curves that the strategies are judged on: every configuration of a grid, at full length.
 
-    python scripts/bench_search/record.py [--grid demo] [--workers 2]
+    python -m scripts.bench.search.record [--grid demo] [--workers 2]
 
 The IndexTTS-2 GPT of the Korean demo, narrower, so that a grid takes about an hour on 2 cores: batch size x d_coef x
 training seed, each trained over `LENGTH` samples as `tuner promote` would train it and validated every `EVERY`
-samples. Writes scripts/records/curves_GRID.json after each curve; started again, it goes on where it was. One thread
-a curve: losses do not depend on what else the machine does; the seconds do, and are told for orientation only.
+samples. Writes scripts/records/curves_GRID.json after each curve and continues it when run again. One thread a curve:
+losses do not depend on other load; the seconds do, and are for orientation only.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import tempfile
 import time
-import tomllib
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
 import torch
 
+from scripts.bench.common import DEMO_STUDY, ROOT, build_parser, describe_command, read_demo_study, write_record
+from scripts.bench.search.curves import find_curves
 from studies.korean_demo.corpus import make_corpus
 from trainer import Diverged, Evaluation, train
 from tuner.search_space import full_setup
 from tuner.spec import StudySpec
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-STUDY = ROOT / "studies/korean_demo/study.toml"
-RECORDS = ROOT / "scripts/records"
 BATCH_SIZES = (4, 8, 16, 32)
 LENGTH, EVERY = 6_400, 200
 VAL_SAMPLES = 100
@@ -41,14 +35,14 @@ VAL_SAMPLES = 100
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: the model's size, the split of the corpus, the configurations and the training seeds."""
+    """The model's size, the split of the corpus, the configurations and the training seeds."""
 
     model_dim: int
     layers: int
     d_coefs: tuple[float, ...]
     seeds: tuple[int, ...]
     exchanged: bool = False
-    """The corpus is split anew: every fifth utterance of the training set is for validation, the others train."""
+    """Another split of the corpus: every fifth utterance of the training set is for validation."""
 
     def configurations(self) -> list[tuple[int, float, int]]:
         """(batch size, d_coef, seed), the coarse half of the grid first."""
@@ -63,25 +57,20 @@ GRIDS = {
 
 def build_spec(grid: Grid) -> StudySpec:
     """The Korean demo's study at the grid's size, over its corpus, with a full run of `LENGTH` samples."""
-    values = tomllib.loads(STUDY.read_text(encoding="utf-8"))
     folder = ROOT / f"data/korean_demo_{grid.model_dim}"
     make_corpus(folder, width=grid.model_dim)
-    train_manifest, val_manifest = folder / "train_pairs.jsonl", folder / "val_pairs.jsonl"
+    values = read_demo_study(folder)
     if grid.exchanged:
-        train_manifest, val_manifest = split_anew(train_manifest)
-    values["workload"] |= {
-        "train_manifests": [f"{train_manifest}::ko"],
-        "val_manifests": [f"{val_manifest}::ko"],
-        "tokenizer": str(folder / "tokenizer.model"),
-    }
+        for split, manifest in zip(("train", "val"), write_other_split(folder / "train_pairs.jsonl"), strict=True):
+            values["workload"][f"{split}_manifests"] = [f"{manifest}::ko"]
     values["workload"]["gpt"] |= {"model_dim": grid.model_dim, "layers": grid.layers, "heads": 4}
     values["train"] |= {"val_samples": VAL_SAMPLES, "save_every": LENGTH}
     values["full"] = {"samples": LENGTH, "eval_every": EVERY}
-    return StudySpec.build(values, base_dir=STUDY.parent)
+    return StudySpec.build(values, base_dir=DEMO_STUDY.parent)
 
 
-def split_anew(manifest: Path) -> tuple[Path, Path]:
-    """Two manifests beside one: of its speakers' utterances every fifth for validation, no utterance in both."""
+def write_other_split(manifest: Path) -> tuple[Path, Path]:
+    """Write two manifests beside one: every fifth of its speakers' utterances for validation, none in both."""
     lines = manifest.read_text(encoding="utf-8").splitlines()
     targets = sorted({json.loads(line)["target_id"] for line in lines})
     held_out = set(targets[::5])
@@ -120,25 +109,14 @@ def record_curve(task: tuple[StudySpec, tuple[int, float, int]]) -> dict[str, An
     return {"batch_size": batch_size, "d_coef": d_coef, "seed": seed, "loss": losses, "d": steps_d, **end}
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    """The record, a curve a line, whole or not at all."""
-    head = {key: value for key, value in record.items() if key != "curves"}
-    order = sorted(record["curves"], key=lambda c: (c["seed"], c["batch_size"], c["d_coef"]))
-    curves = ",\n".join("  " + json.dumps(curve) for curve in order)
-    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "curves": [\n{curves}\n ]\n}}\n'
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--grid", choices=GRIDS, default="demo")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="curves at a time")
     args = parser.parse_args()
-    grid, path = GRIDS[args.grid], RECORDS / f"curves_{args.grid}.json"
+    grid, path = GRIDS[args.grid], find_curves(args.grid)
     head = {
-        "command": shlex.join(["python", "scripts/bench_search/record.py", "--grid", args.grid]),
+        "command": describe_command(),
         "torch": version("torch"),
         "metric": "val/loss",
         "length": LENGTH,
@@ -148,18 +126,20 @@ def main() -> None:
     }
     head = json.loads(json.dumps(head))
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else head
-    if changed := [key for key in head if key != "curves" and record.get(key) != head[key]]:
-        sys.exit(f"{path} was recorded with another {', '.join(changed)}: move it away to record it anew.")
+    # The command may have had another name or number of workers.
+    if changed := [key for key in head if key not in ("command", "curves") and record.get(key) != head[key]]:
+        sys.exit(f"{path} was recorded with another {', '.join(changed)}: move it away to record it again.")
     done = {(c["batch_size"], c["d_coef"], c["seed"]) for c in record["curves"]}
     missing = [configuration for configuration in grid.configurations() if configuration not in done]
     if not missing:
-        print(f"{path}: all {len(done)} curves are there")
+        print(f"{path}: all {len(done)} curves are recorded")
         return
     spec, started = build_spec(grid), time.monotonic()
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for curve in pool.imap_unordered(record_curve, [(spec, configuration) for configuration in missing]):
             record["curves"].append(curve)
-            write(path, record)
+            record["curves"].sort(key=lambda each: (each["seed"], each["batch_size"], each["d_coef"]))
+            write_record(path, record, rows="curves")
             name = f"batch size {curve['batch_size']}, d_coef {curve['d_coef']:g}, seed {curve['seed']}"
             value, total = (curve["loss"] or [float("nan")])[-1], len(done) + len(missing)
             seconds = time.monotonic() - started

@@ -1,31 +1,23 @@
-"""The memory estimate (`trainer.memory`) against measured peaks, and what the real model needs on a 24 GB card.
+"""The memory estimate (`trainer.memory`) against measured peaks, and the needs of the real model on a 24 GB card.
 
-    python scripts/bench_memory.py [--json scripts/records/memory_cpu.json]
+    python -m scripts.bench.memory [--cases N] [--json scripts/records/memory_cpu.json]
 
-Each size is measured in a fresh process: two optimizer steps in float32 on a batch of like utterances and one
+Each size is measured in a new process: two optimizer steps in float32 on a batch of equally long utterances and one
 validation, and the peak of resident memory (VmHWM of /proc/self/status, reset through /proc/self/clear_refs) above
-what the process held with a first tiny model trained, so that libraries and kernels are loaded. glibc returns every
-block of 64 KB or more at once (MALLOC_MMAP_THRESHOLD_=65536), so that resident memory is what tensors take. The
-estimate is made in this process, without contents. Memory does not depend on speed: a busy machine changes nothing.
+the process's memory after training a first tiny model, so that libraries and kernels are loaded. glibc returns every
+block of 64 KB or more at once (MALLOC_MMAP_THRESHOLD_=65536), so that resident memory is that of the tensors. The
+estimate is made in this process, without allocating. Memory does not depend on speed: other load changes nothing.
 """
 
 import argparse
 import itertools
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from scripts.bench.common import Record, build_parser, read_memory, run_benchmark, run_child, summarize
 from studies.indextts2.dataset import Utterance, utterance_length
 from studies.indextts2.model import NUM_CONDITION
 from studies.indextts2.workload import IndexTTS2
@@ -36,14 +28,14 @@ from trainer.optimizers import build_optimizer, update
 
 GB = 1e9
 CARD = 23.6 * 2**30
-"""Bytes that an RTX 4090 shows of its 24 GB."""
+"""Bytes that an RTX 4090 reports of its 24 GB."""
 SIZES = ((256, 6), (384, 8), (512, 8))
 BATCH_SIZES = (4, 8, 16)
 PIECES = 2_000
 
 
 class LikeUtterances(IndexTTS2):
-    """The model on utterances of one length, made on the spot."""
+    """The model on random utterances of one length."""
 
     text_length: int
     code_length: int
@@ -76,7 +68,7 @@ class Utterances:
         )
 
 
-def case(
+def build_case(
     width: int, layers: int, *, batch_size: int, checkpointing: bool, slice_p: int = 1, optimizer: str = "prodigy",
     dropout: float = 0.0, heads: int | None = None, pieces: int = PIECES, text: int = 40, codes: int = 160,
 ) -> dict[str, Any]:  # fmt: skip
@@ -91,12 +83,12 @@ def case(
     }  # fmt: skip
 
 
-def cases() -> list[dict[str, Any]]:
+def build_cases() -> list[dict[str, Any]]:
     every = itertools.product(SIZES, BATCH_SIZES, (False, True))
-    rows = [case(*size, batch_size=n, checkpointing=c) for size, n, c in every]
-    rows += [case(*size, batch_size=8, checkpointing=c, slice_p=11) for size in SIZES for c in (False, True)]
-    rows += [case(384, 8, batch_size=8, checkpointing=c, dropout=0.1) for c in (False, True)]
-    rows += [case(384, 8, batch_size=8, checkpointing=c, optimizer="adamw") for c in (False, True)]
+    rows = [build_case(*size, batch_size=n, checkpointing=c) for size, n, c in every]
+    rows += [build_case(*size, batch_size=8, checkpointing=c, slice_p=11) for size in SIZES for c in (False, True)]
+    rows += [build_case(384, 8, batch_size=8, checkpointing=c, dropout=0.1) for c in (False, True)]
+    rows += [build_case(384, 8, batch_size=8, checkpointing=c, optimizer="adamw") for c in (False, True)]
     return rows
 
 
@@ -104,8 +96,8 @@ def build(values: dict[str, Any]) -> tuple[LikeUtterances, TrainConfig]:
     return LikeUtterances.model_validate(values["workload"]), TrainConfig.model_validate(values["config"])
 
 
-def run(values: dict[str, Any]) -> tuple[int, int]:
-    """Two steps and a validation, as the training loop makes them: bytes at the peak of each."""
+def train_and_evaluate(values: dict[str, Any]) -> tuple[int, int]:
+    """Two steps and a validation, as the training loop runs them: peak bytes of each."""
     reset_peak()
     workload, config = build(values)
     model = workload.build_model().train()
@@ -119,45 +111,32 @@ def run(values: dict[str, Any]) -> tuple[int, int]:
         update(optimizer, lr=config.base_lr, max_grad_norm=config.max_grad_norm)
         optimizer.zero_grad()
         del batch, sums, terms
-    training = memory("VmHWM")
+    training = read_memory("VmHWM")
     reset_peak()
     val_data = workload.val_data()
     batches = [workload.collate([val_data[i] for i in range(len(val_data))])]
     evaluate(workload, model, batches, device=torch.device("cpu"), precision="fp32")
-    return training, memory("VmHWM")
+    return training, read_memory("VmHWM")
 
 
 def reset_peak() -> None:
-    """Let VmHWM begin again at what the process holds."""
+    """Reset VmHWM to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def memory(name: str) -> int:
-    """Bytes: VmRSS of this moment, or VmHWM, its peak."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[name].split()[0]) * 1024
-
-
-def fresh(values: dict[str, Any]) -> tuple[int, int]:
-    """In this process: bytes at the two peaks above what it held before."""
-    run(case(64, 1, batch_size=1, checkpointing=values["workload"]["gradient_checkpointing"]))
-    before = memory("VmRSS")
-    training, evaluation = run(values)
+def measure_case(values: dict[str, Any]) -> tuple[int, int]:
+    """In this process: bytes of the two peaks above its memory before."""
+    train_and_evaluate(build_case(64, 1, batch_size=1, checkpointing=values["workload"]["gradient_checkpointing"]))
+    before = read_memory("VmRSS")
+    training, evaluation = train_and_evaluate(values)
     return training - before, evaluation - before
-
-
-def in_child(values: dict[str, Any]) -> tuple[int, int]:
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--fresh", json.dumps(values)]
-    child = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    training, evaluation = json.loads(child.stdout.splitlines()[-1])
-    return training, evaluation
 
 
 def compare(values: dict[str, Any]) -> dict[str, Any]:
     workload, config = build(values)
     estimated = Probe(workload, config, device="cpu", precision="fp32").estimate()
-    training, evaluation = in_child(values)
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    training, evaluation = run_child(measure_case, values, environment=environment)
     estimated_training = max(estimated.training_peak, estimated.step_peak)
     gpt = values["workload"]["gpt"]
     row = {
@@ -166,7 +145,7 @@ def compare(values: dict[str, Any]) -> dict[str, Any]:
         **values["config"],
         "gradient_checkpointing": values["workload"]["gradient_checkpointing"],
         "dropout": values["workload"]["dropout"],
-        **parts(estimated),
+        **describe_estimate(estimated),
         "measured_training": training,
         "measured_evaluation": evaluation,
         "training_ratio": estimated_training / training,
@@ -182,15 +161,15 @@ def compare(values: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def parts(estimate: MemoryEstimate) -> dict[str, int]:
+def describe_estimate(estimate: MemoryEstimate) -> dict[str, int]:
     return {**vars(estimate), "peak": estimate.peak, "total": estimate.total, "checkpoint": estimate.checkpoint}
 
 
-def full_size() -> list[dict[str, Any]]:
-    """The published model, its longest utterances, bf16 on a 24 GB card: estimates alone."""
+def estimate_full_size() -> list[dict[str, Any]]:
+    """The published model, its longest utterances, bf16 on a 24 GB card: estimates only."""
     rows = []
     for checkpointing, slice_p in itertools.product((False, True), (1, 11)):
-        values = case(
+        values = build_case(
             1280, 24, batch_size=8, checkpointing=checkpointing, slice_p=slice_p, dropout=0.1, heads=20, pieces=16_000,
             text=600, codes=1815,
         )  # fmt: skip
@@ -201,7 +180,7 @@ def full_size() -> list[dict[str, Any]]:
         rows += [
             {
                 "gradient_checkpointing": checkpointing, "slice_p": slice_p, "fits": e.fits(CARD),
-                "largest_batch_size": largest, **parts(e),
+                "largest_batch_size": largest, **describe_estimate(e),
             }
             for e in estimates
         ]  # fmt: skip
@@ -217,38 +196,28 @@ def full_size() -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--fresh", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.fresh:
-        print(json.dumps(fresh(arguments.fresh)))
-        return
+def measure(arguments: argparse.Namespace) -> Record:
     print("\nfull size, bf16 on a card of 24 GB")
-    card = full_size()
+    card = estimate_full_size()
     print("\nestimated against measured, MB; training, then validation")
     print(
         f"{'width':>6}{'lay':>4}{'batch':>5}{'p':>4} {'':13}{'drop':>5}" + f"{'est.':>10}{'meas.':>10}{'ratio':>8}" * 2
     )
-    rows = [compare(values) for values in cases()]
-    ratios = {name: [row[name] for row in rows] for name in ("training_ratio", "evaluation_ratio")}
-    for name, values in ratios.items():
-        print(f"{name}: {min(values):.3f} to {max(values):.3f}, median {statistics.median(values):.3f}")
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("torch", "prodigyopt")} | {"python": platform.python_version()},
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "estimate_over_measured": {
-            name: {"min": min(values), "median": statistics.median(values), "max": max(values), "runs": len(values)}
-            for name, values in ratios.items()
-        },
+    rows = [compare(values) for values in build_cases()[: arguments.cases]]
+    ratios = {name: summarize([row[name] for row in rows]) for name in ("training_ratio", "evaluation_ratio")}
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio['min']:.3f} to {ratio['max']:.3f}, median {ratio['median']:.3f}")
+    return {
+        "estimate_over_measured": ratios,
         "measured_cpu_fp32": rows,
         "estimated_full_size_cuda_bf16": {"card_bytes": int(CARD), "rows": card},
-    }  # fmt: skip
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    }
+
+
+def main() -> None:
+    parser = build_parser(__doc__)
+    parser.add_argument("--cases", type=int, help="only so many of the measured ones")
+    run_benchmark(parser, measure, packages=("torch", "prodigyopt"))
 
 
 if __name__ == "__main__":

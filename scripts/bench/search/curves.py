@@ -1,4 +1,4 @@
-"""Recorded learning curves, asked as if they were trained."""
+"""Recorded learning curves, queried as if they were trained."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from scripts.bench.common import RECORDS
+from trainer.errors import UserError
 from tuner.objective import RISING
 
 Floats = NDArray[np.float64]
 
 
+def find_curves(grid: str) -> Path:
+    return RECORDS / f"curves_{grid}.json"
+
+
 @dataclass(frozen=True)
 class Configuration:
-    """What is searched."""
+    """A point of the search space."""
 
     batch_size: int
     d_coef: float
@@ -36,12 +42,19 @@ class Curves:
     losses: Floats
     """[batch size, d_coef, seed, point]; infinite once a run has diverged."""
     d: Floats
-    """Prodigy's, likewise; not a number once a run has diverged."""
+    """Prodigy's, with the same axes; NaN once a run has diverged."""
 
     @classmethod
     def load(cls, path: Path) -> Curves:
-        """Read what record.py wrote. Raises ValueError where curves are missing."""
-        record = json.loads(path.read_text(encoding="utf-8"))
+        """Read a file of scripts.bench.search.record.
+
+        Raises:
+            UserError: The file does not exist, or curves are missing.
+        """
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist: record it with scripts.bench.search.record.") from None
         grid = record["grid"]
         points = np.arange(record["every"], record["length"] + 1, record["every"])
         shape = (len(grid["batch_sizes"]), len(grid["d_coefs"]), len(grid["seeds"]), len(points))
@@ -56,7 +69,7 @@ class Curves:
             losses[place][: len(curve["loss"])] = curve["loss"]
             steps_d[place][: len(curve["d"])] = curve["d"]
         if missing := int(np.isnan(losses[..., 0]).sum()):
-            raise ValueError(f"{path}: {missing} curves are missing; record.py goes on where it was.")
+            raise UserError(f"{path}: {missing} curves are missing; scripts.bench.search.record continues it.")
         return cls(grid["batch_sizes"], np.array(grid["d_coefs"]), grid["seeds"], points, losses, steps_d)
 
     @property
@@ -74,14 +87,15 @@ class Curves:
         return np.append(True, d[1:] > RISING * d[:-1])
 
     def _between(self, values: Floats, configuration: Configuration, seed: int) -> Floats:
-        table = values[self.batch_sizes.index(configuration.batch_size), :, seed]
+        table: Floats = values[self.batch_sizes.index(configuration.batch_size), :, seed]
         at = np.interp(np.log(configuration.d_coef), np.log(self.d_coefs), np.arange(len(self.d_coefs)))
         low = int(at)
         high, share = min(low + 1, len(self.d_coefs) - 1), at - low
-        return table[low] if share == 0 else (1 - share) * table[low] + share * table[high]
+        between: Floats = table[low] if share == 0 else (1 - share) * table[low] + share * table[high]
+        return between
 
     def regret(self, configuration: Configuration) -> float:
-        """By what share its full-length loss, the seeds' mean, is above the best recorded one's."""
+        """The share by which its full-length loss, the seeds' mean, is above the best recorded one's."""
         best = self.losses[..., -1].mean(axis=2).min()
         value = np.mean([self.curve(configuration, seed)[-1] for seed in range(len(self.seeds))])
         return float(value / best - 1)
