@@ -25,7 +25,7 @@ from tests.tuner.studies_for_tests import build
 from trainer.locks import locked
 from tuner.dashboard import page as study_page
 from tuner.dashboard import plots
-from tuner.dashboard.artifacts import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, leaderboard, to_toml
+from tuner.dashboard.artifacts import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, leaderboard
 from tuner.dashboard.findings import Findings
 from tuner.dashboard.note import MAX_RANKED, escape, promote_command, study_note
 from tuner.dashboard.page import StudyPage
@@ -302,16 +302,6 @@ def test_the_best_configuration_is_a_spec_for_the_same_full_run(tmp_path: Path, 
     assert full_setup(StudySpec.load(path, search=False), {}) == wanted
     assert wanted.config.batch_size == 16 and wanted.config.d_coef == 0.123456789
     assert StudySpec.load(path).search == stored_spec(study).search
-
-
-def test_toml_of_any_plain_values_reads_back() -> None:
-    import tomllib
-
-    values = {
-        "a": {"quoted.key": 'C:\\x "y"\n\x7f한국어', "list": [1, 2.5, True], "table": {"low": 1e-05, "한": []}},
-        "empty": {},
-    }
-    assert tomllib.loads(to_toml(values)) == values
 
 
 def test_files_are_replaced_and_served_by_the_dashboard(stored: optuna.Study, tmp_path: Path) -> None:
