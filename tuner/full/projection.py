@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from trainer import UserError
-from trainer.acceleration import choose_precision, detect
+from trainer.acceleration import detect
 from trainer.clock import format_hours
 from trainer.memory import NoEstimate, Probe
 from tuner.search_space import Setup, full_setup
@@ -80,8 +80,7 @@ def _memory(trial: FrozenTrial, setup: Setup) -> str | None:
         return f"{_format_bytes(peak)} of memory (its trial's peak)"
     capabilities = detect(setup.config.device)
     try:
-        probe = Probe(setup.workload, setup.config, device=capabilities.kind, precision="fp32")
-        probe.precision, _ = choose_precision(capabilities, setup.config, probe.num_trained)
+        probe = Probe.on_device(setup.workload, setup.config, capabilities)
         return f"{_format_bytes(probe.estimate().total)} of memory (estimated)"
     except (NoEstimate, UserError):
         return None
