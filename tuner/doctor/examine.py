@@ -25,6 +25,7 @@ from tuner.doctor.installation import (
     check_own,
     check_packages,
     check_python,
+    check_trainer,
 )
 from tuner.doctor.memory import check_memory, check_snapshot
 from tuner.doctor.storage import check_interrupted, check_storage, open_trials
@@ -52,7 +53,7 @@ def examine(
     machine = this_machine() if gpu_memory is None else cuda_machine(gpu_memory)
     # What is installed is this machine's, whatever the card that is judged.
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    checks = [check_own(), check_python(), *check_packages(), check_compiler(), check_compile(kind)]
+    checks = [check_own(), check_trainer(), check_python(), *check_packages(), check_compiler(), check_compile(kind)]
     checks += [check_device(machine), *check_gpus(), check_clock(run_root), check_storage(storage)]
     checks += check_interrupted(open_trials(storage), run_root)
     return checks + (list(examine_spec(spec, machine, run_root)) if spec else [check_free(run_root)])

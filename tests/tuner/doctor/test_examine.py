@@ -107,7 +107,7 @@ def needed(batch_size: int) -> int:
     return Probe(Toy(width=512, num_train=128), config, device="cuda", precision="fp32").estimate().total
 
 
-PACKAGES = ["prodigy-tuner", "python", "torch", "optuna", "prodigyopt", "optuna-dashboard", "aim"]
+PACKAGES = ["prodigy-tuner", "trainer", "python", "torch", "optuna", "prodigyopt", "optuna-dashboard", "aim"]
 MACHINE = [*PACKAGES, "compiler", "torch.compile", "device", "clock", "storage"]
 
 
