@@ -26,7 +26,7 @@ from tuner.doctor.disk import nearest
 from tuner.search_space import Setup
 
 INDEX, OTHER_INDEX = ".tuner-index", Path("data/index")
-"""Where packed stores lie: in such a folder beside a manifest, else in the second."""
+"""Where packed stores are: in such a folder beside an input file, else in the second."""
 SHM = Path("/dev/shm")
 PREFETCHED = 4
 """Batches that each of the trainer's loader workers has ready."""
