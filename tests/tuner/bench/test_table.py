@@ -406,6 +406,7 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(Bench, "run", lambda self: pytest.fail("it measures"))
     monkeypatch.setattr(sys, "argv", ["tuner", "bench", str(write(tmp_path)), "--chart", str(tmp_path / "x.svg")])
     with pytest.raises(SystemExit) as stopped:
         main()
