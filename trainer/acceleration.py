@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +104,23 @@ class AccelerationPlan:
     num_workers: int
     pin_memory: bool
     fused_optimizer: bool
-    reasons: tuple[str, ...]
+    reasons: Mapping[str, str]
+    """Why each choice was made, by its topic in the log; that of "device" describes the device."""
+
+    def log_lines(self) -> dict[str, str]:
+        """One line for each topic: the choice and its reason."""
+        choices = {
+            "precision": self.precision,
+            "tf32": _on(self.tf32),
+            "cudnn autotune": _on(self.cudnn_benchmark),
+            "attention": " or ".join(self.sdpa),
+            "compile": _on(self.compile),
+            "loader workers": str(self.num_workers),
+            "pinned memory": _on(self.pin_memory),
+            "fused optimizer": _on(self.fused_optimizer),
+        }
+        parts = {topic: (topic, choices.get(topic), reason) for topic, reason in self.reasons.items()}
+        return {topic: ": ".join(filter(None, part)) for topic, part in parts.items()}
 
 
 def detect(device: str = "auto") -> Capabilities:
@@ -155,18 +172,16 @@ def plan(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> Acce
     pin_memory = cuda and config.pin_memory is not False
     # Tensor cores want multiples of 8; compiled code then sees few shapes too.
     pad_multiple = 8 if cuda or compiled else 1
-    reasons = [f"device: {capabilities.name}, {capabilities.cores} cores, {capabilities.memory / 1e9:.0f} GB"]
-    reasons += [f"precision: {precision}: {precision_why}"]
+    reasons = {"device": f"{capabilities.name}, {capabilities.cores} cores, {capabilities.memory / 1e9:.0f} GB"}
+    reasons["precision"] = precision_why
     if cuda:
-        reasons += [f"tf32: {_on(tf32)}: {_why(config.tf32, 'compute capability 8.0 and above has it')}"]
-        reasons += [f"cudnn autotune: {_on(benchmark)}: {_why(config.cudnn_benchmark, 'few shapes, many steps')}"]
-    reasons += [f"attention: {' or '.join(sdpa)}: {sdpa_why}"]
-    reasons += [f"compile: {_on(compiled)}: {compile_why}"]
-    reasons += [f"loader workers: {num_workers}: {workers_why}"]
+        reasons["tf32"] = _why(config.tf32, "compute capability 8.0 and above has it")
+        reasons["cudnn autotune"] = _why(config.cudnn_benchmark, "few shapes, many steps")
+    reasons |= {"attention": sdpa_why, "compile": compile_why, "loader workers": workers_why}
     if cuda:
-        reasons += [f"pinned memory: {_on(pin_memory)}: {_why(config.pin_memory, 'copies do not block')}"]
+        reasons["pinned memory"] = _why(config.pin_memory, "copies do not block")
     if not config.fused_optimizer:
-        reasons += ["fused optimizer: off: as set"]
+        reasons["fused optimizer"] = "as set"
     return AccelerationPlan(
         device=capabilities.kind,
         precision=precision,
@@ -179,7 +194,7 @@ def plan(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> Acce
         num_workers=num_workers,
         pin_memory=pin_memory,
         fused_optimizer=config.fused_optimizer,
-        reasons=tuple(reasons),
+        reasons=reasons,
     )
 
 
@@ -273,5 +288,5 @@ def apply(plan: AccelerationPlan) -> None:
     torch.backends.cuda.enable_mem_efficient_sdp("efficient" in plan.sdpa)
     torch.backends.cuda.enable_math_sdp("math" in plan.sdpa)
     torch.backends.cuda.enable_cudnn_sdp("flash" in plan.sdpa)
-    for reason in plan.reasons:
-        log.info("%s", reason)
+    for topic, line in plan.log_lines().items():
+        log.info("%s", line, extra={"topic": topic})

@@ -26,9 +26,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.locks import is_locked as is_locked
 from trainer.locks import locked as locked
+from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from tensors_in(value)
+
+
+def num_bytes(tree: Any) -> int:
+    """Of all tensors in nested dictionaries, lists and tuples."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
 
 def snapshot(tree: Any) -> Any:
@@ -84,10 +90,9 @@ def write_checkpoint(state: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
         if (reason := refusal(error)) is None:
             raise
-        size = sum(t.numel() * t.element_size() for t in tensors_in(state)) / 1e9
         raise UserError(
-            f"{path} could not be written ({reason}): it needs {size:.1f} GB; free some space and start again, "
-            "the run goes on from its last checkpoint."
+            f"{path} could not be written ({reason}): it needs {format_bytes(num_bytes(state))}; free some space and "
+            "start again, the run continues from its last checkpoint."
         ) from error
 
 
@@ -96,7 +101,7 @@ def refusal(error: OSError | RuntimeError) -> str | None:
     # torch.save reports a failed write as a RuntimeError of its zip writer, of two kinds.
     if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
         return None
-    return str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
+    return first_line(error.__context__ if isinstance(error.__context__, OSError) else error)
 
 
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -128,8 +133,7 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             "it was run: save the state dict alone."
         ) from error
     except _DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"checkpoint {path} is damaged or no checkpoint ({reason}).") from error
+        raise UserError(f"checkpoint {path} is damaged or no checkpoint ({first_line(error)}).") from error
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds no weights by name but a {type(state).__name__}.")
     return dict(state)
@@ -209,11 +213,11 @@ class Checkpoints:
 
     def _submit(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         self._pending = [future for future in self._pending if not future.done() or future.result()]
-        size = sum(t.numel() * t.element_size() for t in tensors_in(state))
+        size = num_bytes(state)
         if size > psutil.virtual_memory().available / 2:
             self._wait()
         if size > psutil.virtual_memory().available / 2:
-            log.info("training waits while %.1f GB are written: no memory for a snapshot", size / 1e9)
+            log.info("training waits while %s are written: no memory for a snapshot", format_bytes(size))
             write(state)
         else:
             self._pending.append(self._writer.submit(write, snapshot(state)))

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions whose text is for the user, and how any other is quoted."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,8 @@ class UserError(ValueError):
 
 class DamagedSample(Exception):
     """One sample of a dataset can't be read. It is skipped, named in the log, and counted."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

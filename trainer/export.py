@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import refusal, tensors_in
+from trainer.checkpoint import num_bytes, refusal
 from trainer.errors import UserError
+from trainer.units import format_bytes
 
 WeightsFormat = Literal["pth", "safetensors"]
 
@@ -40,9 +41,9 @@ def write_weights(content: Mapping[str, Any], path: Path, *, format: WeightsForm
     except (OSError, RuntimeError) as error:
         if (reason := refusal(error)) is None:
             raise
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(dict(content))) / 1e9
+        size = format_bytes(num_bytes(dict(content)))
         raise UserError(
-            f"{path} could not be written ({reason}): it needs {size:.1f} GB; free some space or choose another folder."
+            f"{path} could not be written ({reason}): it needs {size}; free some space or choose another folder."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

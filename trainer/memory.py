@@ -34,11 +34,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.autograd.graph import _engine_run_backward
 
+from trainer.acceleration import Capabilities, choose_precision
 from trainer.batching import validation_batches
 from trainer.cgroup import memory_left
 from trainer.checkpoint import tensors_in
 from trainer.config import TrainConfig
-from trainer.errors import DamagedSample, UserError
+from trainer.errors import DamagedSample, UserError, first_line
 from trainer.evaluation import autocast
 from trainer.live_bytes import CudaOperations, LiveBytes, storage_bytes
 from trainer.optimizers import build_optimizer, update
@@ -143,7 +144,6 @@ class Probe:
     ) -> None:
         self.workload, self.config, self.device = workload, config, device
         self.precision = precision
-        """May be set before the first estimate, where it depends on the number of parameters."""
         self._fake = None if contents else FakeTensorMode()
         self._data = workload.train_data()
         with self._counting():
@@ -153,6 +153,13 @@ class Probe:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.num_trained = sum(parameter.numel() for parameter in trained)
         self.gradients = storage_bytes(trained)
+
+    @classmethod
+    def on_device(cls, workload: Workload, config: TrainConfig, capabilities: Capabilities) -> Probe:
+        """A probe of a run on a device, in the precision that an acceleration plan would choose for the model."""
+        probe = cls(workload, config, device=capabilities.kind, precision="fp32")
+        probe.precision, _ = choose_precision(capabilities, config, probe.num_trained)
+        return probe
 
     def estimate(self, batch_size: int | None = None, *, micro_batch_size: int | None = None) -> MemoryEstimate:
         """What the run needs, with this batch size and micro-batch size or the configuration's.
@@ -225,11 +232,11 @@ class Probe:
                     with self._fake, live:
                         yield live
             except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
-                raise NoEstimate(f"the model reads the values of its tensors ({_first_line(error)})") from error
+                raise NoEstimate(f"the model reads the values of its tensors ({first_line(error)})") from error
             except RuntimeError as error:
                 if "not supported for tensor subclasses" not in str(error):
                     raise
-                raise NoEstimate(f"the model reads the values of its tensors ({_first_line(error)})") from error
+                raise NoEstimate(f"the model reads the values of its tensors ({first_line(error)})") from error
 
     def _inputs(self, batch: Batch, live: LiveBytes) -> dict[str, Tensor]:
         inputs = batch.inputs
@@ -337,7 +344,3 @@ def read_samples(data: Dataset, indices: Sequence[int] | np.ndarray, number: int
         except DamagedSample as error:
             damage, num_damaged = str(error), num_damaged + 1
     return samples, damage
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

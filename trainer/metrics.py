@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainer.clock import clock as clock
 from trainer.device_monitor import GPU_MEMORY, GPU_UTILIZATION
+from trainer.units import format_bytes
 from trainer.workload import Batch
 
 
@@ -56,7 +57,7 @@ def log_line(step: int, values: Mapping[str, float], *, time: float) -> str:
     parts += [f"LR: {values['train/lr']:.3g}", f"Time: {time:.1f}s"]
     parts += [f"{values['train/samples_per_second']:.1f} samples/s"]
     if GPU_MEMORY in values:
-        parts += [f"GPU {values[GPU_MEMORY] / 1e9:.1f} GB"]
+        parts += [f"GPU {format_bytes(values[GPU_MEMORY])}"]
     if GPU_UTILIZATION in values:
         parts += [f"{values[GPU_UTILIZATION]:.0%} busy"]
     if "train/seconds_left" in values:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from trainer.acceleration import Capabilities, choose_precision
+from trainer.acceleration import Capabilities
 from trainer.config import TrainConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.memory import MemoryEstimate, NoEstimate, Probe, available_memory
+from trainer.units import format_bytes
 from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def fit(
             probes.clear()  # one that stumbled may hold half an estimate
         # Code that trains may stumble in many ways over tensors without contents. A defect, of it or of the data,
         # shows in the run itself, which comes next.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if not isinstance(error, NoEstimate | UserError):
             log.warning("the memory estimate failed (%s: %s); the run goes on without it", type(error).__name__, reason)
         return Fit(size, None, f"no estimate, so batches are not cut ({reason})")
@@ -107,27 +108,22 @@ def _probe(
         capabilities.kind,
     )
     if key not in probes:
-        probe = Probe(workload, config, device=capabilities.kind, precision="fp32")
-        probe.precision, _ = choose_precision(capabilities, config, probe.num_trained)
-        probes[key] = probe
+        probes[key] = Probe.on_device(workload, config, capabilities)
     return probes[key]
 
 
 def _largest(estimate: Callable[[int], MemoryEstimate], batch_size: int, available: float) -> Fit:
-    needs = cache(lambda size: estimate(size).total)
+    needs, there = cache(lambda size: estimate(size).total), format_bytes(available)
+    whole = format_bytes(needs(batch_size))
     if needs(batch_size) <= available:
-        return Fit(batch_size, needs(batch_size), f"the whole batch needs {_gb(needs(batch_size))} of {_gb(available)}")
+        return Fit(batch_size, needs(batch_size), f"the whole batch needs {whole} of {there}")
     # In parts as equal as can be: it is the largest that decides.
     sizes = sorted({math.ceil(batch_size / parts) for parts in range(1, batch_size + 1)})
     size = sizes[max(0, bisect_right(sizes, available, key=needs) - 1)]
-    whole, part = _gb(needs(batch_size)), _gb(needs(size))
-    return Fit(size, needs(size), f"a batch of {batch_size} needs {whole} of {_gb(available)}, cut like this {part}")
+    part = format_bytes(needs(size))
+    return Fit(size, needs(size), f"a batch of {batch_size} needs {whole} of {there}, cut like this {part}")
 
 
 def shortage(found: Fit, available: float) -> str:
     """What a run that does not fit needs, and what there is."""
-    return f"needs {_gb(found.needs or 0)} and the device has {_gb(available)}"
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    return f"needs {format_bytes(found.needs or 0)} and the device has {format_bytes(available)}"

@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 
 from trainer.errors import DamagedSample, UserError
 from trainer.packed_store import Header, map_field, map_places
-from trainer.packing import CannotPack, Estimate, between_samples, duration, estimate, pack, size
+from trainer.packing import CannotPack, Estimate, between_samples, duration, estimate, pack
+from trainer.units import format_bytes
 from trainer.workload import Dataset
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def _open(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]
 
 def contents(header: Header) -> str:
     damaged = f", {header.num_damaged:,} of them damaged and read from their files" if header.num_damaged else ""
-    return f"{header.num_samples:,} samples{damaged}, {size(header.num_bytes)}"
+    return f"{header.num_samples:,} samples{damaged}, {format_bytes(header.num_bytes)}"
 
 
 def _equals(store: PackedDataset, data: Dataset) -> bool:
@@ -154,7 +155,7 @@ def _make(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]
             found = Header.read(partial, digest, len(data))
             left = len(data) - (found.num_done if found else 0)
             took = duration(needed.seconds * left / len(data))
-            log.info("packing into %s: %s, of %s free, and about %s", path, needs(needed), size(free), took)
+            log.info("packing into %s: %s, of %s free, and about %s", path, needs(needed), format_bytes(free), took)
             started = time.perf_counter()
             header = pack(data, partial, digest, needed.fields, ceiling=ceiling)
         except CannotPack:
@@ -169,18 +170,18 @@ def _make(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]
 
 
 def needs(needed: Estimate) -> str:
-    return f"it needs about {size(needed.num_bytes)} of disk ({needed.details})"
+    return f"it needs about {format_bytes(needed.num_bytes)} of disk ({needed.details})"
 
 
 def _ceiling(needed: Estimate, free: float, folder: Path, mode: Mode) -> float:
     """The bytes which the store must not exceed. Raises `CannotPack` where it needs too much."""
     if mode is True:
         if needed.num_bytes > free:
-            raise CannotPack(f"{needs(needed)}, and {size(free)} are free in {folder}")
+            raise CannotPack(f"{needs(needed)}, and {format_bytes(free)} are free in {folder}")
         return math.inf
     limit = min(AUTO_BYTES, AUTO_SHARE * free)
     if needed.num_bytes > limit:
-        bound = size(AUTO_BYTES) if limit == AUTO_BYTES else f"a quarter of the {size(free)} free"
+        bound = format_bytes(AUTO_BYTES) if limit == AUTO_BYTES else f"a quarter of the {format_bytes(free)} free"
         raise CannotPack(f"{needs(needed)}, more than {bound} (pack = true packs it all the same)")
     return 2 * limit
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from trainer.errors import DamagedSample
 from trainer.packed_store import PLACES, Field, Header, field_path, map_field, map_places
+from trainer.units import format_bytes
 from trainer.workload import Dataset
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def estimate(data: Dataset) -> Estimate:
         distinct = num_distinct(counts, round(share * counts.total()))
         mean = sum(sizes[key] for key in counts) / max(1, len(counts))
         needed = round(share * in_small + distinct * mean)
-        parts.append(f"{field.name} {size(needed)}" + (f" (about {distinct:,} distinct)" if distinct else ""))
+        parts.append(f"{field.name} {format_bytes(needed)}" + (f" (about {distinct:,} distinct)" if distinct else ""))
         num_bytes += needed
     seconds = (time.perf_counter() - started) * share
     return Estimate(fields, num_bytes, seconds, ", ".join(parts))
@@ -127,13 +128,6 @@ def raw(values: np.ndarray) -> memoryview:
 
 def digest_of(values: np.ndarray) -> bytes:
     return hashlib.sha256(raw(values)).digest()[:16]
-
-
-def size(num_bytes: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if num_bytes >= unit / 10:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes / 1e3:.0f} kB"
 
 
 def duration(seconds: float) -> str:
@@ -170,7 +164,7 @@ def pack(data: Dataset, folder: Path, digest: str, fields: tuple[Field, ...], *,
                 header, said = writer.record(), now
                 _say_progress(header, begun.num_done, now - started)
                 if header.num_bytes > ceiling:
-                    raise CannotPack(f"it grew to {size(header.num_bytes)}, far more than was estimated")
+                    raise CannotPack(f"it grew to {format_bytes(header.num_bytes)}, far more than was estimated")
     return writer.header
 
 
@@ -184,7 +178,7 @@ def _say_progress(header: Header, before: int, seconds: float) -> None:
         "packing: %s of %s samples, %s, %.0f samples/s, about %s left",
         f"{header.num_done:,}",
         f"{header.num_samples:,}",
-        size(header.num_bytes),
+        format_bytes(header.num_bytes),
         speed,
         duration((header.num_samples - header.num_done) / speed),
     )

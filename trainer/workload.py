@@ -129,11 +129,35 @@ class Workload(BaseModel, ABC):
         """
         write_weights(state, path, format=format)
 
+    def input_files(self) -> Sequence[tuple[str, Path]]:
+        """(option, file) for each file that has to be there before a run. `tuner doctor` and the quick checks refuse
+        one that is missing or empty; of other options that are paths they only warn, for the workload may make them.
+        """
+        return ()
+
+    def unpacked(self) -> Workload:
+        """The same workload, reading its original files: itself where it packs nothing, else another in which one
+        option, a mode of `trainer.packed`, is false. `tuner doctor` looks at data without copying it, and `tuner
+        bench` measures what packing gives."""
+        return self
+
+    def memory_savers(self) -> Sequence[str]:
+        """Assignments in `[workload]` that trade time for memory and are not yet in use, such as
+        "gradient_checkpointing = true", the best first. `tuner doctor` names them where the memory does not suffice.
+        """
+        return ()
+
+    def without_initial_weights(self) -> Workload:
+        """The same workload, whose `build_model` reads no weights. `tuner evaluate` replaces them at once, and files
+        of weights may have gigabytes."""
+        return self
+
     def data_digest(self) -> str:
         """Identifies the contents of what the options' paths name, wherever it lies: the data, and the model's
         size where a file says it. A run continues, and a study goes on, only where it is the same."""
         return ""
 
     def best_checkpoints(self) -> Mapping[str, str]:
-        """Which validation metric (the lower, the better) keeps its best weights in which file."""
+        """Which validation metric (the lower, the better) keeps its best weights in which file. The first entry's is
+        what `tuner export` and `tuner evaluate` take of a run directory."""
         return {"val/loss": "best_model.pth"}

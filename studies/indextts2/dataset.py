@@ -20,7 +20,7 @@ import numpy as np
 
 from studies.indextts2.manifest import Manifest, open_manifest, sample_paths
 from studies.indextts2.model import NUM_CONDITION, PREFIX, GPTConfig
-from trainer.errors import DamagedSample, UserError
+from trainer.errors import DamagedSample, UserError, first_line
 from trainer.packed import Mode, packed
 from trainer.workload import Dataset
 
@@ -192,7 +192,7 @@ class _SampleReader:
         except FileNotFoundError:
             self._refuse(path, "is missing")
         except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-            self._refuse(path, f"can't be read: {str(error).splitlines()[0] if str(error) else 'damaged'}")
+            self._refuse(path, f"can't be read: {first_line(error)}")
         if not isinstance(values, np.ndarray):
             values.close()
             self._refuse(path, "is an archive, not one array")

@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from trainer.errors import DamagedSample, UserError
+from trainer.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _build_index(path: Path, stamp: dict[str, int], index: IO[bytes], place: Pat
     """Read the whole manifest into `index` and move it to `place`; returns its header. Memory stays flat:
     the columns grow in files of their own until their sizes are known."""
     started = time.perf_counter()
-    logger.info("indexing %s (%.0f MB)", path, stamp["size"] / 1e6)
+    logger.info("indexing %s (%s)", path, format_bytes(stamp["size"]))
     try:
         with ExitStack() as stack:
             stack.enter_context(index)

@@ -142,6 +142,20 @@ class IndexTTS2(Workload):
     def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
         export_gpt(state, path, base_checkpoint=self.base_checkpoint, format=format)
 
+    def input_files(self) -> Sequence[tuple[str, Path]]:
+        specs = {"train_manifests": self.train_manifests, "val_manifests": self.val_manifests}
+        return [(option, Path(split_language(spec)[0])) for option, given in specs.items() for spec in given]
+
+    def unpacked(self) -> IndexTTS2:
+        # Built anew: a copy would keep the data that is already open.
+        return self if self.pack is False else self.model_validate(self.model_dump() | {"pack": False})
+
+    def memory_savers(self) -> Sequence[str]:
+        return () if self.gradient_checkpointing else ("gradient_checkpointing = true",)
+
+    def without_initial_weights(self) -> IndexTTS2:
+        return self.model_copy(update={"base_checkpoint": None})
+
     def data_digest(self) -> str:
         train, val = self._train_files.digests, self._val_files.digests
         digests = ["train", *train, "val", *val, self.gpt_config.model_dump_json()]
@@ -149,7 +163,7 @@ class IndexTTS2(Workload):
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def best_checkpoints(self) -> Mapping[str, str]:
-        return {"val/text_loss": "best_text_model.pth", "val/mel_loss": "best_mel_model.pth"}
+        return {"val/mel_loss": "best_mel_model.pth", "val/text_loss": "best_text_model.pth"}
 
 
 def collate(samples: Sequence[Utterance], config: GPTConfig, pad_multiple: int = 1) -> Batch:

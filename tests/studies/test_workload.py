@@ -349,10 +349,27 @@ def test_a_model_learns_the_tiny_corpus(corpus: Path) -> None:
 
 
 def test_best_checkpoints_go_by_text_and_by_mel_loss(corpus: Path) -> None:
-    assert workload(corpus).best_checkpoints() == {
-        "val/text_loss": "best_text_model.pth",
-        "val/mel_loss": "best_mel_model.pth",
-    }
+    files = {"val/mel_loss": "best_mel_model.pth", "val/text_loss": "best_text_model.pth"}
+    assert list(workload(corpus).best_checkpoints().items()) == list(files.items()), "the first is exported"
+
+
+def test_the_input_files_are_the_manifests_without_their_language(corpus: Path) -> None:
+    files = [("train_manifests", corpus / "train_pairs.jsonl"), ("val_manifests", corpus / "val_pairs.jsonl")]
+    assert workload(corpus).input_files() == files
+
+
+def test_unpacked_data_is_read_from_its_files_though_a_store_is_open(corpus: Path) -> None:
+    work = workload(corpus, pack=True, config="config.yaml")
+    assert work.train_data().mapped
+    unpacked = work.unpacked()
+    assert not hasattr(unpacked.train_data(), "mapped") and unpacked.unpacked() is unpacked
+    assert unpacked == work.model_copy(update={"pack": False})
+
+
+def test_gradient_checkpointing_saves_memory_where_it_is_off(corpus: Path) -> None:
+    (saver,) = workload(corpus).memory_savers()
+    options = tomllib.loads(saver)
+    assert workload(corpus, **options).memory_savers() == ()
 
 
 def test_the_real_study_names_options_that_exist() -> None:

@@ -59,7 +59,7 @@ def test_the_full_run_on_each_device(
 def test_a_few_steps_never_repay_compilation(device: str, steps: int) -> None:
     chosen = decide(device, replace(DEMO, remaining_steps=steps))
     assert not chosen.compile
-    assert any(f"compile: off: {steps} steps would not repay about" in reason for reason in chosen.reasons)
+    assert any(f"compile: off: {steps} steps would not repay about" in reason for reason in chosen.log_lines().values())
 
 
 def test_a_cpu_compiles_only_where_it_is_told_to() -> None:
@@ -92,7 +92,7 @@ def test_a_budget_in_seconds_decides_by_them() -> None:
 def test_without_a_compiler_nothing_is_compiled() -> None:
     device = replace(DEVICES["A100"], compiler=False)
     chosen = plan(device, TrainConfig(steps=1), REAL)
-    assert not chosen.compile and "compile: off: Triton is not installed" in chosen.reasons
+    assert not chosen.compile and "compile: off: Triton is not installed" in chosen.log_lines().values()
     with pytest.raises(UserError, match=r'train.compile "on" needs Triton'):
         plan(device, TrainConfig(steps=1, compile="on"), REAL)
 
@@ -123,7 +123,7 @@ def test_every_choice_can_be_overridden_and_says_so(setting: str, value: Any, re
     given = {"sdpa": "math", "compile": "off"}.get(setting, value)
     before, after = decide("RTX 4090"), decide("RTX 4090", **{setting: given})
     assert getattr(before, setting) != value and getattr(after, setting) == value
-    assert reason in after.reasons
+    assert reason in after.log_lines().values()
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,16 @@ def test_a_kernel_that_can_not_run_is_refused(device: str, settings: dict[str, A
         decide(device, **settings)
 
 
+def test_reasons_are_by_topic_without_the_choice() -> None:
+    reasons = decide("CPU without").reasons
+    assert reasons["loader workers"] == "the cores are busy computing"
+    assert reasons["device"].startswith("CPU, ") and "tf32" not in reasons
+
+
 def test_more_workers_than_cores_are_not_started() -> None:
     chosen = decide("RTX 2080", num_workers=32)
     assert chosen.num_workers == 8
-    assert "loader workers: 8: 32 set, but no more cores" in chosen.reasons
+    assert "loader workers: 8: 32 set, but no more cores" in chosen.log_lines().values()
 
 
 def test_this_machine_is_described() -> None:
@@ -164,7 +170,7 @@ def test_applying_a_plan_switches_attention_and_logs_each_reason(caplog: pytest.
             apply(decide("CPU without", sdpa="math"))
         assert not torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
         assert "attention: math: as set" in caplog.messages
-        assert len(caplog.messages) == len(decide("CPU without", sdpa="math").reasons)
+        assert caplog.messages == list(decide("CPU without", sdpa="math").log_lines().values())
     finally:
         apply(everything)
     assert torch.backends.cuda.flash_sdp_enabled()

@@ -15,6 +15,7 @@ from studies.indextts2 import IndexTTS2
 from tests.studies.test_weights import tokenizers  # noqa: F401
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from tests.toy import Toy, ToyModel
+from trainer.acceleration import Capabilities
 from trainer.config import TrainConfig
 from trainer.errors import UserError
 from trainer.live_bytes import LiveBytes
@@ -250,3 +251,11 @@ def test_damaged_samples_are_passed_over() -> None:
     assert toy_estimate(toy=Toy(width=64, damaged=tuple(map(int, longest)))).parameters > 0
     with pytest.raises(UserError, match=r"4 training samples 0 could be read.* tokens\.npy is missing"):
         toy_estimate(toy=Toy(num_train=4, damaged=(0, 1, 2, 3)))
+
+
+def test_a_probe_on_a_device_decides_the_precision_as_a_plan_does() -> None:
+    gpu = Capabilities("cuda", "GPU", cores=4, memory=10**10, compute_capability=(8, 9))
+    avx = Capabilities("cpu", "CPU", cores=4, memory=10**10, avx512_bf16=True)
+    for device, settings, precision in [(gpu, {}, "bf16"), (gpu, {"precision": "fp32"}, "fp32"), (avx, {}, "fp32")]:
+        probe = Probe.on_device(Toy(width=8), TrainConfig(steps=1, batch_size=2, **settings), device)
+        assert (probe.device, probe.precision) == (device.kind, precision)

@@ -21,6 +21,7 @@ from trainer.checkpoint import read_checkpoint
 from trainer.loader import micro_batches, train_batches
 from trainer.memory import Probe
 from trainer.micro_batches import fit
+from trainer.units import format_bytes
 
 CPU = Capabilities("cpu", "CPU", cores=1, memory=8_000_000_000)
 STEPS = 12
@@ -144,7 +145,7 @@ def test_auto_takes_the_most_that_fits(size: int, next_larger: int | None) -> No
     assert found.fits(available) and not found.fits(available - 1)
     if next_larger:
         assert needed(64, micro_batch_size=next_larger) > available
-        assert f"a batch of 64 needs {needed(64) / 1e6:.1f} MB of {available / 1e6:.1f} MB" in found.reason
+        assert f"a batch of 64 needs {format_bytes(needed(64))} of {format_bytes(available)}" in found.reason
 
 
 def test_auto_cuts_nothing_where_the_memory_is_ample() -> None:

@@ -47,7 +47,7 @@ ADDED = {
 """What this project adds to them."""
 
 
-def why_not(name: str, capabilities: Capabilities, workload: type[Workload]) -> str:
+def why_not(name: str, capabilities: Capabilities, workload: Workload) -> str:
     """Why this optimization can't be measured here; empty where it can."""
     cuda = capabilities.kind == "cuda"
     if name in ("cudnn", "tf32") and not cuda:
@@ -56,8 +56,8 @@ def why_not(name: str, capabilities: Capabilities, workload: type[Workload]) -> 
         return "the device has no TF32"
     if name == "bf16" and not capabilities.bf16:
         return "the device has no fast bf16"
-    if name == "packed data" and "pack" not in workload.model_fields:
-        return "the workload has no option 'pack'"
+    if name == "packed data" and workload.unpacked() is workload:
+        return "the workload packs no data"
     return ""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from trainer import TrainConfig, UserError, Workload, train
 from trainer.acceleration import detect
+from trainer.errors import first_line
 from tuner.bench.baseline import BaselineLoop, switched
 from tuner.study.objective import is_out_of_memory
 from tuner.study.peak_memory import peak_memory
@@ -161,19 +162,20 @@ def measure_trainer(workload: Workload, config: TrainConfig, *, steps: int) -> M
         real_token_share=values["train/real_token_share"],
         loss=intervals.values[0]["train/loss"],
         peak_memory_bytes=peak_memory(detect(config.device).kind) or 0,
-        note="; ".join(line for line in reasons.lines if not line.startswith("device:")),
+        note="; ".join(reasons.lines),
     )
 
 
 class _Reasons(logging.Handler):
-    """Keeps what the trainer says about its acceleration."""
+    """Keeps what the trainer logs of its acceleration, but the device: the table names it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        if getattr(record, "topic", "") != "device":
+            self.lines.append(record.getMessage())
 
 
 def graphs() -> int:
@@ -184,14 +186,6 @@ def graphs() -> int:
 
 def _late(num_graphs: int) -> str:
     return f", {num_graphs} more in the timed steps" if num_graphs else ""
-
-
-def build_workload(spec: StudySpec, on: frozenset[str]) -> Workload:
-    """The spec's workload, with unpacked data unless "packed data" is among the optimizations."""
-    options = dict(spec.workload)
-    if "pack" in spec.workload_class.model_fields:
-        options["pack"] = "packed data" in on
-    return spec.build_workload(options)
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,13 +205,14 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         else:
             on = frozenset(request["optimizations"])
             # The trainer is timed in its second interval: so are the others, on the same steps.
-            measurement = measure(build_workload(spec, on), config, on, steps=request["steps"], warmup=request["steps"])
+            workload = setup.workload if "packed data" in on else setup.workload.unpacked()
+            measurement = measure(workload, config, on, steps=request["steps"], warmup=request["steps"])
     except UserError as error:
         return {"user_error": str(error)}
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
-        return {"out_of_memory": str(error).strip().partition("\n")[0]}
+        return {"out_of_memory": first_line(error)}
     return {"measurement": {**asdict(measurement), "losses": None}}
 
 

@@ -1,18 +1,22 @@
-"""What `tuner bench` shows: a table on the terminal, and a chart as an SVG that needs no library."""
+"""The output of `tuner bench`: a table on the terminal, and a chart as an SVG."""
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from trainer.errors import UserError
+from trainer.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = {"baseline": "#999999", "cumulative": "#0072B2", "trainer": "#D55E00", "alone": "#56B4E9"}
@@ -22,7 +26,6 @@ HEADINGS = {
     "trainer": "",
     "alone": "Alone: the baseline and one optimization",
 }
-LABEL_WIDTH, BAR_WIDTH, END_WIDTH, BAR, LINE = 150, 520, 190, 16, 25
 
 Row = Mapping[str, Any]
 
@@ -79,7 +82,7 @@ def _cells(row: Row) -> list[str]:
         "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         "" if spread is None else f"{spread[0]:.2f} - {spread[1]:.2f}",
         f"{row['step_seconds'] * 1000:,.0f} ms",
-        f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        format_bytes(row["peak_memory_bytes"]),
         f"{row['real_token_share']:.0%}",
         f"{row['first_loss']:.3f}",
     ]
@@ -91,60 +94,62 @@ def check_chart_path(path: Path) -> None:
         raise UserError(f"--chart {path}: it is written as SVG; name it {path.with_suffix('.svg')}.")
     if not path.parent.is_dir():
         raise UserError(f"--chart {path}: there is no folder {path.parent}; make it first.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--chart {path}: matplotlib is not installed: pip install 'prodigy-tuner[bench]'.")
 
 
 def write_chart(result: Mapping[str, Any], path: Path) -> None:
     """Horizontal bars of real tokens a second, each with its number; a line from the least to the most round."""
-    path.write_text(chart(result), encoding="utf-8")
+    import matplotlib
+    from matplotlib.figure import Figure
 
-
-def chart(result: Mapping[str, Any]) -> str:
-    """The SVG."""
     rows: Sequence[Row] = result["rows"]
-    most = max((row["spread"]["tokens_per_second"][1] for row in rows if row["tokens_per_second"]), default=1.0)
-    width = LABEL_WIDTH + BAR_WIDTH + END_WIDTH
+    groups = {group: [row for row in rows if row["group"] == group] for group in HEADINGS}
+    num_lines = len(rows) + sum(bool(HEADINGS[group] and members) for group, members in groups.items())
     rounds = "" if result["rounds"] == 1 else ", a thin line from the least to the most"
     subtitle = (
         f"{result['device']}; batches of {result['batch_size']}; "
         f"median of {result['rounds']} x {result['steps']} steps{rounds}"
     )
-    parts = [_text(12, 24, "Real tokens a second", size=16, weight="bold"), _text(12, 43, subtitle, fill="#555555")]
-    y = 56.0
-    for group in HEADINGS:
-        members = [row for row in rows if row["group"] == group]
-        if members and HEADINGS[group]:
-            y += LINE
-            parts.append(_text(12, y, HEADINGS[group], weight="bold"))
-            y += 8
-        for row in members:
-            parts += _bar(row, y, BAR_WIDTH / most)
-            y += LINE
-    height = round(y + 12)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'font-family="Helvetica, Arial, sans-serif">\n'
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+    # Text stays text; the salt and the missing date make equal results equal files.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tuner bench"}):
+        figure = Figure((8, 0.24 * num_lines + 0.6), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(f"Real tokens a second\n{subtitle}", loc="left", fontsize=10)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.tick_params(left=False, bottom=False, labelbottom=False)
+        y, places = 0, {}
+        for group, members in groups.items():
+            if members and HEADINGS[group]:
+                axes.text(0.01, y, HEADINGS[group], weight="bold", va="center", transform=axes.get_yaxis_transform())
+                y += 1
+            for row in members:
+                _draw_bar(axes, row, y)
+                places[y] = label(row)
+                y += 1
+        axes.set_yticks(list(places), list(places.values()))
+        axes.set_ylim(num_lines - 0.4, -0.6)
+        axes.margins(x=0.25)
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def _bar(row: Row, y: float, scale: float) -> Iterator[str]:
-    baseline = y + BAR - 4
-    yield _text(LABEL_WIDTH - 8, baseline, label(row), anchor="end")
+def _draw_bar(axes: Axes, row: Row, y: int) -> None:
     if row["tokens_per_second"] is None:
-        yield _text(LABEL_WIDTH, baseline, textwrap.shorten(row["note"], 90), fill="#777777", style="italic")
+        axes.annotate(
+            textwrap.shorten(row["note"], 90),
+            (0, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color="#777777",
+        )
         return
-    least, most = (value * scale for value in row["spread"]["tokens_per_second"])
-    length, colour = row["tokens_per_second"] * scale, COLOURS[row["group"]]
-    yield f'<rect x="{LABEL_WIDTH}" y="{y:.1f}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>'
-    middle = y + BAR / 2
+    value, (least, most) = row["tokens_per_second"], row["spread"]["tokens_per_second"]
+    axes.barh(y, value, height=0.65, color=COLOURS[row["group"]])
     if most > least:
-        ends = f'x1="{LABEL_WIDTH + least:.1f}" x2="{LABEL_WIDTH + most:.1f}"'
-        yield f'<line {ends} y1="{middle}" y2="{middle}" stroke="#000000" stroke-width="1.5"/>'
+        axes.plot([least, most], [y, y], color="black", linewidth=1)
     times = "" if row["speedup"] is None else f" ({row['speedup']:.2f}x)"
-    yield _text(LABEL_WIDTH + max(length, most) + 7, baseline, f"{row['tokens_per_second']:,.0f}{times}")
-
-
-def _text(x: float, y: float, text: str, *, size: int = 12, fill: str = "#111111", **attributes: str) -> str:
-    names = {"anchor": "text-anchor", "weight": "font-weight", "style": "font-style"}
-    more = "".join(f' {names[name]}="{value}"' for name, value in attributes.items())
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}"{more}>{escape(text)}</text>'
+    axes.annotate(
+        f"{value:,.0f}{times}", (max(value, most), y), (5, 0), textcoords="offset points", va="center", fontsize=9
+    )

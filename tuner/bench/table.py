@@ -91,7 +91,7 @@ class Row:
         }
 
 
-def build_rows(capabilities: Capabilities, workload: type[Workload]) -> list[Row]:
+def build_rows(capabilities: Capabilities, workload: Workload) -> list[Row]:
     """All rows in their order. What has no effect here is left out, of the cumulative sets too."""
     reasons = {name: why_not(name, capabilities, workload) for name in (*REQUESTED, *ADDED)}
     rows = [Row("baseline", "baseline", ())]
@@ -134,9 +134,10 @@ class Bench:
         command: Sequence[str] | None = None,
     ) -> None:
         self.spec, self.rounds, self.steps, self.say, self.command = spec, rounds, steps, say, tuple(command or CHILD)
-        self.config = full_setup(spec, {}).config
+        setup = full_setup(spec, {})
+        self.config = setup.config
         self.capabilities = detect(self.config.device)
-        self.rows = select(build_rows(self.capabilities, spec.workload_class), only)
+        self.rows = select(build_rows(self.capabilities, setup.workload), only)
         self.load_average = os.getloadavg()
         self._spent: dict[tuple[str, ...] | None, float] = {}
 

@@ -92,7 +92,8 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
     to: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
     checkpoint: Annotated[
-        str | None, typer.Option(help="best_text, latest, a step or a path; left out: best_mel, else latest.")
+        str | None,
+        typer.Option(help="best_*, latest, a step or a path; left out: the workload's first best, else latest."),
     ] = None,
     format: Annotated[str | None, typer.Option(help="pth or safetensors; left out: by the name of the file.")] = None,
     spec: Annotated[Path | None, typer.Option(help="Take the workload from this study.toml.")] = None,

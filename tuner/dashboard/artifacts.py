@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
+import tomli_w
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
@@ -80,7 +79,7 @@ def best_spec(study: optuna.Study, found: Findings, trial: FrozenTrial) -> str:
         f"# Study {found.name}, trial {trial.number}: {found.metric} {value:.4f}.",
         f"# Its place is {study.user_attrs[BASE_DIR]}: a workload's module is looked for beside its study.toml.",
     ]
-    return "\n".join(head) + "\n" + to_toml({**values, **sections})
+    return "\n".join(head) + "\n" + tomli_w.dumps(_without_none({**values, **sections}))
 
 
 def leaderboard(found: Findings) -> str:
@@ -111,27 +110,8 @@ def leaderboard(found: Findings) -> str:
     return out.getvalue()
 
 
-def to_toml(values: Mapping[str, Any]) -> str:
-    """A document of tables of plain values; tables inside a table stand inline, and None is left out."""
-    lines: list[str] = []
-    for table, content in values.items():
-        lines += ["", f"[{_key(table)}]"]
-        lines += [f"{_key(key)} = {_value(value)}" for key, value in content.items() if value is not None]
-    return "\n".join(lines[1:]) + "\n"
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _value(name)
-
-
-def _value(value: Any) -> str:
+def _without_none(value: Any) -> Any:
+    """TOML has no null."""
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's strings are TOML's, but for one control character that JSON lets through.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return value

@@ -40,8 +40,3 @@ def as_json(checks: Iterable[Check]) -> list[dict[str, Any]]:
 
 def has_failed(checks: Iterable[Check]) -> bool:
     return any(check.state == "fail" for check in checks)
-
-
-def size(count: float) -> str:
-    """Bytes for a person: 12.34 GB, or 56 MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -21,43 +19,45 @@ from trainer.memory import read_samples
 from trainer.packed import AUTO_BYTES, AUTO_SHARE
 from trainer.packed_store import HEADER
 from trainer.packing import CannotPack, Estimate, duration, estimate
+from trainer.units import format_bytes
 from trainer.workload import Workload
-from tuner.doctor.check import Check, State, size
+from tuner.doctor.check import Check, State
 from tuner.doctor.disk import nearest
 from tuner.spec.setups import Setup
 
 INDEX, OTHER_INDEX = ".tuner-index", Path("data/index")
-"""Where packed stores lie: in such a folder beside a manifest, else in the second."""
+"""Where packed stores are: in such a folder beside an input file, else in the second."""
 SHM = Path("/dev/shm")
 PREFETCHED = 4
 """Batches that each of the trainer's loader workers has ready."""
 
 
 def check_paths(workload: Workload) -> Iterator[Check]:
-    """Whether what the options name is there, one check for each that is not. Opens nothing.
+    """Whether the files that the options name exist, one check for each that does not. Opens nothing.
 
-    A manifest is read, whatever the workload; of other paths only the workload knows whether it reads or makes them.
+    Options besides `Workload.input_files` may name what the workload makes: a missing one is a warning.
     """
+    inputs = set(workload.input_files())
     for option, path in named_paths(workload):
-        manifest = "manifest" in option
-        remedy = f"correct workload.{option}" + (", or make the data" if manifest else "")
+        is_input = (option, path) in inputs
+        remedy = f"correct workload.{option}" + (", or make the data" if is_input else "")
         if not path.exists():
-            missing: State = "fail" if manifest else "warn"
+            missing: State = "fail" if is_input else "warn"
             yield Check("data", missing, f"{path}, which workload.{option} names, is not there", remedy)
         elif not os.access(path, os.R_OK):
             yield Check("data", "fail", f"{path}, which workload.{option} names, can't be read", "correct who may read")
-        elif manifest and path.is_file() and not path.stat().st_size:
+        elif is_input and path.is_file() and not path.stat().st_size:
             yield Check("data", "fail", f"{path}, which workload.{option} names, is empty", remedy)
 
 
 def named_paths(workload: Workload) -> Iterator[tuple[str, Path]]:
-    """(option, path) for each option that is a path, and each manifest "PATH" or "PATH::language"."""
+    """(option, path) of each input file, then of each other option that is a path."""
+    inputs = list(workload.input_files())
+    yield from inputs
     for option, value in workload.model_dump().items():
         for entry in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(entry, Path):
+            if isinstance(entry, Path) and (option, entry) not in inputs:
                 yield option, entry
-            elif isinstance(entry, str) and "manifest" in option:
-                yield option, Path(re.sub(r"::[\w-]+$", "", entry))
 
 
 def check_data(setup: Setup) -> Check:
@@ -80,16 +80,18 @@ def check_data(setup: Setup) -> Check:
     return Check("data", "ok", f"{message}, at most {int(max(train.lengths)):,} tokens each")
 
 
-def check_packing(setup: Setup, mode: Any, *, free: float | None = None) -> tuple[Check, bool]:
+def check_packing(workload: Workload, unpacked: Workload, *, free: float | None = None) -> tuple[Check, bool]:
     """Whether the disk holds the packed store that the first use makes, and whether there will be one.
 
     Args:
-        setup: With data that is not packed.
-        mode: The spec's `workload.pack`: "auto", or True.
+        workload: One that packs its data.
+        unpacked: Its `unpacked()`; the option in which they differ is a mode of `trainer.packed`.
         free: Bytes, in place of those that are free on the disk.
     """
-    splits = {"train": setup.workload.train_data(), "val": setup.workload.val_data()}
-    places = [*(path.parent / INDEX for _, path in named_paths(setup.workload)), OTHER_INDEX]
+    options = unpacked.model_dump()
+    option, mode = next((name, value) for name, value in workload.model_dump().items() if value != options[name])
+    splits = {"train": unpacked.train_data(), "val": unpacked.val_data()}
+    places = [*(path.parent / INDEX for _, path in named_paths(workload)), OTHER_INDEX]
     if all(any(_holds(place, len(data)) for place in places) for data in splits.values()):
         return Check("packed data", "ok", f"packed by an earlier run, in {places[0]}"), True
     folder = nearest(places[0])
@@ -98,16 +100,16 @@ def check_packing(setup: Setup, mode: Any, *, free: float | None = None) -> tupl
         needed = [estimate(data) for data in splits.values()]
     except CannotPack as error:
         if mode is True:
-            return Check("packed data", "fail", f"not packed: {error}", "use workload.pack = false"), False
+            return Check("packed data", "fail", f"not packed: {error}", f"use workload.{option} = false"), False
         return Check("packed data", "warn", f"not packed: {error}", "repair the data"), False
     total = sum(part.num_bytes for part in needed)
-    message = f"{size(total)} of {size(free)} free in {folder}"
+    message = f"{format_bytes(total)} of {format_bytes(free)} free in {folder}"
     if mode is True and total > free:
-        remedy = "free some space, or use workload.pack = false"
+        remedy = f"free some space, or use workload.{option} = false"
         return Check("packed data", "fail", f"the packed store needs {message}", remedy), False
     if mode == "auto" and max(part.num_bytes for part in needed) > min(AUTO_BYTES, AUTO_SHARE * free):
-        bound = f"{size(AUTO_BYTES)} or a quarter of what is free"
-        remedy = "free some space, or use workload.pack = true"
+        bound = f"{format_bytes(AUTO_BYTES)} or a quarter of what is free"
+        remedy = f"free some space, or use workload.{option} = true"
         reason = f"not packed, so files are read one by one: a store needs {message}, more than {bound}"
         return Check("packed data", "warn", reason, remedy), False
     return Check("packed data", "ok", f"the first use packs it: {message}, about {_time(needed)}"), True
@@ -138,12 +140,11 @@ def check_loader(
         batch_size: The largest searched.
         shared: Bytes free in /dev/shm. Default: this machine's.
     """
-    reason = next(r for r in plan.reasons if r.startswith("loader workers: ")).removeprefix("loader workers: ")
     wanted = setup.config.num_workers or 0
     if wanted > device.cores:
         return Check("loader", "warn", f"train.num_workers {wanted} and {device.cores} cores", "use fewer, or leave it")
     if not plan.num_workers:
-        return Check("loader", "ok", f"no workers: {reason.partition(': ')[2]}")
+        return Check("loader", "ok", f"no workers: {plan.reasons['loader workers']}")
     data = setup.workload.train_data()
     longest = np.argsort(data.lengths)[::-1][: 2 * batch_size]
     samples, _ = read_samples(data, longest, batch_size)
@@ -154,7 +155,7 @@ def check_loader(
     message = f"{plan.num_workers} workers on {device.cores} cores"
     if shared == float("inf"):
         return Check("loader", "ok", message)
-    message += f", {size(needed)} of {size(shared)} in {SHM} for the longest batches of {batch_size}"
+    message += f", {format_bytes(needed)} of {format_bytes(shared)} in {SHM} for the longest batches of {batch_size}"
     if needed > shared:
         remedy = "give the container more (docker run --shm-size=8g), or use train.num_workers = 0"
         return Check("loader", "fail", f"{message}: a worker would die of a bus error", remedy)

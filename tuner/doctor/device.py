@@ -11,7 +11,8 @@ import psutil
 from trainer.acceleration import Capabilities, detect
 from trainer.cgroup import memory_limit
 from trainer.memory import available_memory
-from tuner.doctor.check import Check, size
+from trainer.units import format_bytes
+from tuner.doctor.check import Check
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """A folder for each GPU that the driver of this machine knows."""
@@ -55,13 +56,14 @@ def check_device(machine: Machine, gpus: list[str] | None = None, limit: int | N
     bf16 = "bf16" if device.bf16 else "no fast bf16"
     if device.kind == "cuda":
         major, minor = device.compute_capability
-        message = f"{device.name}, compute capability {major}.{minor}, {size(machine.memory)} to be had, {bf16}"
+        message = f"{device.name}, compute capability {major}.{minor}, {format_bytes(machine.memory)} to be had, {bf16}"
         if not device.bf16:
             return Check("device", "warn", message, "runs take float32, at half the speed and twice the memory")
         return Check("device", "ok", message)
     limit = memory_limit() if limit is None else limit
-    limited = f" (its control group has {size(limit)})" if limit and limit < psutil.virtual_memory().total else ""
-    message = f"{device.name}, {device.cores} cores, {size(machine.memory)} to be had{limited}, {bf16}"
+    is_limited = limit and limit < psutil.virtual_memory().total
+    limited = f" (its control group has {format_bytes(limit or 0)})" if is_limited else ""
+    message = f"{device.name}, {device.cores} cores, {format_bytes(machine.memory)} to be had{limited}, {bf16}"
     gpus = known_gpus() if gpus is None else gpus
     if gpus:
         return unused_gpu(gpus)

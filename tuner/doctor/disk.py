@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from tuner.doctor.check import Check, size
+from trainer.units import format_bytes
+from tuner.doctor.check import Check
 
 LEAST = 50_000_000
 """Bytes without which not even logs and the storage go on."""
@@ -41,14 +42,15 @@ def check_free(run_root: Path, study: str | None = None, *, free: float | None =
     folder = nearest(run_root)
     free = shutil.disk_usage(folder).free if free is None else free
     largest = max(map(_size, (run_root / study).glob("*/*.pth")), default=0) if study else 0
-    message = f"{size(free)} free in {folder}"
+    message = f"{format_bytes(free)} free in {folder}"
     remedy = "free some space, or choose another --run-root"
     if free < max(largest, LEAST):
-        wanted = f"the last checkpoint of {study} has {size(largest)}" if largest > LEAST else "that is next to nothing"
+        last = f"the last checkpoint of {study} has {format_bytes(largest)}"
+        wanted = last if largest > LEAST else "too little for logs and the storage"
         return Check("disk", "fail", f"{message}; {wanted}", remedy)
     if free < 2 * largest:
         # The one before is removed once the new one is whole.
-        return Check("disk", "warn", f"{message}: room for one more checkpoint of {size(largest)}", remedy)
+        return Check("disk", "warn", f"{message}: room for one more checkpoint of {format_bytes(largest)}", remedy)
     return Check("disk", "ok", message)
 
 
@@ -77,8 +79,8 @@ def check_checkpoints(
     folder, there = nearest(run_root), checkpoint_bytes(run_root / study)
     free = shutil.disk_usage(folder).free
     message = (
-        f"checkpoints of {size(checkpoint)}: {size(needed)} for {num_trials} trials and the full run, "
-        f"{size(free)} free in {folder}" + (f" beside {size(there)} of them" if there else "")
+        f"checkpoints of {format_bytes(checkpoint)}: {format_bytes(needed)} for {num_trials} trials and the full run, "
+        f"{format_bytes(free)} free in {folder}" + (f" beside {format_bytes(there)} of them" if there else "")
     )
     if free + there < needed:
         return Check("disk", "fail", message, "free some space, or choose another --run-root")

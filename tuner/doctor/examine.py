@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from trainer.acceleration import AccelerationPlan, RunSize, choose_precision, plan
+from trainer.acceleration import AccelerationPlan, RunSize, plan
 from trainer.errors import UserError
 from trainer.memory import MemoryEstimate, NoEstimate, Probe
+from trainer.workload import Workload
 from tuner.doctor.attention import check_attention, recorded
 from tuner.doctor.check import Check, has_failed
 from tuner.doctor.data import check_data, check_loader, check_packing, check_paths
@@ -24,6 +25,7 @@ from tuner.doctor.installation import (
     check_own,
     check_packages,
     check_python,
+    check_trainer,
 )
 from tuner.doctor.memory import check_memory, check_snapshot
 from tuner.doctor.storage import check_interrupted, check_storage, open_trials
@@ -51,7 +53,7 @@ def examine(
     machine = this_machine() if gpu_memory is None else cuda_machine(gpu_memory)
     # What is installed is this machine's, whatever the card that is judged.
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    checks = [check_own(), check_python(), *check_packages(), check_compiler(), check_compile(kind)]
+    checks = [check_own(), check_trainer(), check_python(), *check_packages(), check_compiler(), check_compile(kind)]
     checks += [check_device(machine), *check_gpus(), check_clock(run_root), check_storage(storage)]
     checks += check_interrupted(open_trials(storage), run_root)
     return checks + (list(examine_spec(spec, machine, run_root)) if spec else [check_free(run_root)])
@@ -63,12 +65,10 @@ def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check
     study = None
     try:
         spec = StudySpec.load(path)
-        # Looking at the data must not begin with copying it.
-        packs = "pack" in spec.workload_class.model_fields
-        setup = full_setup(spec, {"workload.pack": False} if packs else {})
+        setup = full_setup(spec, {})
         yield Check("spec", "ok", f"{path}: study {spec.study.name}, {spec.trial.num_trials} trials")
         study = spec.study.name
-        yield from _examine_workload(spec, setup, machine, run_root, packs)
+        yield from _examine_workload(spec, setup, machine, run_root)
         return
     except UserError as error:
         name, what = ("spec", "the spec") if study is None else ("workload", "[workload] or what it names")
@@ -83,31 +83,39 @@ def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check
     yield check_free(run_root, study)
 
 
-def _examine_workload(spec: StudySpec, setup: Setup, machine: Machine, run_root: Path, packs: bool) -> Iterator[Check]:
+def _examine_workload(spec: StudySpec, setup: Setup, machine: Machine, run_root: Path) -> Iterator[Check]:
     """What needs the data and the model. Raises what they raise."""
     if setup.config.device == "cuda" and machine.capabilities.kind == "cpu":
         yield Check("device", "fail", 'train.device "cuda", and there is no CUDA device', 'use train.device = "auto"')
     if setup.config.device == "cpu":
         machine = this_machine("cpu")
-    missing = list(check_paths(setup.workload))
+    # Looking at the data must not begin with copying it.
+    workload, setup = setup.workload, replace(setup, workload=setup.workload.unpacked())
+    missing = list(check_paths(workload))
     yield from missing
     data = [] if has_failed(missing) else [check_data(setup)]
     yield from data
     if has_failed([*missing, *data]):
         yield check_free(run_root, spec.study.name)
         return
-    yield from _examine_run(spec, setup, machine, run_root, spec.build_workload().pack if packs else False)  # type: ignore[attr-defined]
+    yield from _examine_run(spec, setup, machine, run_root, workload)
 
 
-def _examine_run(spec: StudySpec, setup: Setup, machine: Machine, run_root: Path, pack: object) -> Iterator[Check]:
-    """What needs the model. Raises NoEstimate where it can't run without contents, and UserError."""
-    probe = Probe(setup.workload, setup.config, device=machine.capabilities.kind, precision="fp32")
-    probe.precision, _ = choose_precision(machine.capabilities, setup.config, probe.num_trained)
+def _examine_run(
+    spec: StudySpec, setup: Setup, machine: Machine, run_root: Path, workload: Workload
+) -> Iterator[Check]:
+    """What needs the model. Raises NoEstimate where it can't run without contents, and UserError.
+
+    Args:
+        setup: With data that is not packed.
+        workload: As the spec has it.
+    """
+    probe = Probe.on_device(setup.workload, setup.config, machine.capabilities)
     estimate = probe.estimate()
     yield from check_memory(spec, probe, estimate, machine)
     mapped = False
-    if pack:
-        packing, mapped = check_packing(setup, pack)
+    if workload is not setup.workload:
+        packing, mapped = check_packing(workload, setup.workload)
         yield packing
     chosen = _plan(setup, probe, machine, mapped)
     yield _attention(setup, probe, chosen, machine)

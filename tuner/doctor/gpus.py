@@ -1,15 +1,9 @@
-"""What holds the GPUs' memory at this moment. Asks NVIDIA's driver, not torch: that would take a CUDA context.
-
-`pynvml` answers in milliseconds where it is installed (the package nvidia-ml-py); else `nvidia-smi` is run.
-"""
+"""What holds the GPUs' memory at this moment. Asks NVIDIA's driver, not torch: that would take a CUDA context."""
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +11,10 @@ from typing import Any
 import psutil
 
 from trainer.memory import CUDA_CONTEXT
-from tuner.doctor.check import Check, size
+from trainer.units import format_bytes
+from tuner.doctor.check import Check
 from tuner.doctor.device import known_gpus
 
-MIB = 1 << 20
-TIMEOUT_S = 10.0
-"""nvidia-smi takes a second or more where the driver is not kept loaded."""
-GPU_FIELDS = "index,uuid,name,memory.total,memory.free"
-PROCESS_FIELDS = "gpu_uuid,pid,process_name,used_memory"
 HELD = 0.1
 """Share of a GPU's memory that a desktop may hold before anybody need be told."""
 
@@ -59,7 +49,7 @@ def check_gpus(gpus: Sequence[Gpu] | None = None, environment: Mapping[str, str]
 
 def _check(gpu: Gpu) -> Check:
     name, others = f"gpu {gpu.index}", [p for p in gpu.processes if p.pid not in _own_processes()]
-    message = f"{gpu.name}: {size(gpu.free)} of {size(gpu.total)} free"
+    message = f"{gpu.name}: {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
     if others:
         message += f"; on it: {', '.join(map(_describe, others))}"
     remedy = "stop what holds it, or choose another GPU with CUDA_VISIBLE_DEVICES"
@@ -73,7 +63,7 @@ def _check(gpu: Gpu) -> Check:
 
 
 def _describe(process: GpuProcess) -> str:
-    memory = "" if process.memory is None else f", {size(process.memory)}"
+    memory = "" if process.memory is None else f", {format_bytes(process.memory)}"
     return f"{process.name} (pid {process.pid}{memory})"
 
 
@@ -104,10 +94,7 @@ def read_gpus() -> list[Gpu]:
     """This machine's GPUs; none where no NVIDIA driver is loaded, or it does not answer."""
     if not known_gpus():
         return []
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return _from_nvidia_smi()
+    nvml = importlib.import_module("pynvml")
     try:
         return from_nvml(nvml)
     except nvml.NVMLError:
@@ -136,45 +123,3 @@ def _name(pid: int) -> str:
         return psutil.Process(pid).name()
     except psutil.Error:  # of another container, or gone
         return "a process"
-
-
-def _from_nvidia_smi() -> list[Gpu]:
-    try:
-        answers = [_ask(f"--query-gpu={GPU_FIELDS}"), _ask(f"--query-compute-apps={PROCESS_FIELDS}")]
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_nvidia_smi(*answers)
-
-
-def _ask(query: str) -> str:
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
-
-
-def parse_nvidia_smi(gpus: str, processes: str) -> list[Gpu]:
-    """From nvidia-smi's answers to GPU_FIELDS and PROCESS_FIELDS, CSV without header and units.
-
-    A GPU whose memory it does not give ("[N/A]") is left out.
-    """
-    on: dict[str, list[GpuProcess]] = {}
-    for row in _rows(processes, 4):
-        uuid, pid, name, memory = row
-        if pid.isdigit():
-            on.setdefault(uuid, []).append(GpuProcess(int(pid), os.path.basename(name), _mebibytes(memory)))
-    found = []
-    for index, uuid, name, total, free in _rows(gpus, 5):
-        of, left = _mebibytes(total), _mebibytes(free)
-        if index.isdigit() and of is not None and left is not None:
-            found.append(Gpu(int(index), uuid, name, of, left, tuple(on.get(uuid, ()))))
-    return found
-
-
-def _rows(text: str, count: int) -> Iterator[list[str]]:
-    """Rows of `count` entries; another line is a word to the user ("No running processes found")."""
-    for row in csv.reader(io.StringIO(text), skipinitialspace=True):
-        if len(row) == count:
-            yield [entry.strip() for entry in row]
-
-
-def _mebibytes(text: str) -> int | None:
-    return int(text) * MIB if text.isdigit() else None

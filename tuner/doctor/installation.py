@@ -15,6 +15,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+import trainer
 from tuner.doctor.check import Check, State
 
 PACKAGES = ("torch", "optuna", "prodigyopt", "optuna-dashboard", "aim")
@@ -34,6 +35,14 @@ def check_python(found: tuple[int, ...] = sys.version_info[:3]) -> Check:
 def check_own() -> Check:
     """Which version of this package looks."""
     return Check("prodigy-tuner", "ok", version("prodigy-tuner"))
+
+
+def check_trainer(trainer_file: str | None = trainer.__file__, own_file: str = __file__) -> Check:
+    """Whether the imported package `trainer` is the one beside `tuner`: another distribution has one of that name."""
+    if trainer_file is not None and Path(trainer_file).parents[1] == Path(own_file).parents[2]:
+        return Check("trainer", "ok", str(Path(trainer_file).parent))
+    remedy = "pip uninstall coqui-tts-trainer, or use a fresh environment"
+    return Check("trainer", "fail", f"{trainer_file} is imported, which is of another distribution", remedy)
 
 
 def check_packages(needed: Iterable[str] | None = None) -> Iterator[Check]:

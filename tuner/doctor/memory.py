@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from trainer.errors import UserError
 from trainer.memory import MemoryEstimate, Probe, available_memory
 from trainer.micro_batches import fit, shortage
-from tuner.doctor.check import Check, State, size
+from trainer.units import format_bytes
+from tuner.doctor.check import Check, State
 from tuner.doctor.device import Machine
 from tuner.spec.study_toml import StudySpec
 
@@ -67,14 +68,14 @@ def _check(probe: Probe, estimate: MemoryEstimate, machine: Machine, unfit: Stat
         "optimizer": estimate.optimizer_state,
         "activations": estimate.activations,
     }
-    shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+    shown = ", ".join(f"{name} {format_bytes(value)}" for name, value in parts.items())
     peaks = {
         "training": estimate.training_peak,
         "the optimizer's step": estimate.step_peak,
         "validation": estimate.evaluation_peak,
     }
     message = (
-        f"{size(estimate.total)} of {size(machine.memory)} in {probe.precision} on the longest samples "
+        f"{format_bytes(estimate.total)} of {format_bytes(machine.memory)} in {probe.precision} on the longest samples "
         f"({shown}; the peak is in {max(peaks, key=lambda name: peaks[name])})"
     )
     name = f"memory, batch {estimate.batch_size}"
@@ -92,10 +93,10 @@ def _crowded(name: str, message: str) -> Check:
 
 def _remedy(probe: Probe, largest: int) -> str:
     """What to do where [train] as it is does not fit."""
-    checkpointing = getattr(probe.workload, "gradient_checkpointing", None) is False
-    other = "workload.gradient_checkpointing = true" if checkpointing else ""
-    slices = probe.config.optimizer == "prodigy" and probe.config.slice_p == 1
-    other = other or ("train.slice_p = 11" if slices else "")
+    savers = [f"workload.{assignment}" for assignment in probe.workload.memory_savers()]
+    if probe.config.optimizer == "prodigy" and probe.config.slice_p == 1:
+        savers.append("train.slice_p = 11")
+    other = savers[0] if savers else ""
     if largest == 0:
         return f"no batch size fits: use {other or 'a smaller model'}" + (" or a smaller model" if other else "")
     kept = f"train.batch_size = {largest} is the largest that fits at once; or cut it: {_cut(probe)}"
@@ -122,7 +123,7 @@ def check_snapshot(checkpoint: int, taken: int, free: int | None = None) -> Chec
         free: Bytes of host memory before it; default: this machine's.
     """
     host = max(0, (available_memory("cpu") if free is None else free) - taken)
-    message = f"a checkpoint's snapshot takes {size(checkpoint)} of host memory, {size(host)} free"
+    message = f"a checkpoint's snapshot takes {format_bytes(checkpoint)} of host memory, {format_bytes(host)} free"
     if checkpoint > host / 2:
         return Check(
             "snapshot",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ from urllib.parse import quote
 import optuna
 import psutil
 import sqlalchemy
+from optuna.storages import RDBStorage
 from sqlalchemy import column, table
 from sqlalchemy.pool import NullPool
 
+from trainer.errors import first_line
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import nearest
@@ -69,9 +70,9 @@ def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
         return problem
     try:
         with reading(parsed) as connection:
-            return _check_content(name, file, connection, quick)
+            return _check_content(parsed, connection, quick)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        reason = first_line(getattr(error, "orig", None) or error)
         way_out = "check the URL and the server" if file is None else "give another --storage, or move that file away"
         way_out = (file and remedy(reason, file)) or way_out
         return Check("storage", "fail", f"{name}: can't be opened ({reason})", way_out)
@@ -111,17 +112,8 @@ def filesystem(folder: Path) -> str:
 @contextmanager
 def reading(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
     """A connection that makes no table and no file."""
-    file = database_file(url)
-    if file is not None:
-        engine = sqlalchemy.create_engine(
-            "sqlite://",
-            creator=lambda: sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=TIMEOUT_S),
-            poolclass=NullPool,
-        )
-    else:
-        limited = url.get_backend_name() in ("postgresql", "mysql", "mariadb")
-        arguments = {"connect_timeout": TIMEOUT_S} if limited else {}
-        engine = sqlalchemy.create_engine(url, connect_args=arguments, poolclass=NullPool)
+    target, arguments = _read_only(url)
+    engine = sqlalchemy.create_engine(target, **arguments)
     try:
         with engine.connect() as connection:
             yield connection
@@ -129,12 +121,26 @@ def reading(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
         engine.dispose()
 
 
-def _check_content(name: str, file: Path | None, connection: sqlalchemy.Connection, quick: bool) -> Check:
+def _read_only(url: sqlalchemy.URL) -> tuple[str, dict[str, Any]]:
+    """URL and arguments of an engine: SQLite can't write through it, a server is not waited for long."""
+    arguments: dict[str, Any] = {"poolclass": NullPool}
+    if (file := database_file(url)) is not None:
+        source = f"file:{quote(str(file))}?mode=ro"
+        return "sqlite://", arguments | {"creator": lambda: sqlite3.connect(source, uri=True, timeout=TIMEOUT_S)}
+    if url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
+        arguments["connect_args"] = {"connect_timeout": TIMEOUT_S}
+    return url.render_as_string(hide_password=False), arguments
+
+
+def _check_content(url: sqlalchemy.URL, connection: sqlalchemy.Connection, quick: bool) -> Check:
+    name, file = url.render_as_string(), database_file(url)
     tables = sqlalchemy.inspect(connection).get_table_names()
-    if "alembic_version" not in tables or "studies" not in tables:
+    found = None
+    if {"alembic_version", "studies"} <= set(tables):
+        found = connection.execute(sqlalchemy.select(table("alembic_version", column("version_num")))).scalar()
+    if found is None:
         return Check("storage", "ok", f"{name}: without studies yet")
-    found = connection.execute(sqlalchemy.select(table("alembic_version", column("version_num")))).scalar()
-    head, known = schema_versions()
+    head, known = schema_versions(url)
     if found != head:
         problem = f"{name}: schema {found}, and the installed Optuna {optuna.__version__} has {head}"
         upgrade = f"copy it, then: optuna storage upgrade --storage {name}"
@@ -155,15 +161,18 @@ def _check_content(name: str, file: Path | None, connection: sqlalchemy.Connecti
     return Check("storage", "ok", f"{message}, write-ahead log")
 
 
-def schema_versions() -> tuple[str, set[str]]:
-    """The installed Optuna's newest schema, and all that it knows. Read as text: Alembic would take half a second."""
-    known, before = set[str](), set[str]()
-    for script in (Path(optuna.__file__).parent / "storages/_rdb/alembic/versions").glob("*.py"):
-        text = script.read_text(encoding="utf-8")
-        known |= set(re.findall(r'^revision = "(.+)"', text, re.MULTILINE))
-        before |= set(re.findall(r'^down_revision = "(.+)"', text, re.MULTILINE))
-    (head,) = known - before
-    return head, known
+def schema_versions(url: sqlalchemy.URL) -> tuple[str, list[str]]:
+    """The installed Optuna's newest schema, and all that it knows.
+
+    Args:
+        url: Of a database with a schema: Optuna would write one into another.
+    """
+    target, arguments = _read_only(url)
+    storage = RDBStorage(target, arguments, skip_compatibility_check=True, skip_table_creation=True)
+    try:
+        return storage.get_head_version(), storage.get_all_versions()
+    finally:
+        storage.engine.dispose()
 
 
 def open_trials(url: str | None = None, *, quick: bool = False) -> list[OpenTrial]:

@@ -49,10 +49,10 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
     Raises:
         UserError: The checkpoint or the data can't be read, or they don't fit the spec.
     """
-    path = find_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
     num_samples = samples or spec.train.get("val_samples")
     setup = full_setup(spec, {}, val_samples=num_samples)
     config, workload = setup.config, setup.workload
+    path = find_checkpoint(checkpoint, workload=workload) if checkpoint.is_dir() else checkpoint
     _warn_of_differences(path, workload, config)
     capabilities = detect(config.device)
     # Rows of a new vocabulary start as they would in the run.
@@ -72,10 +72,7 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
 
 
 def _load_model(workload: Workload, path: Path) -> nn.Module:
-    # Weights that are replaced at once need not be read: a gpt.pth has gigabytes.
-    if "base_checkpoint" in type(workload).model_fields:
-        workload = workload.model_copy(update={"base_checkpoint": None})
-    model = workload.build_model()
+    model = workload.without_initial_weights().build_model()
     workload.load_weights(model, path)
     return model
 

@@ -18,8 +18,6 @@ from tuner.spec.study_toml import StudySpec
 from tuner.spec.workloads import load_workload_class
 from tuner.study.tracked_run import WORKLOAD
 
-DEFAULT = "best_mel_model.pth"
-
 
 @dataclass(frozen=True)
 class Export:
@@ -56,23 +54,34 @@ def export(
     """
     chosen = _format(format, path)
     _check_target(path, force=force)
-    source = find_checkpoint(run_dir, checkpoint)
-    state = read_checkpoint(source, mmap=True)
-    if not isinstance(state.get("model"), Mapping) or not isinstance(state.get("lineage"), Mapping):
-        raise UserError(f"{source} is no checkpoint of a run: name one that the trainer wrote.")
-    workload = StudySpec.load(spec, search=False).build_workload() if spec else _workload(state["lineage"], source)
+    workload = StudySpec.load(spec, search=False).build_workload() if spec else None
+    source = find_checkpoint(run_dir, checkpoint, workload)
+    state = _read(source)
+    if workload is None:
+        workload = _workload(state["lineage"], source)
+        if (preferred := find_checkpoint(run_dir, checkpoint, workload)) != source:
+            source, state = preferred, _read(preferred)
     if path.resolve() in [getattr(workload, name) for name in type(workload).model_fields]:
         raise UserError(f"{path} is a file that the run was made from: export to another one.")
     workload.export_weights(state["model"], path, format=chosen)
     return Export(path.resolve(), path.stat().st_size, source, state["step"])
 
 
-def find_checkpoint(run_dir: Path, name: str | None = None) -> Path:
+def _read(source: Path) -> dict[str, Any]:
+    state = read_checkpoint(source, mmap=True)
+    if not isinstance(state.get("model"), Mapping) or not isinstance(state.get("lineage"), Mapping):
+        raise UserError(f"{source} is no checkpoint of a run: name one that the trainer wrote.")
+    return state
+
+
+def find_checkpoint(run_dir: Path, name: str | None = None, workload: Workload | None = None) -> Path:
     """A checkpoint of a run directory.
 
     Args:
-        name: best_text, best_mel, latest, a step ("1000", "step_000001000"), a file in the directory, or a path.
-            Default: `best_mel`, else the only best checkpoint, else the latest.
+        name: A best checkpoint ("best_model"), latest, a step ("1000", "step_000001000"), a file in the directory, or
+            a path. Default: the first that `workload.best_checkpoints` names, else the only best one, else the latest.
+        workload: The run's. Without it the default is any best checkpoint, else the latest: they all name the
+            workload.
 
     Raises:
         UserError: There is no such directory or checkpoint; the message names those that there are.
@@ -82,7 +91,8 @@ def find_checkpoint(run_dir: Path, name: str | None = None) -> Path:
     found = sorted(path.name for path in run_dir.glob("*.pth"))
     if name is None:
         best = [one for one in found if one.startswith("best_")]
-        wanted = [DEFAULT, *(best if len(best) == 1 else []), LATEST]
+        named = [*workload.best_checkpoints().values()][:1] if workload else best
+        wanted = [*named, *(best if len(best) == 1 else []), LATEST]
     else:
         step = [f"step_{int(name):09d}.pth"] if name.isdecimal() else []
         wanted = [name, f"{name}.pth", f"{name}_model.pth", *step]
@@ -92,7 +102,7 @@ def find_checkpoint(run_dir: Path, name: str | None = None) -> Path:
     if name is not None and Path(name).is_file():
         return Path(name)
     known = ", ".join(one.removesuffix(".pth").removesuffix("_model") for one in found)
-    missing = f"no checkpoint {name}" if name else "neither best_mel nor latest"
+    missing = f"no checkpoint {name}" if name else "neither its best checkpoint nor latest"
     raise UserError(f"{run_dir} has {missing}: {f'choose from {known}' if known else 'it holds no checkpoint'}.")
 
 

@@ -17,19 +17,12 @@ TRIED_TYPE = re.compile(r"(Choices|Range|int|float|bool|str|(function|constraine
 
 
 def unknown_key(key: str, known: Iterable[str], section: str = "") -> str:
-    """What to say of a key that is not among the known: the nearest of them, or all."""
+    """The message for a key that is not among the known: it names the nearest of them, or all."""
     known = list(known)
-    near = max(known, key=lambda other: _likeness(key, other), default=None)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     where = f"{section}." if section else ""
-    alike = near is not None and difflib.SequenceMatcher(None, near, key).ratio() >= 0.5
-    remedy = f"did you mean {where}{near}?" if alike else f"known are {', '.join(known)}."
+    remedy = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(known)}."
     return f"unknown key {where}{key}; {remedy}"
-
-
-def _likeness(key: str, other: str) -> float:
-    """In order, and once more without it: "lgo" is "log" with two letters exchanged."""
-    in_order = difflib.SequenceMatcher(None, other, key).ratio()
-    return in_order + difflib.SequenceMatcher(None, sorted(other), sorted(key)).ratio()
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

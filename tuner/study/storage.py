@@ -13,7 +13,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy import event
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
 BUSY_TIMEOUT_S = 60
@@ -70,7 +70,7 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStor
         sqlalchemy.exc.SQLAlchemyError,
         StorageInternalError,
     ) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if found := remedy(reason, Path(parsed.database or "")):
             raise UserError(f"storage {url}: can't be opened ({reason}): {found}.") from error
         raise UserError(f"storage {url}: can't be opened ({reason}); check the URL and the server.") from error

@@ -25,8 +25,8 @@ from trainer import TrainConfig, UserError
 from trainer.acceleration import Capabilities
 from trainer.batching import BatchOrder
 from tuner.bench.baseline import ADDED, REQUESTED
-from tuner.bench.measurement import Measurement, answer, build_workload, measure, measure_trainer
-from tuner.bench.report import chart, check_chart_path, print_table
+from tuner.bench.measurement import Measurement, answer, measure, measure_trainer
+from tuner.bench.report import COLOURS, check_chart_path, print_table, write_chart
 from tuner.bench.table import Bench, Row, build_rows, error_line, rotated, run_child, select
 from tuner.cli import main
 from tuner.spec.study_toml import StudySpec
@@ -164,8 +164,12 @@ def test_the_trainer_is_measured_after_a_warm_up_and_leaves_nothing(
     assert short.steps == STEPS
 
 
+def packing_workload() -> IndexTTS2:
+    return IndexTTS2.model_validate({"train_manifests": ["a"], "val_manifests": ["b"], "gpt": TINY_GPT})
+
+
 def test_rows_in_the_order_of_the_request() -> None:
-    rows = build_rows(H100, IndexTTS2)
+    rows = build_rows(H100, packing_workload())
     names = [*REQUESTED, *ADDED]
     assert names[:3] == ["prodigy", "compile", "sdpa"] and names[-1] == "packed data"
     assert [(row.group, row.name) for row in rows] == [
@@ -180,7 +184,7 @@ def test_rows_in_the_order_of_the_request() -> None:
 
 
 def test_what_has_no_effect_on_the_device_is_not_measured() -> None:
-    rows = build_rows(CPU, Toy)
+    rows = build_rows(CPU, Toy())
     left_out = {row.name: row.note for row in rows if row.left_out}
     assert left_out.keys() == {"cudnn", "tf32", "bf16", "packed data"}
     assert left_out["tf32"] == "no effect on a CPU: not measured"
@@ -189,7 +193,7 @@ def test_what_has_no_effect_on_the_device_is_not_measured() -> None:
 
 
 def test_only_takes_rows_and_groups_and_always_the_baseline() -> None:
-    rows = build_rows(H100, IndexTTS2)
+    rows = build_rows(H100, packing_workload())
     assert [(row.group, row.name) for row in select(rows, ["sdpa"])] == [
         ("baseline", "baseline"),
         ("alone", "sdpa"),
@@ -321,13 +325,21 @@ def test_each_round_draws_batches_of_its_own_and_all_rows_the_same() -> None:
     assert loss(0, []) != pytest.approx(loss(1, []), abs=1e-5)
 
 
-def test_the_baseline_reads_unpacked_files() -> None:
+def test_the_baseline_reads_unpacked_files(monkeypatch: pytest.MonkeyPatch) -> None:
     values = build().model_dump(exclude={"base_dir"})
     values["study"]["workload"] = "studies.indextts2:IndexTTS2"
     values["workload"] = {"train_manifests": ["a"], "val_manifests": ["b"], "gpt": TINY_GPT}
     spec = StudySpec.build(values, base_dir=Path.cwd())
-    packed = {on: build_workload(spec, frozenset(on)).model_dump()["pack"] for on in [(), ("packed data",)]}
-    assert packed == {(): False, ("packed data",): True}
+    modes = []
+
+    def measure(workload: IndexTTS2, *_: Any, **__: Any) -> Measurement:
+        modes.append(workload.pack)
+        raise UserError("enough")
+
+    monkeypatch.setattr("tuner.bench.measurement.measure", measure)
+    for on in ([], ["packed data"]):
+        answer({"spec": spec.to_dict(), "optimizations": on, "steps": 1, "round": 0})
+    assert modes == [False, "auto"]
 
 
 def test_an_interrupt_ends_the_process_and_those_that_it_started(tmp_path: Path) -> None:
@@ -360,7 +372,7 @@ time.sleep(60)
         time.sleep(0.02)
 
 
-def test_table_and_chart_show_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_chart_show_every_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     measurement = bench('if on == ["sdpa"]: raise ValueError("no <such> kernel & more")', only=[])
     measurement.run()
     result = measurement.result()
@@ -370,18 +382,37 @@ def test_table_and_chart_show_every_row(capsys: pytest.CaptureFixture[str]) -> N
     assert "+ sdpa (alone): failed: ValueError: no <such> kernel & more" in shown
     assert "+ tf32 (alone, cumulative): no effect on a CPU: not measured" in shown
     assert "not measured" in next(line for line in shown.splitlines() if line.strip().startswith("+ cudnn"))
-    picture = ElementTree.fromstring(chart(result))
-    texts = [element.text or "" for element in picture.iter() if element.tag.endswith("text")]
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    write_chart(result, first)
+    write_chart(result, second)
+    assert first.read_bytes() == second.read_bytes()
+    elements = list(ElementTree.parse(first).iter())
+    texts = [element.text or "" for element in elements if element.tag.endswith("text")]
     for row in result["rows"]:
         assert (row["name"] if row["group"] in ("baseline", "trainer") else f"+ {row['name']}") in texts
-    bars = [element for element in picture.iter() if element.tag.endswith("rect") and element.get("x")]
+    assert "failed: ValueError: no <such> kernel & more" in texts
+    bars = [e for e in elements if any(colour.lower() in e.get("style", "") for colour in COLOURS.values())]
     assert len(bars) == sum(row["tokens_per_second"] is not None for row in result["rows"])
 
 
-def test_a_chart_of_nothing_is_still_a_picture() -> None:
+def test_a_chart_of_nothing_is_still_a_picture(tmp_path: Path) -> None:
     measurement = bench("1 / 0")
     measurement.run()
-    assert ElementTree.fromstring(chart(measurement.result())).get("width")
+    write_chart(measurement.result(), tmp_path / "none.svg")
+    assert ElementTree.parse(tmp_path / "none.svg").getroot().get("width")
+
+
+def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(Bench, "run", lambda self: pytest.fail("it measures"))
+    monkeypatch.setattr(sys, "argv", ["tuner", "bench", str(write(tmp_path)), "--chart", str(tmp_path / "x.svg")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "pip install 'prodigy-tuner[bench]'" in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -445,7 +476,7 @@ def test_the_command_measures_in_processes_and_writes_table_and_chart(
     first, last = result["rows"]
     assert last["speedup"] > 0 and last["real_token_share"] > first["real_token_share"]
     assert first["first_loss"] == pytest.approx(last["first_loss"], abs=1)
-    assert picture.read_text().startswith("<svg")
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")
 
 
 BUCKETS = Row("buckets", "cumulative", ("buckets",))

@@ -1,4 +1,4 @@
-"""Which attention may go through the flash kernel, over described devices and shapes."""
+"""The calls of attention in a step, and whether the GPU's flash kernel takes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.toy import Toy
 from trainer.acceleration import Capabilities, RunSize, plan
 from trainer.config import TrainConfig
 from trainer.memory import Probe
-from tuner.doctor.attention import Attention, check_attention, flash_obstacle, recorded
+from tuner.doctor.attention import Attention, check_attention, recorded, takes_flash
 from tuner.doctor.check import Check
 
 
@@ -24,45 +24,8 @@ def cuda(major: int, minor: int) -> Capabilities:
 
 
 CPU = Capabilities("cpu", "CPU", cores=2, memory=10**10, amx_bf16=True)
-RTX_4090, A100, H100, RTX_2080 = cuda(8, 9), cuda(8, 0), cuda(9, 0), cuda(7, 5)
+RTX_4090, RTX_2080 = cuda(8, 9), cuda(7, 5)
 GPT = Attention(16, 80, 80, 500, 500, "bf16", causal=True, dropout=0.1)
-
-
-@pytest.mark.parametrize(
-    ("device", "changes", "obstacle"),
-    [
-        (RTX_4090, {}, None),
-        (A100, {"head_dim": 256, "value_dim": 256}, None),
-        (RTX_4090, {"precision": "fp16"}, None),
-        (RTX_4090, {"precision": "fp32"}, "bf16 only"),
-        (RTX_2080, {}, "compute capability 8.0"),
-        (RTX_4090, {"mask": True}, "a mask is given"),
-        (RTX_4090, {"head_dim": 264, "value_dim": 264}, "above 256"),
-        (RTX_4090, {"value_dim": 64}, "values of 64"),
-        (RTX_4090, {"num_dims": 3}, "3 dimensions"),
-        (RTX_4090, {"key_length": 600}, "another number of queries"),
-        (RTX_4090, {"key_length": 600, "causal": False}, None),
-        # The cards with little shared memory lack some backward passes.
-        (RTX_4090, {"head_dim": 200, "value_dim": 200}, "no backward pass"),
-        (cuda(12, 0), {"head_dim": 200, "value_dim": 200}, "no backward pass"),
-        (A100, {"head_dim": 200, "value_dim": 200}, None),
-        (H100, {"head_dim": 200, "value_dim": 200}, None),
-        (RTX_4090, {"head_dim": 256, "value_dim": 256}, "no backward pass"),
-        (RTX_4090, {"head_dim": 256, "value_dim": 256, "dropout": 0.0}, None),
-        (CPU, {}, "no dropout"),
-        (CPU, {"dropout": 0.0, "precision": "fp32", "mask": True}, None),
-    ],
-)
-def test_what_keeps_a_call_from_the_flash_kernel(
-    device: Capabilities, changes: dict[str, Any], obstacle: str | None
-) -> None:
-    found = flash_obstacle(replace(GPT, **changes), device)
-    if obstacle is None:
-        assert found is None
-    else:
-        assert found is not None
-        what, remedy = found
-        assert obstacle in what and remedy
 
 
 class Attentive(nn.Module):
@@ -99,25 +62,36 @@ def checked(device: Capabilities, call: Attention, **values: Any) -> Check:
     return check_attention({call: 24}, plan(device, config, size), device)
 
 
-def test_an_eligible_model_is_ok_and_its_heads_are_said() -> None:
+@pytest.fixture(params=[True, False])
+def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the flash kernel of a GPU takes every call."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("tuner.doctor.attention.takes_flash", lambda call: request.param)
+    return bool(request.param)
+
+
+def test_the_gpu_itself_is_asked_whether_its_flash_kernel_takes_the_calls(flash: bool) -> None:
     found = checked(RTX_4090, GPT)
-    assert found.state == "ok" and "GPU's flash kernel: 16 heads of 80, bf16, causal, no mask" in found.message
+    if flash:
+        assert (found.state, found.message) == (
+            "ok",
+            "the GPU's flash kernel: 16 heads of 80, bf16, causal, no mask, dropout 0.1",
+        )
+    else:
+        assert found.state == "warn" and "so efficient or math for 16 heads of 80" in found.message
+        assert "can_use_flash_attention" in found.remedy
 
 
-def test_a_mask_is_a_warning_with_its_remedy_and_the_kernels_that_are_left() -> None:
-    found = checked(RTX_4090, replace(GPT, mask=True))
-    assert found.state == "warn" and "efficient or math" in found.message and "leave the mask out" in found.remedy
+def test_without_a_gpu_the_calls_are_listed_and_nothing_is_concluded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in (CPU, RTX_4090):
+        found = checked(device, replace(GPT, mask=True))
+        assert (found.state, found.message) == ("ok", "16 heads of 80, bf16, causal, with a mask, dropout 0.1")
 
 
-def test_kernels_that_the_spec_chose_are_no_matter_of_complaint() -> None:
-    found = checked(RTX_4090, GPT, sdpa="math")
-    assert found.state == "ok" and "math, as train.sdpa says" in found.message
-
-
-def test_a_cpu_with_dropout_takes_the_math_kernel() -> None:
-    found = checked(CPU, GPT)
-    assert found.state == "warn" and "no dropout" in found.message and "; math (" in found.message
-    assert checked(CPU, replace(GPT, dropout=0.0)).state == "ok"
+def test_a_plan_without_flash_gives_its_reason() -> None:
+    assert checked(RTX_4090, GPT, sdpa="math").message.startswith("math, as set: 16 heads")
+    assert "flash needs compute capability 8.0" in checked(RTX_2080, GPT).message
 
 
 def test_a_model_without_attention_has_nothing_to_be_eligible() -> None:
@@ -126,11 +100,15 @@ def test_a_model_without_attention_has_nothing_to_be_eligible() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 264, "value_dim": 264}, {"precision": "fp32"}])
-def test_torch_says_the_same_on_the_device_that_is_here(changes: dict[str, Any]) -> None:
-    from trainer.acceleration import detect
-    from tuner.doctor.attention import torch_obstacle
-
-    assert torch.cuda.is_available()
-    call, device = replace(GPT, **changes), detect()
-    assert (torch_obstacle(call, device) is None) == (flash_obstacle(call, device) is None)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"head_dim": 264, "value_dim": 264}, False),
+        ({"precision": "fp32"}, False),
+        ({"mask": True}, False),
+        ({"num_dims": 3}, False),
+    ],
+)
+def test_torch_knows_what_its_flash_kernel_takes(changes: dict[str, Any], expected: bool) -> None:
+    assert takes_flash(replace(GPT, **changes)) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -31,9 +31,18 @@ class Rows:
         return (np.full(100, index, np.int32),)
 
 
-class Manifested(Toy):
-    train_manifests: tuple[str, ...] = ()
-    base_checkpoint: Annotated[DataPath | None, Role.FREE] = None
+class Listed(Toy):
+    """Reads the lists that it names, "PATH" or "PATH::language"; packs."""
+
+    lists: tuple[str, ...] = ()
+    output: Annotated[DataPath | None, Role.FREE] = None
+    keep: Literal["auto"] | bool = "auto"
+
+    def input_files(self) -> list[tuple[str, Path]]:
+        return [("lists", Path(entry.partition("::")[0])) for entry in self.lists]
+
+    def unpacked(self) -> Listed:
+        return self.model_copy(update={"keep": False})
 
     def train_data(self) -> Any:
         return Rows()
@@ -42,18 +51,18 @@ class Manifested(Toy):
         return Rows()
 
 
-def paths(*manifests: Path | str, **options: Any) -> list[Check]:
-    return list(check_paths(Manifested(train_manifests=tuple(map(str, manifests)), **options)))
+def paths(*lists: Path | str, **options: Any) -> list[Check]:
+    return list(check_paths(Listed(lists=tuple(map(str, lists)), **options)))
 
 
-def test_manifests_that_are_there_are_not_spoken_of(tmp_path: Path) -> None:
+def test_input_files_that_exist_have_no_check(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
     assert paths(tmp_path / "train.jsonl", f"{tmp_path}/train.jsonl::ko") == []
 
 
-def test_a_missing_or_empty_manifest_is_a_fail_that_names_it(tmp_path: Path) -> None:
+def test_a_missing_or_empty_input_file_is_a_fail_that_names_it(tmp_path: Path) -> None:
     (found,) = paths(f"{tmp_path}/none.jsonl::ko")
-    assert found.state == "fail" and f"{tmp_path}/none.jsonl, which workload.train_manifests names" in found.message
+    assert found.state == "fail" and f"{tmp_path}/none.jsonl, which workload.lists names" in found.message
     assert found.message.endswith("is not there")
     (tmp_path / "empty.jsonl").touch()
     (found,) = paths(tmp_path / "empty.jsonl")
@@ -61,12 +70,13 @@ def test_a_missing_or_empty_manifest_is_a_fail_that_names_it(tmp_path: Path) -> 
 
 
 def test_another_path_may_be_one_that_the_workload_makes(tmp_path: Path) -> None:
-    (found,) = paths(base_checkpoint=tmp_path / "none.pth")
-    assert found.state == "warn" and "correct workload.base_checkpoint" in found.remedy
+    (found,) = paths(output=tmp_path / "none.pth")
+    assert found.state == "warn" and "correct workload.output" in found.remedy
 
 
-def setup(**config: Any) -> Setup:
-    return Setup(Manifested(), TrainConfig(steps=10, batch_size=8, **config))
+def packing(mode: Any, free: float | None = None) -> tuple[Check, bool]:
+    workload = Listed(keep=mode)
+    return check_packing(workload, workload.unpacked(), free=free)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +87,9 @@ def test_the_disk_must_hold_the_packed_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, free: float, state: str, packs: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found, mapped = check_packing(setup(), mode, free=free)
+    found, mapped = packing(mode, free)
     assert (found.state, mapped) == (state, packs), found
+    assert ("workload.keep = " in found.remedy) == (state != "ok")
     assert list(tmp_path.iterdir()) == [], "looking packs nothing"
 
 
@@ -88,12 +99,13 @@ def test_a_store_that_is_there_needs_nothing(tmp_path: Path, monkeypatch: pytest
     store.mkdir(parents=True)
     for done, state in ((50, "ok"), (20, "fail")):
         (store / "header.json").write_text(json.dumps({"num_samples": 50, "num_done": done}))
-        assert check_packing(setup(), True, free=0)[0].state == state
+        assert packing(True, free=0)[0].state == state
 
 
 def test_samples_that_are_no_arrays_are_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found, mapped = check_packing(Setup(Toy(), TrainConfig(steps=1)), "auto")
+    monkeypatch.setattr(Listed, "train_data", Toy.train_data)
+    found, mapped = packing("auto")
     assert found.state == "warn" and "no tuples of numpy arrays" in found.message and not mapped
 
 

@@ -46,6 +46,6 @@ def test_a_run_root_that_is_no_folder_or_closed_is_a_fail(tmp_path: Path, monkey
 def test_checkpoints_that_are_there_count_as_room_for_themselves(tmp_path: Path) -> None:
     checkpoint(tmp_path / "toy" / "trial-00000", 3_000_000)
     found = check_checkpoints(tmp_path, "toy", checkpoint=10, best=5, num_trials=2, num_full=2)
-    assert "beside 3 MB of them" in found.message, "linked files once"
+    assert "beside 3.0 MB of them" in found.message, "linked files once"
     assert found.state == "ok"
     assert check_checkpoints(tmp_path, "toy", checkpoint=10**15, best=5, num_trials=2, num_full=2).state == "fail"

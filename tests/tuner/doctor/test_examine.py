@@ -72,6 +72,11 @@ class FewLengths(Toy):
         return data
 
 
+class Saving(Toy):
+    def memory_savers(self) -> tuple[str, ...]:
+        return ("width = 4", "embed = false")
+
+
 class Sized(Sequences):
     def __len__(self) -> int:
         return len(self.samples)
@@ -107,7 +112,7 @@ def needed(batch_size: int) -> int:
     return Probe(Toy(width=512, num_train=128), config, device="cuda", precision="fp32").estimate().total
 
 
-PACKAGES = ["prodigy-tuner", "python", "torch", "optuna", "prodigyopt", "optuna-dashboard", "aim"]
+PACKAGES = ["prodigy-tuner", "trainer", "python", "torch", "optuna", "prodigyopt", "optuna-dashboard", "aim"]
 MACHINE = [*PACKAGES, "compiler", "torch.compile", "device", "clock", "storage"]
 
 
@@ -185,6 +190,12 @@ def test_a_searched_batch_size_that_does_not_fit_is_only_a_warning(tmp_path: Pat
 def test_a_model_that_fits_with_no_batch_size_says_so(tmp_path: Path) -> None:
     found = named(examine(write(tmp_path, LARGE), run_root=tmp_path, gpu_memory=100e6))
     assert "no batch size fits: use train.slice_p = 11 or a smaller model" in found["memory, batch 8"].remedy
+
+
+def test_the_first_memory_saver_of_the_workload_is_the_remedy(tmp_path: Path) -> None:
+    spec = write(tmp_path, LARGE.replace("tests.toy:Toy", f"{__name__}:Saving"))
+    found = named(examine(spec, run_root=tmp_path, gpu_memory=100e6))
+    assert "no batch size fits: use workload.width = 4 or a smaller model" in found["memory, batch 8"].remedy
 
 
 def test_the_ends_of_a_range_are_judged(tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ import pytest
 
 from tuner.doctor.check import Check
 from tuner.doctor.device import check_device, cuda_machine, known_gpus
-from tuner.doctor.installation import check_clock, check_compile, check_compiler, check_packages, check_python
+from tuner.doctor.installation import (
+    check_clock,
+    check_compile,
+    check_compiler,
+    check_packages,
+    check_python,
+    check_trainer,
+)
 
 
 def executable(folder: Path, name: str) -> Path:
@@ -24,6 +31,14 @@ def executable(folder: Path, name: str) -> Path:
 def test_a_python_without_aim_is_a_fail() -> None:
     assert check_python((3, 12, 1)).state == "ok"
     assert check_python((3, 13, 0)).state == "fail"
+
+
+def test_a_trainer_of_another_distribution_is_a_fail(tmp_path: Path) -> None:
+    assert check_trainer().state == "ok"
+    for place in (str(tmp_path / "trainer/__init__.py"), None):
+        found = check_trainer(place)
+        assert found.state == "fail" and str(place) in found.message
+        assert found.remedy.startswith("pip uninstall coqui-tts-trainer")
 
 
 def test_the_packages_that_this_was_installed_with_are_the_ones_it_was_made_for() -> None:
@@ -92,4 +107,4 @@ def test_a_gpu_that_torch_can_not_use_is_named(tmp_path: Path) -> None:
 
 def test_the_device_has_its_compute_capability() -> None:
     found = check_device(cuda_machine(25.3e9))
-    assert found.state == "ok" and "compute capability 8.0, 25.30 GB to be had, bf16" in found.message
+    assert found.state == "ok" and "compute capability 8.0, 25.3 GB to be had, bf16" in found.message

@@ -17,8 +17,8 @@ from tuner.doctor.check import Check
 from tuner.doctor.quick import before_spec, check_first
 from tuner.study.storage import open_storage
 
-MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Manifested").replace(
-    "num_train = 128", 'num_train = 128\ntrain_manifests = ["/none/train.jsonl::ko"]'
+MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Listed").replace(
+    "num_train = 128", 'num_train = 128\nlists = ["/none/train.jsonl::ko"]'
 )
 
 
@@ -61,7 +61,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_warning_unless_it_was_hidden(
 
 
 @pytest.mark.parametrize("command", ["launch", "train"])
-def test_a_missing_manifest_stops_a_run_before_anything_is_made(
+def test_a_missing_input_file_stops_a_run_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     write(tmp_path, MISSING)
@@ -72,7 +72,7 @@ def test_a_missing_manifest_stops_a_run_before_anything_is_made(
         main()
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tuner: data /none/train.jsonl, which workload.train_manifests names, is not there;")
+    assert line.startswith("tuner: data /none/train.jsonl, which workload.lists names, is not there;")
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from sqlalchemy import make_url
 
 from trainer.locks import locked
 from tuner.doctor import storage as module
@@ -50,13 +51,27 @@ def change(folder: Path, statement: str) -> None:
 def test_a_sound_storage_is_ok(url: str) -> None:
     found = check_storage(url)
     assert found.state == "ok", found
-    assert "1 study" in found.message and schema_versions()[0] in found.message and "write-ahead" in found.message
+    assert (
+        "1 study" in found.message
+        and schema_versions(make_url(url))[0] in found.message
+        and "write-ahead" in found.message
+    )
 
 
 def test_the_schema_is_the_one_that_optuna_makes(url: str, tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "tuner.db")) as connection:
         (made,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    assert made == schema_versions()[0]
+    head, known = schema_versions(make_url(url))
+    assert made == head and head in known and "v3.0.0.a" in known
+
+
+def test_a_database_without_a_version_gets_none(url: str, tmp_path: Path) -> None:
+    change(tmp_path, "DELETE FROM alembic_version")
+    change(tmp_path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    before = (tmp_path / "tuner.db").read_bytes()
+    found = check_storage(url)
+    assert found.state == "ok" and "without studies yet" in found.message
+    assert (tmp_path / "tuner.db").read_bytes() == before
 
 
 def test_a_storage_that_is_not_there_is_not_made(tmp_path: Path) -> None:

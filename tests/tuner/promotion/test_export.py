@@ -21,6 +21,11 @@ from tuner.spec.setups import full_setup
 from tuner.study.tracked_run import Runtime, describe_workload, tracked_train
 
 
+class FirstToken(Toy):
+    def best_checkpoints(self) -> dict[str, str]:
+        return {"val/token": "best_token_model.pth", "val/other": "best_other_model.pth"}
+
+
 @pytest.fixture
 def run_dir(runtime: Runtime) -> Path:
     setup = full_setup(build(**{"workload.width": 8, "full.samples": 40}), {})
@@ -87,7 +92,7 @@ def test_tied_weights_go_into_safetensors_once_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "name", "chosen"),
     [
-        (["best_mel_model", "best_text_model", "latest"], None, "best_mel_model"),
+        (["best_other_model", "best_token_model", "latest"], None, "best_token_model"),
         (["best_text_model", "best_other_model", "latest"], None, "latest"),
         (["best_model", "latest"], None, "best_model"),
         (["best_mel_model", "best_text_model"], "best_text", "best_text_model"),
@@ -99,7 +104,18 @@ def test_tied_weights_go_into_safetensors_once_a_name(tmp_path: Path) -> None:
 def test_a_checkpoint_is_found_by_name(tmp_path: Path, files: list[str], name: str | None, chosen: str) -> None:
     for file in files:
         (tmp_path / f"{file}.pth").touch()
-    assert find_checkpoint(tmp_path, name) == tmp_path / f"{chosen}.pth"
+    assert find_checkpoint(tmp_path, name, FirstToken()) == tmp_path / f"{chosen}.pth"
+
+
+def test_the_workload_of_the_run_decides_which_of_its_best_checkpoints_is_exported(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    best = run_dir / "best_token_model.pth"
+    for other in ("best_a_model.pth", "best_b_model.pth"):
+        write_checkpoint({**read_checkpoint(best), "step": 3}, run_dir / other)
+    assert export(run_dir, tmp_path / "best.pth").checkpoint == best
+    best.unlink()
+    assert export(run_dir, tmp_path / "latest.pth").checkpoint == run_dir / "latest.pth"
 
 
 def test_a_checkpoint_may_be_a_path(tmp_path: Path) -> None:

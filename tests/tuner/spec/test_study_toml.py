@@ -51,8 +51,8 @@ def test_a_spec_survives_being_stored() -> None:
             r"unknown key search\.train\.d_coef\.hihg; did you mean search\.train\.d_coef\.high\?",
         ),
         (
-            {"search.train.d_coef": {"low": 0.1, "high": 10, "lgo": True}},
-            r"unknown key search\.train\.d_coef\.lgo; did you mean search\.train\.d_coef\.log\?",
+            {"search.train.d_coef": {"low": 0.1, "high": 10, "loog": True}},
+            r"unknown key search\.train\.d_coef\.loog; did you mean search\.train\.d_coef\.log\?",
         ),
         (
             {"search.train.d_coef": {"choices": [1.0, 2.0], "log": True}},
