@@ -18,10 +18,12 @@ from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
 from trainer.clock import clock
 from tuner.cli.terminal import stoppable
-from tuner.display import RunDisplay, StudyDisplay, format_params, trial_table
 from tuner.full.promotion import promote, rerun
 from tuner.launcher import launch, open_study
 from tuner.run import Runtime
+from tuner.show.live import StudyDisplay
+from tuner.show.run import RunDisplay
+from tuner.show.table import format_params, trial_table
 from tuner.spec import StudySpec
 from tuner.trials import baseline_trial, ranking, trial_name
 

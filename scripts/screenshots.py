@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.browser.chromium import find_chromium, open_browser
 from trainer.errors import UserError
 from trainer.tracking import aim_run
-from tuner.dashboard.page import StudyPage
-from tuner.dashboard.server import make_dashboard
 from tuner.full.runs import full_runs
-from tuner.report import status_parts
+from tuner.show.page import StudyPage
+from tuner.show.server import make_dashboard
+from tuner.show.status import status_parts
 from tuner.storage import load_study, open_storage
 from tuner.trials import ranking
 

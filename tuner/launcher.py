@@ -23,11 +23,11 @@ from trainer.clock import clock
 from trainer.loader import check_lengths, check_losses
 from trainer.tracking import Tracker
 from tuner.claims import claim_trial, wants_more, why_complete
-from tuner.dashboard.page import StudyPage
 from tuner.objective import Interrupted, Objective
 from tuner.run import Runtime, code_digest
 from tuner.samplers import build_pruner, build_sampler
 from tuner.search_space import largest_step
+from tuner.show.page import StudyPage
 from tuner.spec import StudySpec
 from tuner.storage import for_other_processes, opened
 from tuner.supervisor import Display as Display

@@ -15,9 +15,9 @@ from optuna.storages import RDBStorage
 
 from tests.browser.chromium import find_chromium, open_browser
 from tests.tuner.studies_for_tests import build
-from tuner.dashboard.server import make_dashboard
 from tuner.launcher import launch
 from tuner.run import Runtime
+from tuner.show.server import make_dashboard
 from tuner.storage import open_storage
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tests.tuner.studies_for_tests import build
 from tuner.claims import claim_trial, wants_more
-from tuner.display.trial_table import is_interrupted
 from tuner.launcher import open_study
 from tuner.run import Runtime
+from tuner.show.table import is_interrupted
 from tuner.storage import open_storage
 from tuner.trials import BASELINE
 

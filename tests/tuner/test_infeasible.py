@@ -23,9 +23,9 @@ from trainer.tracking import Tracker, Trackers
 from tuner.launcher import launch
 from tuner.objective import STARTS, _fitted, is_out_of_memory
 from tuner.peak_memory import PeakMemory
-from tuner.report import status
 from tuner.run import Runtime
 from tuner.search_space import trial_setup
+from tuner.show.status import status
 from tuner.spec import StudySpec
 from tuner.storage import load_study, open_storage
 from tuner.trials import INFEASIBLE, ranking

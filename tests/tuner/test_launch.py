@@ -20,9 +20,9 @@ from trainer import UserError
 from trainer.checkpoint import locked, read_checkpoint
 from tuner.full.promotion import rerun
 from tuner.launcher import launch
-from tuner.report import status
 from tuner.run import Runtime
 from tuner.samplers import build_pruner
+from tuner.show.status import status
 from tuner.spec import Choice
 from tuner.storage import load_study, open_storage
 from tuner.trials import INFEASIBLE, baseline_trial, ranking

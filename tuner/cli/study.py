@@ -101,8 +101,8 @@ def status(
         raise UserError("--watch is for people: leave it or --json out.")
     from rich.console import Console
 
-    from tuner.display.events import to_json
-    from tuner.report import print_status, print_studies, status, watch
+    from tuner.show.json_events import to_json
+    from tuner.show.status import print_status, print_studies, status, watch
     from tuner.storage import load_study, open_storage
 
     opened = open_storage(storage, must_exist=True)
@@ -126,7 +126,7 @@ def dashboard(
 
     Example: tuner dashboard --read-only
     """
-    from tuner.dashboard.server import make_dashboard
+    from tuner.show.server import make_dashboard
     from tuner.storage import open_storage
 
     opened = open_storage(storage, must_exist=True)
@@ -165,14 +165,14 @@ def promote(
         raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
     from rich.console import Console
 
-    from tuner.display.events import confirmation_ended
     from tuner.doctor.data import check_paths
     from tuner.doctor.quick import check_first, quick
     from tuner.full.confirmation import confirm as confirm_best
     from tuner.full.promotion import promote
     from tuner.objective import Interrupted
-    from tuner.report import confirmation_table
     from tuner.run import Runtime
+    from tuner.show.json_events import confirmation_ended
+    from tuner.show.status import confirmation_table
     from tuner.storage import load_study, open_storage, storage_url
     from tuner.trials import stored_spec
 

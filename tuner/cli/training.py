@@ -75,8 +75,8 @@ def evaluate(
 
     Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
     """
-    from tuner.display.events import to_json
     from tuner.full.evaluation import evaluate_checkpoint
+    from tuner.show.json_events import to_json
     from tuner.spec import StudySpec, parse_override
 
     if not as_json:

@@ -21,7 +21,6 @@ from optuna.trial import FrozenTrial
 from trainer import Diverged, Evaluation, UserError
 from trainer.checkpoint import digest_path, holds_state
 from trainer.tracking import Tracker, Trackers
-from tuner.dashboard.page import StudyPage
 from tuner.full.confirmed import (
     Asked,
     Confirmation,
@@ -37,6 +36,7 @@ from tuner.full.runs import CONTINUED_FROM
 from tuner.objective import Interrupted
 from tuner.run import Runtime, tracked_train
 from tuner.search_space import full_setup, trial_setup
+from tuner.show.page import StudyPage
 from tuner.spec import StudySpec
 from tuner.trials import baseline_trial, ranking, stored_spec
 

@@ -15,13 +15,13 @@ from optuna.trial import FrozenTrial
 from trainer import Evaluation
 from trainer.acceleration import detect
 from trainer.tracking import Tracker
-from tuner.dashboard.page import StudyPage
 from tuner.full.projection import MeasuredSpeed, outlooks, say
 from tuner.full.retracing import Retracing
 from tuner.full.runs import CONTINUED_FROM
 from tuner.peak_memory import PeakMemory
 from tuner.run import link_aim, log_file
 from tuner.search_space import Setup
+from tuner.show.page import StudyPage
 from tuner.spec import StudySpec
 from tuner.trials import FULL_HOURS, report_once
 

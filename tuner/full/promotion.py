@@ -15,7 +15,6 @@ from trainer import TrainResult, UserError
 from trainer.checkpoint import holds_state
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
-from tuner.dashboard.page import StudyPage
 from tuner.full.confirmation import own_curve, own_seed
 from tuner.full.confirmed import Confirmation, read_record, stored_asked, stored_confirmation
 from tuner.full.continuation import go_on_from, step_to_go_on_from
@@ -25,6 +24,7 @@ from tuner.full.retracing import Retracing
 from tuner.full.runs import CONTINUED_FROM, curves_of, open_curve
 from tuner.run import Runtime, code_digest, link_aim, tracked_train
 from tuner.search_space import Setup, full_setup, trial_setup
+from tuner.show.page import StudyPage
 from tuner.spec import StudySpec
 from tuner.trials import CODE, ranking, stored_spec, trial_name
 

@@ -32,8 +32,8 @@ from tuner.full.lineage import PROMOTIONS
 from tuner.full.promotion import promote
 from tuner.launcher import launch, open_study
 from tuner.objective import Interrupted
-from tuner.report import confirmation_table
 from tuner.run import Runtime
+from tuner.show.status import confirmation_table
 from tuner.trials import BASELINE, ranking
 
 

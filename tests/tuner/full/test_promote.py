@@ -24,8 +24,8 @@ from tuner.full.promotion import promote
 from tuner.full.retracing import Retracing
 from tuner.full.runs import full_runs
 from tuner.launcher import launch
-from tuner.report import status
 from tuner.run import Runtime
+from tuner.show.status import status
 from tuner.trials import ranking, report_once, stored_spec
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import optuna
 import pytest
 
-from tuner.run import Runtime
 from tuner.storage import load_study, open_storage
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 
@@ -87,7 +86,12 @@ def test_every_field_of_a_study_is_read(study: optuna.Study, tmp_path: Path) -> 
     assert record.confirmation.verdict.startswith("the baseline (trial 0) is the best of them")
     run = record.confirmation_run(0, 0)
     assert run and run.run_dir == str(tmp_path / "runs/toy/confirm-00000-seed-0") and run.failed == ""
-    assert run.curve == {200: 1.6020646764876996, 240: 1.651488608502327, 280: 2.052676716256649, 320: 1.621131280127992}
+    assert run.curve == {
+        200: 1.6020646764876996,
+        240: 1.651488608502327,
+        280: 2.052676716256649,
+        320: 1.621131280127992,
+    }
     (promotion,) = record.promotions
     assert promotion["trial"] == promotion["best"] == 0 and promotion["continued_at"] == 40
     assert promotion["continued_from"] == run.run_dir and promotion["code_version"] == "0.1.0+caeff4a"

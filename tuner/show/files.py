@@ -20,8 +20,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from sqlalchemy import URL
 
-from tuner.dashboard.findings import Findings
 from tuner.search_space import full_setup
+from tuner.show.findings import Findings
 from tuner.trials import BASE_DIR, INFEASIBLE, last_value, state_of, stored_spec
 
 BEST_SPEC = "study.toml"

@@ -18,13 +18,12 @@ from rich.console import Console
 from tests.tuner.studies_for_tests import build
 from trainer import TrainConfig, train
 from trainer.loop import TrainResult
-from tuner.display import RunDisplay, StudyDisplay
-from tuner.display.events import JsonWarnings, RunEvents, StudyEvents, emit
-from tuner.display.palette import STATE_STYLES
-from tuner.display.run import device_figures
-from tuner.display.study import share_done
 from tuner.launcher import launch, open_study
 from tuner.run import Runtime
+from tuner.show.json_events import JsonWarnings, RunEvents, StudyEvents, emit
+from tuner.show.live import StudyDisplay, share_done
+from tuner.show.palette import STATE_STYLES
+from tuner.show.run import RunDisplay, device_figures
 
 METRICS = {"train/loss": 4.2, "train/samples_per_second": 10.0, "train/tokens_per_second": 900.0, "train/lr": 1e-4}
 

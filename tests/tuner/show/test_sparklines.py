@@ -14,9 +14,9 @@ from rich.console import Console
 
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
-from tuner.display.curves import ASCII_BLOCKS, Scale, curves_table, resample, sparkline
 from tuner.launcher import open_study
-from tuner.report import watch
+from tuner.show.sparklines import ASCII_BLOCKS, Scale, curves_table, resample, sparkline
+from tuner.show.status import watch
 from tuner.trials import BASELINE
 
 

@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from trainer import UserError
-from tuner.dashboard.server import guarded, make_dashboard
+from tuner.show.server import guarded, make_dashboard
 from tuner.storage import open_storage
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from tuner.dashboard.drawing import (
+from tuner.show.findings import Findings
+from tuner.show.plot_labels import LEVEL, UPWARDS
+from tuner.show.plotly_json import (
     FULL_RUN,
     OFF_SCALE,
     STYLES,
@@ -23,9 +25,7 @@ from tuner.dashboard.drawing import (
     short_name,
     trial_trace,
 )
-from tuner.dashboard.findings import Findings
-from tuner.dashboard.plot_labels import LEVEL, UPWARDS
-from tuner.display import format_params, format_value, is_rising
+from tuner.show.table import format_params, format_value, is_rising
 from tuner.trials import last_value
 
 MAX_CURVES = 40

@@ -20,22 +20,22 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note, save_note
 
-from tests.tuner.dashboard.test_server import Client
+from tests.tuner.show.test_server import Client
 from tests.tuner.studies_for_tests import build
 from trainer.locks import locked
-from tuner.dashboard import page as study_page
-from tuner.dashboard import plots
-from tuner.dashboard.artifacts import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, leaderboard, to_toml
-from tuner.dashboard.findings import Findings
-from tuner.dashboard.note import MAX_RANKED, escape, promote_command, study_note
-from tuner.dashboard.page import StudyPage
-from tuner.dashboard.plot_labels import AROUND, place_labels
-from tuner.dashboard.server import make_dashboard
 from tuner.full.confirmed import Asked, Confirmation, ConfirmedTrial, keep_found
 from tuner.full.promotion import promote
 from tuner.launcher import launch
 from tuner.run import Runtime
 from tuner.search_space import full_setup
+from tuner.show import page as study_page
+from tuner.show import plots
+from tuner.show.files import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, leaderboard, to_toml
+from tuner.show.findings import Findings
+from tuner.show.note import MAX_RANKED, escape, promote_command, study_note
+from tuner.show.page import StudyPage
+from tuner.show.plot_labels import AROUND, place_labels
+from tuner.show.server import make_dashboard
 from tuner.spec import StudySpec
 from tuner.storage import load_study, open_storage
 from tuner.trials import BASE_DIR, BASELINE, ENDED, INFEASIBLE, SPEC, stored_spec
@@ -186,7 +186,7 @@ def test_what_a_person_wrote_below_the_note_or_before_it_stays(study: optuna.Stu
 def test_a_password_is_not_in_the_note(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     from sqlalchemy import make_url
 
-    monkeypatch.setattr("tuner.dashboard.note.database_url", lambda _: make_url("postgresql://me:secret@host/db"))
+    monkeypatch.setattr("tuner.show.note.database_url", lambda _: make_url("postgresql://me:secret@host/db"))
     command = promote_command(study, Path("/my runs"))
     assert command == "tuner promote toy --storage \"$TUNER_STORAGE\" --run-root '/my runs'"
 
@@ -369,10 +369,10 @@ def test_a_page_that_can_not_be_written_stops_no_launch_and_is_said_once(
     monkeypatch.setattr(study_page, "save_note", fail)
     monkeypatch.setattr(study_page, "MIN_INTERVAL_S", 0.0)
     monkeypatch.setattr(study_page, "MAX_SHARE", 1e9)
-    with caplog.at_level(logging.WARNING, "tuner.dashboard.page"):
+    with caplog.at_level(logging.WARNING, "tuner.show.page"):
         study = launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=3)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
-    assert [r.getMessage() for r in caplog.records if r.name == "tuner.dashboard.page"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "tuner.show.page"] == [
         "the study's page is not up to date (StorageInternalError: database is locked); all else goes on"
     ]
 

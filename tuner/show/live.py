@@ -13,9 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from trainer.clock import clock
-from tuner.display.palette import GREEN, SKY_BLUE
-from tuner.display.renewed import Renewed
-from tuner.display.trial_table import duration, format_params, trial_table
+from tuner.show.palette import GREEN, SKY_BLUE
+from tuner.show.renewed import Renewed
+from tuner.show.table import duration, format_params, trial_table
 from tuner.trials import BASELINE, ENDED, INFEASIBLE, last_value, state_of
 
 if TYPE_CHECKING:

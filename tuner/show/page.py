@@ -17,10 +17,11 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 from sqlalchemy.exc import SQLAlchemyError
 
 from trainer.errors import UserError
-from tuner.dashboard import artifacts, plots
-from tuner.dashboard.findings import Findings
-from tuner.dashboard.note import full_note, promote_command, study_note, with_own_text
 from tuner.full.runs import full_study
+from tuner.show import files as artifacts
+from tuner.show import plots
+from tuner.show.findings import Findings
+from tuner.show.note import full_note, promote_command, study_note, with_own_text
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from trainer.clock import clock
 from trainer.device_monitor import CPU_MEMORY, GPU_MEMORY, GPU_UTILIZATION
-from tuner.display.palette import GREEN
-from tuner.display.renewed import Renewed
-from tuner.display.study import share_done
+from tuner.show.live import share_done
+from tuner.show.palette import GREEN
+from tuner.show.renewed import Renewed
 
 if TYPE_CHECKING:
     from trainer import TrainResult

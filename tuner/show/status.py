@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.errors import UserError
-from tuner.display import format_params, is_rising, trial_table
-from tuner.display.curves import curves_table
-from tuner.display.events import to_json
 from tuner.full.runs import full_runs
+from tuner.show.json_events import to_json
+from tuner.show.sparklines import curves_table
+from tuner.show.table import format_params, is_rising, trial_table
 from tuner.trials import (
     BASELINE,
     ENDED,

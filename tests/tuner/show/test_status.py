@@ -16,10 +16,11 @@ from rich.console import Console
 
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
-from tuner.display import StudyDisplay, trial_table
 from tuner.launcher import launch, open_study
-from tuner.report import status
 from tuner.run import Runtime
+from tuner.show.live import StudyDisplay
+from tuner.show.status import status
+from tuner.show.table import trial_table
 from tuner.trials import (
     BASELINE,
     D_RISING,

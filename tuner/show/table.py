@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.clock import clock, format_hours
-from tuner.display.palette import STATE_STYLES
+from tuner.show.palette import STATE_STYLES
 from tuner.trials import (
     BASELINE,
     D_RISING,

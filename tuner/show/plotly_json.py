@@ -15,9 +15,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from tuner.dashboard.findings import Findings
-from tuner.dashboard.plot_labels import AROUND, RIGHT, beside, place_labels
-from tuner.display import format_params
+from tuner.show.findings import Findings
+from tuner.show.plot_labels import AROUND, RIGHT, beside, place_labels
+from tuner.show.table import format_params
 from tuner.trials import last_value, state_of
 
 MAX_POINTS, MAX_LABELS = 200, 40

@@ -14,10 +14,10 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from trainer.clock import format_hours
-from tuner.dashboard.artifacts import database_url
-from tuner.dashboard.findings import Findings
-from tuner.display import format_params, format_value, is_rising
 from tuner.full.runs import run_state
+from tuner.show.files import database_url
+from tuner.show.findings import Findings
+from tuner.show.table import format_params, format_value, is_rising
 from tuner.storage import DEFAULT_URL
 from tuner.trials import BASELINE, FULL_HOURS, INFEASIBLE, last_value, state_of
 

@@ -13,9 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tuner.display.palette import SKY_BLUE
-from tuner.display.trial_table import budget_unit
 from tuner.full.runs import newest_curves
+from tuner.show.palette import SKY_BLUE
+from tuner.show.table import budget_unit
 from tuner.trials import ranking, stored_values
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
