@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import optuna
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,8 @@ from tuner.show.live import StudyDisplay
 from tuner.show.run import RunDisplay
 from tuner.show.table import format_params, trial_table
 from tuner.spec import StudySpec
-from tuner.trials import baseline_trial, ranking, trial_name
+from tuner.study.optuna_internals import storage_of
+from tuner.study.record import StudyRecord, trial_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "studies/korean_demo/study.toml"
@@ -58,12 +58,13 @@ def main() -> None:
                 f"the study is there with {before} trials: continuing it up to {total}, or reusing it if complete"
             )
         with StudyDisplay(study, spec, total=total, console=console) as display:
-            launch(spec, storage=study._storage, runtime=runtime, num_trials=total, display=display)
+            launch(spec, storage=storage_of(study), runtime=runtime, num_trials=total, display=display)
         leave_if(stop, console)
 
         heading(console, 3, "baseline against best, once more on a fresh seed")
-        base, best = baseline_trial(study), ranking(study)[0]
-        assert base is not None
+        record = StudyRecord.read(study)
+        base, best = record.baseline, record.best
+        assert base is not None and best is not None
         reruns: dict[int, TrainResult] = {}
         for number in dict.fromkeys((base.number, best.number)):
             announce(console, runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{FRESH_SEED}"))
@@ -77,7 +78,7 @@ def main() -> None:
             full = promote(study, trial=best.number, runtime=runtime, trackers=[follower])
         leave_if(stop, console)
 
-    show_results(console, study, reruns, full)
+    show_results(console, StudyRecord.read(study), reruns, full)
     console.print(f"\nDone in {clock(time.monotonic() - started)}. To look further:")
     for command in (f"tuner status {spec.study.name}", "tuner dashboard", f"aim up --repo {arguments.run_root}"):
         console.print(f"  .venv/bin/{command}")
@@ -98,12 +99,12 @@ def leave_if(stop: object, console: Console) -> None:
         sys.exit(130)
 
 
-def show_results(console: Console, study: optuna.Study, reruns: dict[int, TrainResult], full: TrainResult) -> None:
+def show_results(console: Console, record: StudyRecord, reruns: dict[int, TrainResult], full: TrainResult) -> None:
     """What was won, in tables."""
     heading(console, 5, "what was won")
-    console.print(trial_table(study, "trials"))
-    base, best = baseline_trial(study), ranking(study)[0]
-    assert base is not None and base.value is not None and best.value is not None
+    console.print(trial_table(record, "trials"))
+    base, best = record.baseline, record.best
+    assert base is not None and base.value is not None and best is not None and best.value is not None
     metric = "val/loss"
     table = Table(title="baseline against best, at equal samples seen", title_justify="left")
     for column in ("", "parameters", "samples", "loss in the study", "loss on a fresh seed"):

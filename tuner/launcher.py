@@ -6,9 +6,8 @@ import gc
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from tuner.search_space import largest_step
 from tuner.show.page import StudyPage
 from tuner.spec import StudySpec
 from tuner.storage import for_other_processes, opened
+from tuner.study.record import TrialRecord
 from tuner.supervisor import Display as Display
 from tuner.supervisor import Job, Supervisor, visible_devices, worker_environments
 from tuner.trials import (
@@ -86,7 +86,7 @@ def launch(
     total = num_trials or spec.trial.num_trials
     _warn_of_other_code(study, spec)
     study.set_user_attr(ENDED, "")
-    with _page(study, runtime) as update_page:
+    with StudyPage(study, runtime.run_root).keep_updated() as update_page:
         if num_workers == 1:
             is_complete = run_trials(study, spec, runtime, total, display, update_page)
         else:
@@ -174,24 +174,6 @@ def _run_workers(
             return True
 
 
-@contextmanager
-def _page(study: optuna.Study, runtime: Runtime) -> Iterator[Callable[[], None]]:
-    """The study's page, written in a thread of its own while the next trial starts, and once more at the end."""
-    page, pending = StudyPage(study, runtime.run_root), Future[None]()
-    pending.set_result(None)
-
-    def update() -> None:
-        nonlocal pending
-        if pending.done():
-            pending.result()
-            pending = thread.submit(page.update)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="page") as thread:
-        yield update
-    pending.result()
-    page.update(now=True)
-
-
 def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> optuna.Study:
     """The spec's study: made where there is none, refused where it was started under another spec.
 
@@ -261,7 +243,7 @@ def _check_data(spec: StudySpec) -> str:
 def _run_trial(
     study: optuna.Study, objective: Objective, trial: optuna.Trial, resumed: bool, display: Display | None
 ) -> None:
-    trackers: Sequence[Tracker] = [display.trial_started(trial, resumed)] if display else []
+    trackers: Sequence[Tracker] = [display.trial_started(TrialRecord.read(trial), resumed)] if display else []
     try:
         value = objective(trial, trackers)
     except optuna.TrialPruned:
@@ -277,7 +259,7 @@ def _run_trial(
     else:
         frozen = study.tell(trial, value)
     if display:
-        display.trial_ended(frozen)
+        display.trial_ended(TrialRecord.read(frozen))
     _drop_checkpoints(study)
 
 

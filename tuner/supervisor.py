@@ -24,10 +24,10 @@ import optuna
 import torch
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
 
 from trainer.errors import UserError
 from trainer.tracking import CheckpointTracker, Tracker
+from tuner.study.record import TrialRecord
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from tuner.wor
 class Display(Protocol):
     """Shows a study's progress to a person."""
 
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker: ...
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> Tracker: ...
 
-    def trial_ended(self, trial: FrozenTrial) -> None: ...
+    def trial_ended(self, trial: TrialRecord) -> None: ...
 
 
 class WorkerError(RuntimeError):
@@ -228,7 +228,7 @@ class Supervisor:
                 self._deaths = 0
                 if self.display:
                     worker.trackers.pop(number).close()
-                    self.display.trial_ended(self._study.get_trials(deepcopy=False)[number])
+                    self.display.trial_ended(self._trial(number))
                 self.on_trial_end()
             case ("warning", text):
                 log.warning("worker %d: %s", worker.index, text)
@@ -240,9 +240,8 @@ class Supervisor:
             case _:
                 raise AssertionError(f"worker {worker.index} said {event!r}")
 
-    def _trial(self, number: int) -> optuna.Trial:
-        storage = self._study._storage
-        return optuna.Trial(self._study, storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number))
+    def _trial(self, number: int) -> TrialRecord:
+        return TrialRecord.read(self._study.get_trials(deepcopy=False)[number])
 
     def _ended(self, worker: _Worker) -> None:
         """A worker's pipe is at its end; put another in its place where it did not mean to go."""

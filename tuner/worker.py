@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
 
 from trainer.errors import UserError
 from tuner.launcher import run_trials
@@ -24,6 +23,7 @@ from tuner.run import Runtime
 from tuner.samplers import build_pruner, build_sampler
 from tuner.spec import StudySpec
 from tuner.storage import opened
+from tuner.study.record import TrialRecord
 from tuner.supervisor import Job
 
 
@@ -69,11 +69,11 @@ class RemoteDisplay:
     def __init__(self, line: Line) -> None:
         self._line = line
 
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> RemoteTracker:
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> RemoteTracker:
         self._line.tell("started", trial.number, resumed)
         return RemoteTracker(self._line, trial.number)
 
-    def trial_ended(self, trial: FrozenTrial) -> None:
+    def trial_ended(self, trial: TrialRecord) -> None:
         self._line.tell("ended", trial.number)
 
 

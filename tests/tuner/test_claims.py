@@ -17,8 +17,8 @@ from tests.tuner.studies_for_tests import build
 from tuner.claims import claim_trial, wants_more
 from tuner.launcher import open_study
 from tuner.run import Runtime
-from tuner.show.table import is_interrupted
 from tuner.storage import open_storage
+from tuner.study.record import TrialRecord
 from tuner.trials import BASELINE
 
 ClaimOn = Callable[..., tuple[optuna.Trial, bool]]
@@ -109,4 +109,4 @@ def test_a_trial_that_is_nobodys_is_not_waited_for(claim_on: ClaimOn) -> None:
 def test_another_machines_trial_is_not_shown_as_interrupted(claim_on: ClaimOn) -> None:
     trial, _ = claim_on("alpha")
     (frozen,) = trial.study.get_trials()
-    assert frozen.state == TrialState.RUNNING and not is_interrupted(frozen)
+    assert frozen.state == TrialState.RUNNING and not TrialRecord.read(frozen).is_interrupted

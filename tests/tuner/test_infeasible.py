@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import optuna
 import pytest
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -28,6 +28,7 @@ from tuner.search_space import trial_setup
 from tuner.show.status import status
 from tuner.spec import StudySpec
 from tuner.storage import load_study, open_storage
+from tuner.study.record import StudyRecord, TrialRecord
 from tuner.trials import INFEASIBLE, ranking
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -81,10 +82,10 @@ class Witness:
     def __init__(self) -> None:
         self.alive: list[int] = []
 
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker:
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> Tracker:
         return Trackers([])
 
-    def trial_ended(self, trial: FrozenTrial) -> None:
+    def trial_ended(self, trial: TrialRecord) -> None:
         models = [model for ref in Exploding.models if (model := ref()) is not None]
         # The memory estimate keeps a model without contents.
         self.alive.append(sum(not isinstance(model.get_parameter("head.weight"), FakeTensor) for model in models))
@@ -129,7 +130,7 @@ def test_what_can_not_be_trained_is_infeasible_gives_its_memory_back_and_the_stu
     assert all(trial.state == TrialState.PRUNED for trial in infeasible)
     assert all(reason in trial.user_attrs[INFEASIBLE] for trial in infeasible)
     assert all("\n" not in trial.user_attrs[INFEASIBLE] for trial in infeasible)
-    assert status(study)["trials"]["infeasible"] == len(infeasible) < 5 == len(study.trials)
+    assert status(StudyRecord.read(study))["trials"]["infeasible"] == len(infeasible) < 5 == len(study.trials)
     assert ranking(study)[0].params["train.batch_size"] != 16
     assert witness.alive == [0] * 5
 

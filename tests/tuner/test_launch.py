@@ -25,6 +25,7 @@ from tuner.samplers import build_pruner
 from tuner.show.status import status
 from tuner.spec import Choice
 from tuner.storage import load_study, open_storage
+from tuner.study.record import StudyRecord
 from tuner.trials import INFEASIBLE, baseline_trial, ranking
 
 
@@ -174,7 +175,7 @@ def test_out_of_memory_is_infeasible_and_the_study_goes_on(runtime: Runtime, url
     assert infeasible and all(trial.params["train.batch_size"] == 16 for trial in infeasible)
     assert all(trial.constraints == {"memory": 1.0} for trial in infeasible)
     assert "CUDA out of memory" in infeasible[0].user_attrs[INFEASIBLE]
-    counts = status(study)["trials"]
+    counts = status(StudyRecord.read(study))["trials"]
     assert counts["infeasible"] == len(infeasible) and sum(counts.values()) == 8
     assert ranking(study)[0].params["train.batch_size"] != 16
 

@@ -15,7 +15,7 @@ import optuna
 import psutil
 import pytest
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
@@ -23,6 +23,7 @@ from trainer.tracking import Tracker
 from tuner.launcher import launch
 from tuner.run import Runtime
 from tuner.storage import for_other_processes, load_study, open_storage
+from tuner.study.record import TrialRecord
 from tuner.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
 from tuner.trials import ENDED
 
@@ -58,12 +59,12 @@ class Witness:
     def numbers(self, what: str) -> list[int]:
         return sorted(number for said, number in self.seen if said == what)
 
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Tracker:
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> Tracker:
         self.note("resumed" if resumed else "started", trial.number)
         return Follower(self, trial.number)
 
-    def trial_ended(self, trial: FrozenTrial) -> None:
-        assert trial.state.is_finished()
+    def trial_ended(self, trial: TrialRecord) -> None:
+        assert trial.is_finished
         self.note("ended", trial.number)
 
 

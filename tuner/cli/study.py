@@ -104,6 +104,7 @@ def status(
     from tuner.show.json_events import to_json
     from tuner.show.status import print_status, print_studies, status, watch
     from tuner.storage import load_study, open_storage
+    from tuner.study.record import StudyRecord
 
     opened = open_storage(storage, must_exist=True)
     if follow:
@@ -111,9 +112,9 @@ def status(
     elif study is None:
         print_studies(opened, as_json=as_json)
     elif as_json:
-        print(to_json(status(load_study(study, opened)), indent=1))
+        print(to_json(status(StudyRecord.read(load_study(study, opened))), indent=1))
     else:
-        print_status(load_study(study, opened))
+        print_status(StudyRecord.read(load_study(study, opened)))
 
 
 def dashboard(
@@ -172,8 +173,9 @@ def promote(
     from tuner.objective import Interrupted
     from tuner.run import Runtime
     from tuner.show.json_events import confirmation_ended
-    from tuner.show.status import confirmation_table
+    from tuner.show.table import confirmation_table
     from tuner.storage import load_study, open_storage, storage_url
+    from tuner.study.record import StudyRecord
     from tuner.trials import stored_spec
 
     check_first(quick(run_root, study=study, storage=storage_url(storage)))
@@ -196,10 +198,12 @@ def promote(
             except Interrupted:
                 console.print("Stopped with a checkpoint; the same command goes on.")
                 raise typer.Exit(STOPPED) from None
-            console.print(confirmation_table(confirmed))
-            console.print(confirmed.verdict, markup=False, highlight=False, soft_wrap=True)
+            confirmation = StudyRecord.read(opened).confirmation
+            assert confirmation is not None
+            console.print(confirmation_table(confirmation))
+            console.print(confirmation.verdict, markup=False, highlight=False, soft_wrap=True)
             if log_format == Format.json:
-                confirmation_ended(study, confirmed)
+                confirmation_ended(study, confirmation)
         with follow_run(f"full run of {study}", log_format) as run:
             result = promote(
                 opened, trial=trial, confirmed=confirmed, steps=steps, fresh=fresh, runtime=runtime, trackers=[run]

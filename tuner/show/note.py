@@ -10,119 +10,124 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial
-
 from trainer.clock import format_hours
-from tuner.full.runs import run_state
 from tuner.show.files import database_url
-from tuner.show.findings import Findings
-from tuner.show.table import format_params, format_value, is_rising
+from tuner.show.table import (
+    CONFIRMATION_HEADINGS,
+    confirmation_rows,
+    format_params,
+    format_value,
+    short_name,
+    trial_marks,
+)
 from tuner.storage import DEFAULT_URL
-from tuner.trials import BASELINE, FULL_HOURS, INFEASIBLE, last_value, state_of
+from tuner.study.optuna_internals import id_of, storage_of
+from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 
 MAX_RANKED = 15
 MAX_INFEASIBLE = 8
 MAX_FULL_RUNS = 8
 MAX_REASON = 160
+LEFT_ALIGNED = ("parameters", "remarks", "state", "folder")
+"""Headings of the columns of text."""
 
 FENCE = "*Above: written by tuner after each trial. Below: yours, and it stays.*"
+"""Separates the note from the user's own text. Stored notes are found by it: it must never change."""
 
 
-def study_note(found: Findings, promote: str, files: Mapping[str, str]) -> str:
-    """The study's note.
+def study_note(record: StudyRecord, promote: str, files: Mapping[str, str]) -> str:
+    """The note of a study.
 
     Args:
         promote: The command that starts or continues the full run.
         files: Addresses of the files to download, by name.
     """
+    links = ", ".join(f"[{escape(name)}]({address})" for name, address in files.items())
     parts = [
-        _goal(found),
-        _best(found),
-        "### Leaderboard\n\n" + _leaderboard(found),
-        _confirmation(found),
-        _infeasible(found),
-        _full_runs(found),
-        "### Promote\n\n" + _promotion(found, promote),
-        "### Files\n\n" + ", ".join(f"[{escape(name)}]({address})" for name, address in files.items()) if files else "",
+        _goal(record),
+        _best(record),
+        "### Leaderboard\n\n" + _leaderboard(record),
+        _confirmation(record),
+        _infeasible(record),
+        _full_runs(record),
+        "### Promote\n\n" + _promotion(record, promote),
+        f"### Files\n\n{links}" if files else "",
         f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def full_note(found: Findings, promote: str) -> str:
+def full_note(record: StudyRecord, promote: str) -> str:
     """The note of `<study>.full`."""
-    runs = f"The curve of each full run that was promoted from [{escape(found.name)}]({_address(found)})."
-    return "\n\n".join([runs, _full_runs(found), _again(found), _code(promote)])
+    address = f"/dashboard/studies/{id_of(record.study)}"
+    heading = f"The curve of each full run that was promoted from [{escape(record.name)}]({address})."
+    return "\n\n".join([heading, _full_runs(record), _continuation(record), _code(promote)])
 
 
 def with_own_text(note: str, before: str) -> str:
-    """`note` in place of the earlier one, with what a person wrote below it, or before there was one."""
+    """The new note in place of the earlier one, with the user's text below; without a fence all text is the user's."""
     _, fence, own = before.partition(FENCE)
     own = own if fence else before
     return f"{note}\n\n---\n\n{FENCE}" + (f"\n\n{own.strip()}" if own.strip() else "")
 
 
-def promote_command(study: optuna.Study, run_root: Path, folder: Path | None = None) -> str:
-    """The command that promotes, as it is to be typed; `cd` first where it has relative paths.
+def promote_command(record: StudyRecord, run_root: Path, folder: Path | None = None) -> str:
+    """The command that promotes, ready to paste; it begins with `cd` if it has relative paths.
 
     Args:
-        folder: Where relative paths begin. Default: the working directory.
+        folder: Folder of relative paths. Default: the working directory.
     """
-    words, relative = ["tuner", "promote", shlex.quote(study.study_name)], not run_root.is_absolute()
-    url = database_url(study._storage)
+    words, relative = ["tuner", "promote", shlex.quote(record.name)], not run_root.is_absolute()
+    url = database_url(storage_of(record.study))
     if url is not None:
         relative |= url.get_backend_name() == "sqlite" and not Path(url.database or "").is_absolute()
-        told = url.render_as_string(hide_password=False)
-        # A note is read by whoever reaches the dashboard: no password in it.
-        shown = '"$TUNER_STORAGE"' if url.password else shlex.quote(told)
-        words += ["--storage", shown] if told != DEFAULT_URL else []
+        text = url.render_as_string(hide_password=False)
+        # Everybody who reaches the dashboard reads the note: it must not hold a password.
+        storage = '"$TUNER_STORAGE"' if url.password else shlex.quote(text)
+        words += ["--storage", storage] if text != DEFAULT_URL else []
     words += ["--run-root", shlex.quote(str(run_root))] if run_root != Path("runs") else []
     return (f"cd {shlex.quote(str(folder or Path.cwd()))}\n" if relative else "") + " ".join(words)
 
 
 def escape(text: object) -> str:
-    """Text as Markdown shows it letter by letter, on one line."""
+    """Text on one line, without Markdown's special characters."""
     return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(str(text).split()))
 
 
-def _goal(found: Findings) -> str:
-    trial = found.spec["trial"]
-    unit = next(unit for unit in ("samples", "steps", "seconds") if unit in trial)
-    states = [state_of(t) for t in found.trials]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
-    ended = [f"- **Ended**: {escape(found.ended)}"] if found.ended else []
-    return "\n".join(
-        [
-            f"- **Goal**: the {'lowest' if found.minimized else 'highest'} {escape(found.metric)} "
-            f"after {trial[unit]:,} {unit} of training",
-            f"- **Searched**: {'; '.join(_space(name, space) for name, space in found.spec['search'].items())}",
-            f"- **Budget**: {trial['num_trials']} trials by its study.toml; so far {counts or 'none'}",
-            *ended,
-        ]
-    )
+def _goal(record: StudyRecord) -> str:
+    trial, states = record.spec["trial"], [trial.state for trial in record.trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    search = "; ".join(_dimension(name, space) for name, space in record.spec["search"].items())
+    lines = [
+        f"- **Goal**: the {'lowest' if record.minimized else 'highest'} {escape(record.metric)} "
+        f"after {trial[record.unit]:,} {record.unit} of training",
+        f"- **Searched**: {search}",
+        f"- **Budget**: {trial['num_trials']} trials by its study.toml; so far {counts or 'none'}",
+    ]
+    lines += [f"- **Ended**: {escape(record.ended)}"] if record.ended else []
+    return "\n".join(lines)
 
 
-def _space(name: str, space: Mapping[str, Any]) -> str:
+def _dimension(name: str, space: Mapping[str, Any]) -> str:
     if "choices" in space:
         return escape(f"{name} from {', '.join(format_value(choice) for choice in space['choices'])}")
     log = " on a log scale" if space.get("log") else ""
     return escape(f"{name} {format_value(space['low'])} to {format_value(space['high'])}{log}")
 
 
-def _best(found: Findings) -> str:
-    best = found.best
+def _best(record: StudyRecord) -> str:
+    best, baseline = record.best, record.baseline
     if best is None:
         return "**No trial is complete yet.**"
     text = f"**Best: trial {best.number}** ({escape(format_params(best.params))}), "
-    text += f"{escape(found.metric)} {best.value:.4f}"
-    if found.is_baseline(best):
+    text += f"{escape(record.metric)} {best.value:.4f}"
+    if record.is_baseline(best):
         text += ": the baseline itself"
-    elif found.baseline is not None and (reference := last_value(found.baseline)) is not None:
-        text += f", {abs(reference - (best.value or 0)):.4f} better than the baseline ({reference:.4f})"
-    hours = found.full_hours(best)
+    elif baseline is not None and baseline.value is not None:
+        text += f", {abs(baseline.value - (best.value or 0)):.4f} better than the baseline ({baseline.value:.4f})"
+    hours = record.full_hours(best)
     text += f". At its speed the full run takes about {format_hours(hours)}." if hours else "."
-    if is_rising(best):
+    if best.ended_with_d_rising:
         text += (
             "\n\n**d was still rising at its end**: the short run is too short for this d\\_coef. The order of the "
             "trials may change in a longer one; give `[trial]` more samples, or confirm before the full run."
@@ -130,131 +135,110 @@ def _best(found: Findings) -> str:
     return text
 
 
-def _leaderboard(found: Findings) -> str:
+def _leaderboard(record: StudyRecord) -> str:
     """The best trials, and the baseline in any case."""
-    if not found.ranked:
+    if not record.ranked:
         return "empty"
-    names = list(found.spec["search"])
-    rows = list(enumerate(found.ranked, 1))
+    rows = list(enumerate(record.ranked, 1))
     shown = rows[:MAX_RANKED]
-    if len(rows) > MAX_RANKED and not any(found.is_baseline(trial) for _, trial in shown):
-        baseline = [row for row in rows if found.is_baseline(row[1])]
-        shown = shown[: MAX_RANKED - len(baseline)] + baseline
-    heads = ["", "trial", *(_short(name) for name in names), found.metric, "against baseline", "full run", "remarks"]
-    lines = [_row(heads), _row(["---:", "---:"] + ["---:"] * len(names) + ["---:", "---:", "---:", ":---"], raw=True)]
-    for rank, trial in shown:
-        values = [format_value(trial.params.get(name, "")) for name in names]
-        lines.append(_row([rank, trial.number, *values, f"{trial.value:.4f}", *_comparison(found, trial)]))
+    baseline = [row for row in rows[MAX_RANKED:] if record.is_baseline(row[1])]
+    shown = shown[: MAX_RANKED - len(baseline)] + baseline
+    names = list(record.spec["search"])
+    headings = ["", "trial", *map(short_name, names), record.metric, "against baseline", "full run", "remarks"]
+    cells = [
+        [
+            rank,
+            trial.number,
+            *(format_value(trial.params.get(name, "")) for name in names),
+            f"{trial.value:.4f}",
+            *_comparison(record, trial),
+        ]
+        for rank, trial in shown
+    ]
     left = len(rows) - len(shown)
-    return "\n".join(lines) + (f"\n\n{left} more complete trials are in leaderboard.csv." if left else "")
+    return _table(headings, cells) + (f"\n\n{left} more complete trials are in leaderboard.csv." if left else "")
 
 
-def _comparison(found: Findings, trial: FrozenTrial) -> list[str]:
-    """The leaderboard's last columns: against the baseline, hours of a full run, remarks."""
-    reference = None if found.baseline is None else last_value(found.baseline)
-    own = found.is_baseline(trial) or reference is None
-    hours = found.full_hours(trial)
-    remarks = ["best"] * found.is_best(trial) + ["baseline"] * bool(trial.user_attrs.get(BASELINE))
-    remarks += ["d still rising"] * is_rising(trial)
-    remarks += _micro_batches(found, trial)
+def _comparison(record: StudyRecord, trial: TrialRecord) -> list[str]:
+    """The leaderboard's last columns: difference to the baseline, hours of the full run, remarks."""
+    reference = None if record.baseline is None or record.is_baseline(trial) else record.baseline.value
+    hours = record.full_hours(trial)
+    remarks = trial_marks(record, trial)
+    micro = trial.micro_batch_size
+    batch = trial.params.get("train.batch_size", record.spec["train"].get("batch_size"))
+    remarks += [f"in micro-batches of {micro}"] if micro and batch and micro != batch else []
     return [
-        "" if own else f"{(trial.value or 0.0) - (reference or 0.0):+.4f}",
+        "" if reference is None else f"{(trial.value or 0.0) - reference:+.4f}",
         format_hours(hours) if hours else "",
         ", ".join(remarks),
     ]
 
 
-def _micro_batches(found: Findings, trial: FrozenTrial) -> list[str]:
-    """That a batch goes through the model in parts, where it does."""
-    micro = trial.user_attrs.get("micro_batch_size")
-    batch = trial.params.get("train.batch_size", found.spec["train"].get("batch_size"))
-    return [f"in micro-batches of {micro}"] if micro and batch and micro != batch else []
-
-
-def _confirmation(found: Findings) -> str:
-    """What longer runs on several seeds said."""
-    confirmed = found.confirmation
-    if confirmed is None:
+def _confirmation(record: StudyRecord) -> str:
+    confirmation = record.confirmation
+    if confirmation is None:
         return ""
-    heads = ["trial", "parameters", "mean", "over seeds", "over the baseline", "remarks"]
-    lines = [_row(heads), _row(["---:", ":---", "---:", "---:", "---:", ":---"], raw=True)]
-    for one in confirmed.trials:
-        values, margin = one.values.values(), confirmed.margin(one)
-        remarks = ["winner"] * (one is confirmed.winner) + ["baseline"] * (one.number == confirmed.baseline)
-        told = ["", ""] if one.failed else [f"{one.mean:.4f}", f"{min(values):.4f} to {max(values):.4f}"]
-        compared = "" if margin is None or one.number == confirmed.baseline else f"{margin:+.4f}"
-        lines.append(_row([one.number, format_params(one.params), *told, compared, ", ".join(remarks) or one.failed]))
-    length = f"Over {confirmed.rung:,} {confirmed.unit}: {confirmed.verdict}."
-    return f"### Confirmation\n\n{escape(length)}\n\n" + "\n".join(lines)
+    result = f"Over {confirmation.rung:,} {confirmation.unit}: {confirmation.verdict}."
+    table = _table(CONFIRMATION_HEADINGS, confirmation_rows(confirmation))
+    return f"### Confirmation\n\n{escape(result)}\n\n{table}"
 
 
-def _infeasible(found: Findings) -> str:
-    trials = [trial for trial in found.trials if state_of(trial) == "infeasible"]
+def _infeasible(record: StudyRecord) -> str:
+    trials = [trial for trial in record.trials if trial.state == "infeasible"]
     lines = []
     for trial in trials[-MAX_INFEASIBLE:]:
-        marked = " (baseline)" if found.is_baseline(trial) else ""
-        reason = textwrap.shorten(trial.user_attrs[INFEASIBLE], MAX_REASON, placeholder=" ...")
-        lines.append(f"- trial {trial.number}{marked}, {escape(format_params(trial.params))}: {escape(reason)}")
+        baseline = " (baseline)" if record.is_baseline(trial) else ""
+        reason = textwrap.shorten(trial.infeasible or "", MAX_REASON, placeholder=" ...")
+        lines.append(f"- trial {trial.number}{baseline}, {escape(format_params(trial.params))}: {escape(reason)}")
     left = len(trials) - len(lines)
     lines += [f"- and {left} earlier ones, in leaderboard.csv"] if left else []
     return "### Infeasible\n\n" + "\n".join(lines) if lines else ""
 
 
-def _full_runs(found: Findings) -> str:
-    if not found.full_runs:
+def _full_runs(record: StudyRecord) -> str:
+    runs = record.full_runs[-MAX_FULL_RUNS:]
+    if not runs:
         return ""
-    shown = found.full_runs[-MAX_FULL_RUNS:]
     # A run that ends before its speed is measured has no hours.
-    timed = ["in all"] if any(FULL_HOURS in run.user_attrs for run in shown) else []
-    lines = [
-        _row(["of trial", "state", "step", "of", found.metric, *timed, "folder"]),
-        _row(["---:", ":---"] + ["---:"] * (3 + len(timed)) + [":---"], raw=True),
-    ]
-    for run in shown:
-        attrs = run.user_attrs
-        steps, value = attrs.get("steps"), attrs.get("metrics", {}).get(found.metric, last_value(run))
-        told = "" if value is None else f"{value:.4f}"
-        total = f"{steps:,}" if steps else ""
-        hours = [format_hours(attrs[FULL_HOURS]) if FULL_HOURS in attrs else ""] if timed else []
-        step = f"{attrs.get('step', 0):,}"
-        lines.append(_row([attrs["trial"], run_state(run), step, total, told, *hours, attrs["run_dir"]]))
-    left = len(found.full_runs) - MAX_FULL_RUNS
-    return "### Full runs\n\n" + "\n".join(lines) + (f"\n\n{left} earlier ones are not listed." if left > 0 else "")
+    timed = ["duration"] if any(run.hours is not None for run in runs) else []
+    table = _table(
+        ["trial", "state", "step", "of", record.metric, *timed, "folder"],
+        [_full_run_cells(record, run, bool(timed)) for run in runs],
+    )
+    left = len(record.full_runs) - len(runs)
+    return f"### Full runs\n\n{table}" + (f"\n\n{left} earlier ones are not listed." if left else "")
 
 
-def _promotion(found: Findings, promote: str) -> str:
-    if found.full_runs:
-        return f"{_again(found)}\n\n{_code(promote)}"
-    if found.best is None:
+def _full_run_cells(record: StudyRecord, run: FullRunRecord, timed: bool) -> list[object]:
+    value = run.metrics.get(record.metric, run.curve[max(run.curve)] if run.curve else None)
+    cells: list[object] = [run.trial, run.state, f"{run.step:,}", f"{run.steps:,}" if run.steps else ""]
+    cells += ["" if value is None else f"{value:.4f}"]
+    cells += ["" if run.hours is None else format_hours(run.hours)] if timed else []
+    return [*cells, run.run_dir]
+
+
+def _promotion(record: StudyRecord, promote: str) -> str:
+    if record.full_runs:
+        return f"{_continuation(record)}\n\n{_code(promote)}"
+    if record.best is None:
         return "Once a trial is complete:\n\n" + _code(promote)
-    return f"The full run with trial {_next(found)}, from its checkpoint:\n\n" + _code(promote)
+    winner = record.confirmation and record.confirmation.winner.number
+    trial = f"{record.best.number}" if winner is None else f"{winner}, which won the confirmation"
+    return f"The full run with trial {trial}, from its checkpoint:\n\n" + _code(promote)
 
 
-def _next(found: Findings) -> str:
-    """Whom the command would promote."""
-    assert found.best is not None
-    won = found.confirmation and found.confirmation.winner.number
-    return f"{found.best.number}" if won is None else f"{won}, which won the confirmation"
-
-
-def _again(found: Findings) -> str:
-    unfinished = [run.user_attrs["trial"] for run in found.full_runs if run_state(run) != "finished"]
+def _continuation(record: StudyRecord) -> str:
+    unfinished = [run.trial for run in record.full_runs if run.state != "finished"]
     return f"To continue the full run of trial {unfinished[-1]}:" if unfinished else "The full run has finished; again:"
 
 
-def _address(found: Findings) -> str:
-    return f"/dashboard/studies/{found.study_id}"
-
-
 def _code(command: str) -> str:
-    """An indented block: nothing in it needs to be escaped."""
+    """An indented block, in which nothing needs to be escaped."""
     return textwrap.indent(command, "    ")
 
 
-def _row(cells: Sequence[object] | Iterable[object], *, raw: bool = False) -> str:
-    """A line of a table. The dashboard's tables have no space between columns, so each cell brings its own."""
-    return "| " + " | ".join(str(cell) if raw else f"\u00a0\u00a0{escape(cell)}" for cell in cells) + " |"
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
+def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; its cells have their own space, as the dashboard's tables have none between columns."""
+    lines = [[f"\u00a0\u00a0{escape(cell)}" for cell in row] for row in (headings, *rows)]
+    lines.insert(1, [":---" if heading in LEFT_ALIGNED else "---:" for heading in headings])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

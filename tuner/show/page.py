@@ -1,13 +1,15 @@
-"""What a person sees of a study in optuna-dashboard, kept up to date while it runs: note, plots, files.
+"""A study's page in optuna-dashboard, kept up to date while the study runs: note, plots, files.
 
-It can neither stop nor slow training: at most one second in a hundred goes into it, and where the storage fails
-it says so once.
+It can neither stop nor slow training: it takes at most one second in a hundred, and logs a failing storage once.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -17,24 +19,24 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 from sqlalchemy.exc import SQLAlchemyError
 
 from trainer.errors import UserError
-from tuner.full.runs import full_study
-from tuner.show import files as artifacts
-from tuner.show import plots
-from tuner.show.findings import Findings
+from tuner.show import files
 from tuner.show.note import full_note, promote_command, study_note, with_own_text
+from tuner.show.plots import figures
+from tuner.study.optuna_internals import id_of, storage_of
+from tuner.study.record import StudyRecord, full_study
 
 log = logging.getLogger(__name__)
 
 MIN_INTERVAL_S = 5.0
 MAX_SHARE = 0.01
-"""Of the time, at most, is spent here."""
+"""Maximum part of the time that is spent here."""
 
 
 class StudyPage:
-    """Keeps a study's page in optuna-dashboard.
+    """Writes a study's page.
 
     Args:
-        run_root: Where the study's runs lie; its artifacts too, unless the storage is a file.
+        run_root: Folder of the study's runs, and of its artifacts unless the storage is a file.
     """
 
     def __init__(self, study: optuna.Study, run_root: Path) -> None:
@@ -43,8 +45,28 @@ class StudyPage:
         self._saved: dict[str, str] = {}
         self._failed = False
 
+    @contextmanager
+    def keep_updated(self) -> Iterator[Callable[[], None]]:
+        """Yield `on_change`, which updates the page in a thread while the next trial starts.
+
+        On exit without an exception the page is written once more.
+        """
+        pending = Future[None]()
+        pending.set_result(None)
+
+        def on_change() -> None:
+            nonlocal pending
+            if pending.done():
+                pending.result()
+                pending = thread.submit(self.update)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="page") as thread:
+            yield on_change
+        pending.result()
+        self.update(now=True)
+
     def update(self, *, now: bool = False) -> None:
-        """Write what is new, unless it was written a moment ago; `now` writes in any case."""
+        """Write the page unless it was written a moment ago; `now` writes it in any case."""
         started = time.monotonic()
         if started < self._next and not now:
             return
@@ -53,40 +75,40 @@ class StudyPage:
         except (StorageInternalError, SQLAlchemyError, OSError, UserError) as error:
             if not self._failed:
                 log.warning(
-                    "the study's page is not up to date (%s: %s); all else goes on", type(error).__name__, error
+                    "the study's page is not up to date (%s: %s); training continues", type(error).__name__, error
                 )
             self._failed = True
         cost = time.monotonic() - started
         self._next = started + cost + max(MIN_INTERVAL_S, cost / MAX_SHARE)
 
     def _write(self) -> None:
-        folder = artifacts.artifact_dir(self.study._storage, self.run_root)
+        folder = files.artifact_dir(storage_of(self.study), self.run_root)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            # Two writers would mix their pieces of one text; the one that comes second leaves it to the other.
+            # Two writers would mix their pieces of one text: the second one leaves the page to the first.
             with FileLock(folder / f".{self.study.study_name}.lock", timeout=0):
-                self._write_alone(folder)
+                self._write_locked(folder)
         except Timeout:
             return
 
-    def _write_alone(self, folder: Path) -> None:
+    def _write_locked(self, folder: Path) -> None:
         study = self.study
-        if study.study_name not in optuna.get_all_study_names(study._storage):
+        if study.study_name not in optuna.get_all_study_names(storage_of(study)):
             raise UserError(f"study {study.study_name} is no longer in the storage: somebody deleted it.")
-        found = Findings.of(study)
-        files = {artifacts.LEADERBOARD: artifacts.leaderboard(found)}
-        if found.best is not None:
-            files = {artifacts.BEST_SPEC: artifacts.best_spec(study, found, found.best), **files}
+        record = StudyRecord.read(study)
+        texts = {files.LEADERBOARD: files.leaderboard(record)}
+        if record.best is not None:
+            texts = {files.BEST_SPEC: files.best_spec(record, record.best), **texts}
         addresses = {}
-        for name, text in files.items():
-            artifact_id = artifacts.save_artifact(study, folder, name, text)
-            addresses[name] = f"/artifacts/{study._study_id}/{artifact_id}"
-        promote = promote_command(study, self.run_root)
-        _save_note(study, study_note(found, promote, addresses))
+        for name, text in texts.items():
+            artifact_id = files.save_artifact(study, folder, name, text)
+            addresses[name] = f"/artifacts/{id_of(study)}/{artifact_id}"
+        promote = promote_command(record, self.run_root)
+        _save_note(study, study_note(record, promote, addresses))
         if (full := full_study(study)) is not None:
-            _save_note(full, full_note(found, promote))
-        for name, figure in plots.figures(found).items():
-            # Each 2 kB are a commit: what has not changed is not written again.
+            _save_note(full, full_note(record, promote))
+        for name, figure in figures(record).items():
+            # Each 2 kB are a commit: skip figures that have not changed.
             if self._saved.get(name) != (text := figure.to_json()):
                 save_plotly_graph_object(study, figure, graph_object_id=name)
                 self._saved[name] = text

@@ -1,9 +1,9 @@
-"""Okabe and Ito's colours, which the colour-blind tell apart. They only underline what words say."""
+"""Colours by Okabe and Ito, which colour-blind people can tell apart. They only repeat what words or markers show."""
 
 from __future__ import annotations
 
-ORANGE, SKY_BLUE, GREEN = "#E69F00", "#56B4E9", "#009E73"
-VERMILLION, PURPLE = "#D55E00", "#CC79A7"
+ORANGE, SKY_BLUE, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 STATE_STYLES = {
     "complete": GREEN,

@@ -2,192 +2,243 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from optuna.trial import FrozenTrial
-
-from tuner.show.findings import Findings
-from tuner.show.plot_labels import LEVEL, UPWARDS
+from trainer.config import TrainConfig
 from tuner.show.plotly_json import (
     FULL_RUN,
-    OFF_SCALE,
     STYLES,
     Figure,
     build_axis,
     build_figure,
-    line_figure,
     line_trace,
-    padded,
-    point_traces,
+    pad_axis,
+    point_trace,
     rounded,
-    short_name,
-    trial_trace,
+    separate_labels,
 )
-from tuner.show.table import format_params, format_value, is_rising
-from tuner.trials import last_value
+from tuner.show.table import format_params, format_value, short_name, trial_marks
+from tuner.study.record import StudyRecord, TrialRecord
 
-MAX_CURVES = 40
-STILL_RISES = "d still rises"
+MAX_CURVES, MAX_POINTS = 40, 200
+D_RISING = "d still rises"
+OFF_SCALE = ("infeasible", "failed")
+"""Roles whose values must not be compared with others."""
 
 
-def figures(found: Findings) -> dict[str, Figure]:
+def figures(record: StudyRecord) -> dict[str, Figure]:
     """The plots for which the study has data, by their id on the dashboard."""
-    drawn = {
-        "learning-curves": learning_curves(found),
-        "landscape": landscape(found),
-        "d-over-samples": d_over_samples(found),
-        "loss-and-hours": loss_and_hours(found),
+    plots = {
+        "learning-curves": learning_curves(record),
+        "landscape": landscape(record),
+        "d-over-samples": d_over_samples(record),
+        "loss-and-hours": loss_and_hours(record),
     }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    return {name: figure for name, figure in plots.items() if figure is not None}
 
 
-def learning_curves(found: Findings) -> Figure | None:
+def role_of(record: StudyRecord, trial: TrialRecord) -> str:
+    """`best`, `baseline`, or the trial's state. The best trial is `best` even if it is the baseline; a baseline that
+    was pruned, failed or is infeasible has the role of its state."""
+    if record.is_best(trial):
+        return "best"
+    is_plain = trial.state in ("complete", "running", "waiting")
+    return "baseline" if is_plain and record.is_baseline(trial) else trial.state
+
+
+def samples_at(record: StudyRecord, trial: TrialRecord) -> dict[int, float]:
+    """Samples at each point of a trial's curve, by the point in the unit of the budget.
+
+    Empty if the budget is in seconds and the trial did not finish, so that its speed is unknown.
+    """
+    factor: float | None = 1.0
+    if record.unit == "steps":
+        train = {name.partition(".")[2]: v for name, v in trial.params.items() if name.startswith("train.")}
+        factor = TrainConfig.model_validate({**record.spec["train"], **train, "steps": 1}).effective_batch_size
+    elif record.unit == "seconds":
+        factor = trial.samples_per_second
+    return {} if factor is None else {point: point * factor for point in sorted(trial.curve)}
+
+
+def learning_curves(record: StudyRecord) -> Figure | None:
     """Every trial on one axis of samples, and the full runs over them."""
     curves = []
-    for trial in shown(found):
-        samples = found.samples_at(trial)
-        values = [trial.intermediate_values[point] for point in samples]
-        curves.append(trial_trace(found, trial, list(samples.values()), values))
-    for run in found.full_runs:
-        points = sorted(run.intermediate_values)
-        label = f"full run of trial {run.user_attrs['trial']}"
-        values = [run.intermediate_values[point] for point in points]
-        curves.append(line_trace(FULL_RUN, points, values, label, f"{label}: {format_params(run.params)}"))
-    reach = [max(curve["x"], default=0) for curve in curves if curve["legendgroup"] != FULL_RUN]
-    furthest = max((max(curve["x"], default=0) for curve in curves), default=0)
-    # A full run is a hundred trials long: on a plain axis these would be one stroke at its left edge.
-    log = bool(reach) and furthest > 4 * max(reach) > 0
-    axes = build_axis("samples", log=log), build_axis(found.metric)
-    return line_figure("Learning curves" + _left_out(found, len(curves)), curves, axes)
+    for trial in _drawn_trials(record):
+        samples = samples_at(record, trial)
+        values = [trial.curve[point] for point in samples]
+        curves.append(_trial_curve(record, trial, list(samples.values()), values))
+    separate_labels(curves)
+    longest_trial = max((curve["x"][-1] for curve in curves if curve["x"]), default=0)
+    for run in record.full_runs:
+        points = sorted(run.curve)
+        hover = f"full run of trial {run.trial}: {format_params(run.params)}"
+        values = [run.curve[point] for point in points]
+        curves.append(line_trace(FULL_RUN, points, values, hover=hover, label=f"full run {run.trial}"))
+    longest = max((curve["x"][-1] for curve in curves if curve["x"]), default=0)
+    # A full run is a hundred trials long: on a linear axis all trials would be one stroke at the left edge.
+    log = longest > 4 * longest_trial > 0
+    left_out = sum(bool(t.curve) for t in record.trials) + len(record.full_runs) - len(curves)
+    title = "Learning curves" + (f"; {left_out} trials are not drawn" if left_out > 0 else "")
+    return build_figure(title, curves, build_axis("samples", log=log), build_axis(record.metric))
 
 
-def d_over_samples(found: Findings) -> Figure | None:
-    """Prodigy's d at each validation; where it still rose at the end, a ring of its own is around that end."""
+def d_over_samples(record: StudyRecord) -> Figure | None:
+    """Prodigy's d at each validation; a ring marks an end at which it still rose."""
     curves, rising = [], []
-    for trial in shown(found):
-        samples = list(found.samples_at(trial).values())
-        # A zero has no place on a logarithmic axis, and AdamW has no d at all.
-        pairs = [(x, d) for x, d in zip(samples, trial.user_attrs.get("d", ()), strict=False) if d]
-        curves.append(trial_trace(found, trial, [x for x, _ in pairs], [d for _, d in pairs]))
-        if pairs and is_rising(trial) and trial in found.ranked:
-            rising.append((rounded(pairs[-1][0]), rounded(pairs[-1][1])))
-    ring = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": STILL_RISES,
-        "legendgroup": STILL_RISES,
-        "x": [x for x, _ in rising],
-        "y": [d for _, d in rising],
-        "text": "",
-        "marker": {"symbol": "circle-open", "size": 18, "color": "#0072B2", "line": {"width": 2}},
-        "cliponaxis": False,
-        "hoverinfo": "skip",
-    }
+    ranked = {trial.number for trial in record.ranked}
+    for trial in _drawn_trials(record):
+        # A logarithmic axis has no zero, and AdamW has no d at all.
+        pairs = [(x, d) for x, d in zip(samples_at(record, trial).values(), trial.d, strict=False) if d]
+        curves.append(_trial_curve(record, trial, [x for x, _ in pairs], [d for _, d in pairs]))
+        if pairs and trial.ended_with_d_rising and trial.number in ranked:
+            rising.append(pairs[-1])
+    separate_labels(curves)
+    rings = _circles(D_RISING, [x for x, _ in rising], [d for _, d in rising], size=18)
     d_axis = {**build_axis("d", log=True), "dtick": 1, "exponentformat": "power"}
-    return line_figure("Prodigy's d", [*curves, ring], (build_axis("samples"), d_axis), LEVEL)
+    return build_figure("Prodigy's d", [*curves, rings], build_axis("samples"), d_axis)
 
 
-def landscape(found: Findings) -> Figure | None:
+def landscape(record: StudyRecord) -> Figure | None:
     """The metric over the two numeric parameters that are searched, batch size and d_coef before others."""
-    names = numeric_parameters(found)
+    names = _numeric_parameters(record)
     if not names:
         return None
     if len(names) == 1:
-        return _over_one(found, names[0])
+        return _over_one_parameter(record, names[0])
     x, y = names[:2]
-    trials = [trial for trial in found.finished if {x, y} <= trial.params.keys()]
-    valued = [last_value(t) for t in trials if found.role(t) not in OFF_SCALE]
-    losses = sorted((v for v in valued if v is not None), reverse=not found.minimized)
-    if not losses:
+    trials = [trial for trial in record.finished if {x, y} <= trial.params.keys()]
+    compared = [t.value for t in trials if t.value is not None and role_of(record, t) not in OFF_SCALE]
+    values = sorted(compared, key=record.sortable)
+    if not values:
         return None
-    # One trial that went wrong would press all others into one shade: the scale ends with the worst quarter.
-    ends = [losses[0], losses[len(losses) * 3 // 4]]
-    axes = padded(_parameter(found, x), [t.params[x] for t in trials]), _parameter(found, y)
-    traces = point_traces(found, trials, lambda t: t.params[x], lambda t: t.params[y], axes, coloured=True)
+    # One bad trial would press all others into one shade: the scale ends with the worst quarter.
+    ends = [values[0], values[len(values) * 3 // 4]]
+    axes = pad_axis(_parameter_axis(record, x), [t.params[x] for t in trials]), _parameter_axis(record, y)
+    traces = _points(record, trials, lambda t: t.params[x], lambda t: t.params[y], coloured=True)
     coloraxis = {
         "colorscale": "Cividis",
-        "reversescale": not found.minimized,
+        "reversescale": not record.minimized,
         "cmin": rounded(min(ends)),
         "cmax": rounded(max(ends)),
-        "colorbar": {"title": {"text": escape(found.metric)}, "thickness": 14, "len": 0.9},
+        "colorbar": {"title": {"text": escape(record.metric)}, "thickness": 14, "len": 0.9},
     }
-    return build_figure(f"{found.metric} over the search space", traces, *axes, coloraxis=coloraxis)
+    return build_figure(f"{record.metric} over the search space", traces, *axes, coloraxis=coloraxis)
 
 
-def loss_and_hours(found: Findings) -> Figure | None:
-    """The metric against the full run's projected hours; a line joins the trials that none beats in both."""
-    hours = {trial.number: found.full_hours(trial) or 0.0 for trial in found.ranked}
-    known = [trial for trial in found.ranked if hours[trial.number]]
-    if not known:
+def loss_and_hours(record: StudyRecord) -> Figure | None:
+    """The metric against the full run's projected hours; a line joins the Pareto front."""
+    hours = {trial.number: record.full_hours(trial) or 0.0 for trial in record.ranked}
+    timed = [trial for trial in record.ranked if hours[trial.number]]
+    if not timed:
         return None
-    longest = max(hours.values())
-    unit, per_hour = ("hours", 1) if longest >= 1 else ("minutes", 60)
+    unit, per_hour = ("hours", 1) if max(hours.values()) >= 1 else ("minutes", 60)
 
-    def duration(trial: FrozenTrial) -> float:
+    def duration(trial: TrialRecord) -> float:
         return hours[trial.number] * per_hour
 
-    front = sorted((t for t in known if t.number in found.not_beaten), key=duration)
-    line = {
-        "type": "scatter",
+    front = sorted((t for t in timed if t.number in record.pareto_front), key=duration)
+    line = _circles("no other trial is better in both", list(map(duration, front)), [t.value for t in front], size=20)
+    line |= {
         "mode": "lines+markers",
-        "name": "no other trial is better in both",
-        "x": [rounded(duration(t)) for t in front],
-        "y": [rounded(t.value) for t in front],
-        "line": {"color": "#0072B2", "dash": "dot", "width": 2, "shape": "hv"},
-        "marker": {"symbol": "circle-open", "size": 20, "color": "#0072B2", "line": {"width": 2}},
+        "line": {"color": STYLES[FULL_RUN].colour, "dash": "dot", "width": 2, "shape": "hv"},
+    }
+    x = pad_axis(build_axis(f"projected {unit} of the full run"), list(map(duration, timed)))
+    points = _points(record, timed, duration, lambda t: t.value)
+    return build_figure("Loss against time", [line, *points], x, build_axis(record.metric))
+
+
+def _over_one_parameter(record: StudyRecord, name: str) -> Figure | None:
+    trials = [t for t in record.finished if name in t.params and t.value is not None]
+    x = pad_axis(_parameter_axis(record, name), [t.params[name] for t in trials] or [1])
+    points = _points(record, trials, lambda t: t.params[name], lambda t: t.value)
+    return build_figure(f"{record.metric} over {short_name(name)}", points, x, build_axis(record.metric))
+
+
+def _trial_curve(record: StudyRecord, trial: TrialRecord, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+    role = role_of(record, trial)
+    return line_trace(role, x, y, hover=_hover(record, trial), label=_label(role, trial))
+
+
+def _points(
+    record: StudyRecord,
+    trials: Sequence[TrialRecord],
+    x: Callable[[TrialRecord], float],
+    y: Callable[[TrialRecord], float | None],
+    *,
+    coloured: bool = False,
+) -> list[dict[str, Any]]:
+    """Points, one trace a role; coloured by the metric unless their values must not be compared."""
+    traces = []
+    for role in STYLES:
+        members = [trial for trial in trials[:MAX_POINTS] if role_of(record, trial) == role]
+        if not members:
+            continue
+        trace = point_trace(
+            role,
+            [x(trial) for trial in members],
+            [y(trial) for trial in members],
+            hover=[_hover(record, trial) for trial in members],
+            label=_label(role, members[0]),
+            values=[trial.value for trial in members] if coloured and role not in OFF_SCALE else None,
+        )
+        traces.append(trace)
+    separate_labels(traces)
+    return traces
+
+
+def _circles(name: str, x: Sequence[float], y: Sequence[float | None], *, size: int) -> dict[str, Any]:
+    """Rings around points of other traces."""
+    colour = STYLES[FULL_RUN].colour
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "legendgroup": name,
+        "x": [rounded(value) for value in x],
+        "y": [rounded(value) for value in y],
+        "text": "",
+        "marker": {"symbol": "circle-open", "size": size, "color": colour, "line": {"width": 2}},
+        "cliponaxis": False,
         "hoverinfo": "skip",
     }
-    axes = (
-        padded(build_axis(f"projected {unit} of the full run"), [duration(t) for t in known]),
-        build_axis(found.metric),
-    )
-    order = [*front, *(t for t in known if t not in front)]
-    return build_figure(
-        "Loss against time", [line, *point_traces(found, order, duration, last_value, axes, positions=UPWARDS)], *axes
-    )
 
 
-def numeric_parameters(found: Findings) -> list[str]:
+def _label(role: str, trial: TrialRecord) -> str:
+    return f"{trial.number} {role}" if role in ("baseline", "best") else ""
+
+
+def _hover(record: StudyRecord, trial: TrialRecord) -> str:
+    value = "" if trial.value is None else f", {record.metric} {trial.value:.4f}"
+    state = ", ".join([trial.state, *trial_marks(record, trial)])
+    return f"trial {trial.number} ({state}): {format_params(trial.params)}{value}"
+
+
+def _numeric_parameters(record: StudyRecord) -> list[str]:
     """Names of the searched parameters that are numbers, batch size and d_coef first."""
 
     def is_numeric(space: Mapping[str, Any]) -> bool:
         return all(isinstance(c, int | float) and not isinstance(c, bool) for c in space.get("choices", ()))
 
-    names = [name for name, space in found.spec["search"].items() if is_numeric(space)]
+    names = [name for name, space in record.spec["search"].items() if is_numeric(space)]
     first = ("train.batch_size", "train.d_coef")
     return sorted(names, key=lambda name: first.index(name) if name in first else len(first))
 
 
-def shown(found: Findings) -> list[FrozenTrial]:
+def _drawn_trials(record: StudyRecord) -> list[TrialRecord]:
     """The trials that are drawn as curves: all, or else the baseline, the best, and the latest others."""
-    trials = [t for t in found.trials if t.intermediate_values]
+    trials = [t for t in record.trials if t.curve]
     if len(trials) > MAX_CURVES:
-        kept = {t.number for t in found.ranked[: MAX_CURVES // 2]} | {t.number for t in trials[-MAX_CURVES // 4 :]}
-        trials = [t for t in trials if t.number in kept or found.is_baseline(t)]
+        kept = {t.number for t in (*record.ranked[: MAX_CURVES // 2], *trials[-MAX_CURVES // 4 :])}
+        trials = [t for t in trials if t.number in kept or record.is_baseline(t)]
     order = list(STYLES)
-    return sorted(trials, key=lambda t: order.index(found.role(t)))
+    return sorted(trials, key=lambda t: order.index(role_of(record, t)))
 
 
-def _left_out(found: Findings, drawn: int) -> str:
-    left = sum(bool(t.intermediate_values) for t in found.trials) + len(found.full_runs) - drawn
-    return f"; {left} trials are not drawn" if left > 0 else ""
-
-
-def _over_one(found: Findings, name: str) -> Figure | None:
-    trials = [t for t in found.finished if name in t.params and last_value(t) is not None]
-    axes = padded(_parameter(found, name), [t.params[name] for t in trials] or [1]), build_axis(found.metric)
-    return build_figure(
-        f"{found.metric} over {short_name(name)}",
-        point_traces(found, trials, lambda t: t.params[name], last_value, axes),
-        *axes,
-    )
-
-
-def _parameter(found: Findings, name: str) -> dict[str, Any]:
+def _parameter_axis(record: StudyRecord, name: str) -> dict[str, Any]:
     """A parameter's axis: its scale is that of the search, and choices are its ticks."""
-    space = found.spec["search"][name]
+    space = record.spec["search"][name]
     values = sorted(space.get("choices", ()))
     # Batch sizes are powers of two; other choices that span a factor of four or more read better so as well.
     log = bool(space.get("log")) or bool(values and values[0] > 0 and values[-1] >= 4 * values[0])

@@ -1,65 +1,39 @@
-"""What a study found, as data and as tables: `tuner status` and its JSON, and a confirmation's table.
-
-Imports no torch: `tuner status` is quick.
-"""
+"""`tuner status`: a study as JSON and as tables, once or renewed. Imports no torch, so that it is quick."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from trainer.errors import UserError
-from tuner.full.runs import full_runs
 from tuner.show.json_events import to_json
 from tuner.show.sparklines import curves_table
-from tuner.show.table import format_params, is_rising, trial_table
-from tuner.trials import (
-    BASELINE,
-    ENDED,
-    SPEC,
-    baseline_trial,
-    full_hours,
-    last_value,
-    not_beaten,
-    ranking,
-    state_of,
-    stored_values,
-)
-
-if TYPE_CHECKING:
-    from tuner.full.confirmed import Confirmation
-
+from tuner.show.table import trial_table
+from tuner.study.record import State, StudyRecord, TrialRecord, is_launched
 
 NO_STUDIES = "no studies yet: tuner launch SPEC starts one"
-WATCH_FURNITURE = 20
+OTHER_LINES = 20
 """Lines of a study besides its trials and their curves: headings, remarks, full runs."""
+STATES: tuple[State, ...] = ("complete", "pruned", "infeasible", "failed", "running", "waiting")
 
 
-def status(study: optuna.Study) -> dict[str, Any]:
-    """A study's state as plain values: the contract of `tuner status STUDY --json`."""
-    # Not the whole spec: looking must not need the workload's module.
-    spec = stored_values(study)["study"]
-    trials = study.get_trials(deepcopy=False)
-    counts = dict.fromkeys(("complete", "pruned", "infeasible", "failed", "running", "waiting"), 0)
-    for trial in trials:
-        counts[state_of(trial)] += 1
-    ranked = ranking(study, trials)
+def status(record: StudyRecord) -> dict[str, Any]:
+    """A study as plain values: the contract of `tuner status STUDY --json`. Unknown values are None."""
+    states = [trial.state for trial in record.trials]
     return {
-        "study": study.study_name,
-        "direction": spec["direction"],
-        "metric": spec["metric"],
-        "trials": counts,
-        "baseline": _brief(baseline_trial(study)),
-        "best": _brief(ranked[0] if ranked else None),
+        "study": record.name,
+        "direction": record.spec["study"]["direction"],
+        "metric": record.metric,
+        "trials": {state: states.count(state) for state in STATES},
+        "baseline": _brief(record.baseline),
+        "best": _brief(record.best),
         "full_runs": [
             {
                 "run_dir": str(run.run_dir),
@@ -69,73 +43,71 @@ def status(study: optuna.Study) -> dict[str, Any]:
                 "state": run.state,
                 "metrics": run.metrics,
             }
-            for run in full_runs(study)
+            for run in record.full_runs
         ],
-        "trials_detail": _details(study, trials),
-        "ended": study.user_attrs.get(ENDED) or None,
+        "trials_detail": [_detail(record, trial) for trial in record.trials],
+        "ended": record.ended or None,
     }
 
 
-def _details(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
-    """One entry for each trial; what was not measured is None."""
-    front = not_beaten(study, trials)
-    return [
-        {
-            "number": trial.number,
-            "state": state_of(trial),
-            "value": last_value(trial),
-            "params": trial.params,
-            "baseline": bool(trial.user_attrs.get(BASELINE)),
-            "full_hours": full_hours(trial, stored_values(study)["full"]),
-            "pareto": trial.number in front,
-            "d_rising": is_rising(trial),
-            "peak_memory": trial.user_attrs.get("peak_memory"),
-        }
-        for trial in trials
-    ]
-
-
-def _brief(trial: FrozenTrial | None) -> dict[str, Any] | None:
+def _brief(trial: TrialRecord | None) -> dict[str, Any] | None:
     if trial is None:
         return None
-    return {"number": trial.number, "value": last_value(trial), "params": trial.params}
+    return {"number": trial.number, "value": trial.value, "params": trial.params}
 
 
-def _studies(storage: BaseStorage) -> list[dict[str, Any]]:
+def _detail(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "value": trial.value,
+        "params": trial.params,
+        "baseline": trial.is_baseline,
+        "full_hours": record.full_hours(trial),
+        "pareto": trial.number in record.pareto_front,
+        "d_rising": trial.ended_with_d_rising,
+        "peak_memory": trial.peak_memory,
+    }
+
+
+def _read_all(storage: BaseStorage) -> list[StudyRecord]:
     studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
-    return [status(study) for study in studies if SPEC in study.user_attrs]
+    return [StudyRecord.read(study) for study in studies if is_launched(study)]
 
 
 def print_studies(storage: BaseStorage, *, as_json: bool) -> None:
-    """One line for each study of the storage that this tuner launched."""
-    found = _studies(storage)
-    print(to_json(found, indent=1) if as_json else "\n".join(map(_study_line, found)) or NO_STUDIES)
+    """Print one line for each study of the storage that this tuner launched."""
+    print(to_json([status(record) for record in _read_all(storage)], indent=1) if as_json else _list_studies(storage))
 
 
-def _study_line(found: dict[str, Any]) -> str:
-    counts = ", ".join(f"{count} {state}" for state, count in found["trials"].items() if count)
-    best = found["best"]
-    shown = f"; best {found['metric']} {best['value']:.4f} (trial {best['number']})" if best else ""
-    return f"{found['study']}: {counts or 'no trials'}{shown}; full runs: {len(found['full_runs'])}"
+def _list_studies(storage: BaseStorage) -> str:
+    return "\n".join(map(_study_line, _read_all(storage))) or NO_STUDIES
 
 
-def print_status(study: optuna.Study) -> None:
-    """A study's trials as a table, their curves, and its full runs."""
+def _study_line(record: StudyRecord) -> str:
+    states, best = [trial.state for trial in record.trials], record.best
+    counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
+    best_text = f"; best {record.metric} {best.value:.4f} (trial {best.number})" if best else ""
+    return f"{record.name}: {counts or 'no trials'}{best_text}; full runs: {len(record.full_runs)}"
+
+
+def print_status(record: StudyRecord) -> None:
+    """Print a study's trials as a table, their curves, and its full runs."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    for part in status_parts(study, ascii_only=console.options.ascii_only):
+    for part in status_parts(record, ascii_only=console.options.ascii_only):
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def status_parts(study: optuna.Study, *, last: int = 1000, ascii_only: bool = False) -> list[RenderableType]:
-    """What `tuner status STUDY` shows, of the `last` trials."""
-    parts: list[RenderableType] = [trial_table(study, last=last)]
-    curves = curves_table(study, last=last, ascii_only=ascii_only)
+def status_parts(record: StudyRecord, *, last: int = 1000, ascii_only: bool = False) -> list[RenderableType]:
+    """What `tuner status STUDY` prints of the `last` trials."""
+    parts: list[RenderableType] = [trial_table(record, last=last)]
+    curves = curves_table(record, last=last, ascii_only=ascii_only)
     parts += [curves] if curves else []
-    if ended := study.user_attrs.get(ENDED):
-        parts.append(Text(f"ended: {ended}"))
-    for run in full_runs(study):
+    if record.ended:
+        parts.append(Text(f"ended: {record.ended}"))
+    for run in record.full_runs:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
         steps = "?" if run.steps is None else f"{run.steps:,}"
         parts.append(Text(f"full run of trial {run.trial}: {run.state}, step {run.step:,} of {steps}; {losses}"))
@@ -151,20 +123,20 @@ def watch(
     console: Console,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Show a study, or the list of all, and renew it every `interval` seconds until Ctrl-C.
+    """Show a study, or the list of all studies, and renew it every `interval` seconds until Ctrl-C.
 
     Raises:
-        UserError: There is no terminal to renew it on.
+        UserError: The console is no terminal.
     """
     if not console.is_terminal:
-        raise UserError("--watch renews a terminal's screen, and there is none: leave it out, or use --json in a loop.")
+        raise UserError("--watch needs a terminal, and stdout is none: leave it out, or use --json in a loop.")
 
     def view() -> RenderableType:
         if study is None:
-            return Text("\n".join(map(_study_line, _studies(storage))) or NO_STUDIES)
-        # Table and curves have a line each for a trial; what does not fit would push the end out of sight.
-        last = max(1, (console.height - WATCH_FURNITURE) // 2)
-        return Group(*status_parts(study, last=last, ascii_only=console.options.ascii_only))
+            return Text(_list_studies(storage))
+        # Table and curves have a line each for a trial; more than the screen has would push the end out of sight.
+        last = max(1, (console.height - OTHER_LINES) // 2)
+        return Group(*status_parts(StudyRecord.read(study), last=last, ascii_only=console.options.ascii_only))
 
     with Live(console=console, auto_refresh=False) as live:
         try:
@@ -173,25 +145,3 @@ def watch(
                 sleep(interval)
         except KeyboardInterrupt:
             return
-
-
-def confirmation_table(found: Confirmation) -> Table:
-    """The confirmed trials, the best mean first: mean and spread over the seeds, and the margin over the baseline."""
-    table = Table(title=f"confirmation over {found.rung:,} {found.unit}", title_justify="left")
-    for heading in ("trial", "parameters", "mean", "min to max", "over the baseline"):
-        table.add_column(heading, justify="left" if heading == "parameters" else "right")
-    for trial in found.trials:
-        number = f"{trial.number} (baseline)" if trial.number == found.baseline else str(trial.number)
-        if trial.failed:
-            table.add_row(number, format_params(trial.params), "", trial.failed, "")
-            continue
-        margin = found.margin(trial)
-        table.add_row(
-            number,
-            format_params(trial.params),
-            f"{trial.mean:.4f}",
-            f"{min(trial.values.values()):.4f} to {max(trial.values.values()):.4f}",
-            "" if margin is None or trial.number == found.baseline else f"{margin:+.4f}",
-            style="bold" if trial is found.winner else None,
-        )
-    return table

@@ -33,7 +33,6 @@ from tuner.full.promotion import promote
 from tuner.launcher import launch, open_study
 from tuner.objective import Interrupted
 from tuner.run import Runtime
-from tuner.show.status import confirmation_table
 from tuner.trials import BASELINE, ranking
 
 
@@ -284,9 +283,3 @@ def test_the_command_confirms_and_promotes(
     )
     code, _, err = give("--confirm", "2", "--trial", "1")
     assert code == 2 and "leave --trial 1 or --confirm out" in err
-
-
-def test_the_table_names_what_failed() -> None:
-    table = confirmation_table(found(one(0, 3.0, 3.2), one(4, 2.0, failed="seed 1: no gradient was finite")))
-    columns = [list(column.cells) for column in table.columns]
-    assert columns[0] == ["0 (baseline)", "4"] and "seed 1: no gradient was finite" in columns[3]

@@ -26,6 +26,7 @@ from tuner.full.runs import full_runs
 from tuner.launcher import launch
 from tuner.run import Runtime
 from tuner.show.status import status
+from tuner.study.record import StudyRecord
 from tuner.trials import ranking, report_once, stored_spec
 
 
@@ -169,7 +170,7 @@ def test_run_again_it_continues_and_then_says_finished(study: optuna.Study, runt
     asked = itertools.count()
     stopped = promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
     assert not stopped.finished
-    assert status(study)["full_runs"][0]["state"] == "interrupted"
+    assert status(StudyRecord.read(study))["full_runs"][0]["state"] == "interrupted"
     assert promote(study, runtime=runtime).finished
     assert promote(study, runtime=runtime).finished
     assert [curve.state for curve in curves(study)] == [TrialState.COMPLETE]
@@ -260,7 +261,7 @@ def test_what_can_not_be_promoted_is_said(study: optuna.Study, runtime: Runtime,
 
 def test_status_has_the_promised_form(study: optuna.Study, runtime: Runtime) -> None:
     promote(study, runtime=runtime)
-    found = status(study)
+    found = status(StudyRecord.read(study))
     promised = ["study", "direction", "metric", "trials", "baseline", "best", "full_runs"]
     assert list(found) == [*promised, "trials_detail", "ended"]
     assert list(found["trials"]) == ["complete", "pruned", "infeasible", "failed", "running", "waiting"]

@@ -1,151 +1,117 @@
-"""tuner status: hours beside losses, what no trial beats, d that still rises, why a launch ended; without torch."""
+"""tuner status: the Pareto front, rising d, why a launch ended; without torch, and on narrow terminals."""
 
 from __future__ import annotations
 
-import json
+import io
+import platform
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 from rich.console import Console
 
+from tests.tuner.show.made_studies import add_trial, new_study, read
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
+from trainer.clock import format_hours
 from tuner.launcher import launch, open_study
 from tuner.run import Runtime
 from tuner.show.live import StudyDisplay
 from tuner.show.status import status
 from tuner.show.table import trial_table
-from tuner.trials import (
-    BASELINE,
-    D_RISING,
-    ENDED,
-    FULL_HOURS,
-    FULL_LENGTH,
-    INFEASIBLE,
-    full_hours,
-    not_beaten,
-    trials_since_improvement,
-)
-
-
-def add(study: optuna.Study, value: float | None, state: TrialState = TrialState.COMPLETE, **attrs: Any) -> None:
-    params = {"train.batch_size": 16, "train.d_coef": 0.123456}
-    distributions = {
-        "train.batch_size": optuna.distributions.CategoricalDistribution([4, 8, 16]),
-        "train.d_coef": optuna.distributions.FloatDistribution(0.1, 10.0, log=True),
-    }
-    trial = create_trial(
-        state=state,
-        value=value if state == TrialState.COMPLETE else None,
-        params=params,
-        distributions=distributions,
-        user_attrs=attrs,
-        intermediate_values={16_000: value} if value is not None else {},
-    )
-    assert trial.datetime_complete is not None
-    trial.datetime_start = trial.datetime_complete - timedelta(hours=1, minutes=22, seconds=29)
-    study.add_trial(trial)
+from tuner.storage import open_storage
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> optuna.Study:
     """Trials 1, 2 and 4 are on the front: cheapest, between, best; trial 5 was never timed."""
-    study = open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
-    add(study, 5.0, **{BASELINE: True, FULL_HOURS: 86.04, D_RISING: False})
-    add(study, 4.8, **{FULL_HOURS: 20.0})
-    add(study, 4.5, **{FULL_HOURS: 30.0, D_RISING: True, "peak_memory": 10**9})
-    add(study, 4.5, **{FULL_HOURS: 31.0, D_RISING: True})
-    add(study, 4.1, **{FULL_HOURS: 1035.94})
-    add(study, 4.3)
-    add(study, 4.0, TrialState.PRUNED, **{FULL_HOURS: 1.0, D_RISING: True, INFEASIBLE: "out of memory"})
+    study = new_study(open_storage(f"sqlite:///{tmp_path}/tuner.db"))
+    add_trial(study, [5.0] * 4, d_coef=0.123456, baseline=True, full_hours=86.04, d_rising=False)
+    add_trial(study, [4.8] * 4, full_hours=20.0)
+    add_trial(study, [4.5] * 4, d_coef=0.123456, full_hours=30.0, d_rising=True)
+    add_trial(study, [4.5] * 4, d_coef=0.123456, full_hours=31.0, d_rising=True)
+    add_trial(study, [4.1] * 4, full_hours=1035.94)
+    add_trial(study, [4.3] * 4)
+    add_trial(study, [4.0], full_hours=1.0, d_rising=True, infeasible="out of memory")
     return study
 
 
-def test_the_trials_that_none_beats_in_both_are_marked(study: optuna.Study) -> None:
-    assert not_beaten(study) == {1, 2, 4}
-    details = status(study)["trials_detail"]
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (45, "45.0 s"),
+        (88, "1:28 min"),
+        (3599, "59:59 min"),
+        (3599.9, "1.0 h"),
+        (129_240, "35.9 h"),
+        (3.73e6, "1,036 h"),
+    ],
+)
+def test_durations_have_their_unit(seconds: float, text: str) -> None:
+    assert format_hours(seconds / 3600) == text
+
+
+def test_trials_on_the_pareto_front_are_marked(study: optuna.Study) -> None:
+    details = status(read(study))["trials_detail"]
     assert [entry["number"] for entry in details if entry["pareto"]] == [1, 2, 4]
-    assert details[2] == {
-        "number": 2,
-        "state": "complete",
-        "value": 4.5,
-        "params": {"train.batch_size": 16, "train.d_coef": 0.123456},
-        "baseline": False,
-        "full_hours": 30.0,
-        "pareto": True,
-        "d_rising": True,
-        "peak_memory": 10**9,
-    }
+    assert [entry["d_rising"] for entry in details] == [False] * 2 + [True] * 2 + [False] * 3
     assert details[5]["full_hours"] is None
-    json.dumps(details)
 
 
-def test_maximized_metrics_have_their_front_too(tmp_path: Path) -> None:
-    study = open_study(build(**{"study.direction": "maximize"}), f"sqlite:///{tmp_path}/tuner.db")
+def test_maximized_metric_has_its_front_too() -> None:
+    study = new_study(**{"study.direction": "maximize"})
     for value, hours in ((1.0, 10.0), (2.0, 20.0), (1.5, 30.0)):
-        add(study, value, **{FULL_HOURS: hours})
-    assert not_beaten(study) == {0, 1}
+        add_trial(study, [value] * 4, full_hours=hours)
+    assert read(study).pareto_front == {0, 1}
 
 
-def test_hours_are_those_of_the_full_runs_present_length(study: optuna.Study) -> None:
-    """The spec's 480 samples; the trials of this test ran when it was shorter, or in steps."""
-    assert [entry["full_hours"] for entry in status(study)["trials_detail"][:2]] == [86.04, 20.0]
-    add(study, 4.05, **{FULL_HOURS: 400.0, FULL_LENGTH: {"samples": 160}})
-    add(study, 3.9, **{FULL_HOURS: 1.0, FULL_LENGTH: {"steps": 10}})
-    trials = status(study)["trials_detail"]
+def test_hours_are_those_of_the_full_run_of_today(study: optuna.Study) -> None:
+    """The full run has 480 samples; it was shorter, or in steps, when these trials ran."""
+    add_trial(study, [4.05] * 4, full_hours=400.0, full_length={"samples": 160})
+    in_steps = add_trial(study, [3.9] * 4, full_hours=1.0, full_length={"steps": 10})
+    trials = status(read(study))["trials_detail"]
     assert [entry["full_hours"] for entry in trials[-2:]] == [1200.0, None]
-    assert not_beaten(study) == {1, 2, 4, 7}
-    assert full_hours(study.trials[-1], {"steps": 20}) == 2.0
-
-
-def shown(study: optuna.Study, width: int) -> list[str]:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(trial_table(study))
-    console.file.close()
-    return console.export_text().splitlines()
+    assert read(study).pareto_front == {1, 2, 4, 7}
+    assert read(new_study(without="full.samples", **{"full.steps": 20})).full_hours(in_steps) == 2.0
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_the_table_fits_and_hides_nothing(study: optuna.Study, width: int) -> None:
-    lines = shown(study, width)
-    text = "\n".join(lines)
-    assert max(map(len, lines)) <= width
-    assert "…" not in text
-    for cell in ("86.0 h", "20.0 h *", "1,036 h *", "1:22:29", "0.123", "16,000", "4.5000", "baseline", "infeasible"):
+def test_table_fits_and_hides_nothing(study: optuna.Study, width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+    assert isinstance(console.file, io.StringIO)
+    console.print(trial_table(read(study)))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for cell in ("86.0 h", "20.0 h *", "1,036 h *", "1:22:29", "0.123", "4.5000", "baseline", "infeasible", "rising"):
         assert cell in text, cell
-    assert "31.0 h *" not in text
-    assert "* no other trial is better in both" in text
+    assert "…" not in text and "31.0 h *" not in text
 
 
-def test_d_that_still_rises_is_said_of_complete_trials(study: optuna.Study) -> None:
-    text = " ".join(" ".join(shown(study, 120)).split())
-    assert (
-        "d still rising at the end of trial 2 (d_coef 0.123), 3 (d_coef 0.123): the short run is too short for this "
-        "d_coef" in text
-    )
-    assert [entry["d_rising"] for entry in status(study)["trials_detail"]] == [False] * 2 + [True] * 2 + [False] * 3
+def test_study_without_hours_has_no_column_for_them() -> None:
+    study = new_study()
+    add_trial(study, [4.0] * 4)
+    assert "full run" not in [column.header for column in trial_table(read(study)).columns]
 
 
-def test_a_study_that_was_not_timed_has_no_column_for_it(tmp_path: Path) -> None:
-    study = open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
-    add(study, 4.0)
-    text = "\n".join(shown(study, 80))
-    assert "full run" not in text and "*" not in text
+def test_interrupted_trial_has_no_duration(tmp_path: Path) -> None:
+    study = new_study()
+    add_trial(study, [4.0], state=TrialState.RUNNING, host=platform.node(), run_dir=str(tmp_path))
+    table = trial_table(read(study))
+    state, duration = (next(iter(column.cells)) for column in table.columns[-2:])
+    assert (str(state), duration) == ("interrupted", "")
 
 
-def test_status_imports_no_torch(study: optuna.Study, tmp_path: Path) -> None:
-    """Importing torch takes seconds, and looking needs none of it."""
+def test_status_and_dashboard_import_no_torch(study: optuna.Study, tmp_path: Path) -> None:
+    """Importing torch takes seconds."""
     code = (
         "import sys; from tuner.cli import main; sys.argv = ['tuner', 'status', 'toy', '--storage', "
         f"'sqlite:///{tmp_path}/tuner.db']\n"
         "try: main()\n"
         "except SystemExit: pass\n"
+        "import tuner.show.page, tuner.show.server\n"
         "assert 'torch' not in sys.modules, 'torch'"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -153,21 +119,21 @@ def test_status_imports_no_torch(study: optuna.Study, tmp_path: Path) -> None:
     assert "86.0 h" in result.stdout
 
 
-def test_improvements_below_min_delta_do_not_count(tmp_path: Path) -> None:
-    study = open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
-    add(study, None, TrialState.PRUNED)
-    assert trials_since_improvement(study, study.trials, 0.0) == 0
+def test_improvements_below_min_delta_do_not_count() -> None:
+    study = new_study()
+    add_trial(study, [])
+    assert read(study).trials_since_improvement(0.0) == 0
     for value in (5.0, 4.95, 4.5, 4.45):
-        add(study, value)
-    add(study, 4.0, TrialState.PRUNED)
-    add(study, None, TrialState.FAIL)
-    assert trials_since_improvement(study, study.trials, 0.1) == 2
-    assert trials_since_improvement(study, study.trials, 0.0) == 1
-    add(study, 4.39)
-    assert trials_since_improvement(study, study.trials, 0.1) == 0
+        add_trial(study, [value] * 4)
+    add_trial(study, [4.0])
+    add_trial(study, [], state=TrialState.FAIL)
+    assert read(study).trials_since_improvement(0.1) == 2
+    assert read(study).trials_since_improvement(0.0) == 1
+    add_trial(study, [4.39] * 4)
+    assert read(study).trials_since_improvement(0.1) == 0
 
 
-def test_a_launch_says_which_of_three_ends_it_came_to(runtime: Runtime, tmp_path: Path) -> None:
+def test_launch_reports_why_it_ended(runtime: Runtime, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/tuner.db"
 
     def ended(timeout: float | None = None, **changes: object) -> tuple[int, str, str]:
@@ -175,16 +141,16 @@ def test_a_launch_says_which_of_three_ends_it_came_to(runtime: Runtime, tmp_path
         with StudyDisplay(open_study(spec, url), spec, total=spec.trial.num_trials, console=console) as display:
             study = launch(spec, storage=url, runtime=runtime, timeout=timeout, display=display)
         console.file.close()
-        return len(study.trials), study.user_attrs[ENDED], console.export_text().splitlines()[-1]
+        return len(study.trials), read(study).ended, console.export_text().splitlines()[-1]
 
     impossible = {"trial.patience": 1, "trial.min_delta": 100.0}
-    said = "no trial improved val/loss by more than 100 in the last 1"
-    assert ended(**impossible) == (2, said, f"ended: {said}")
-    assert status(optuna.load_study(study_name="toy", storage=url))["ended"] == said
+    reason = "no trial improved val/loss by more than 100 in the last 1"
+    assert ended(**impossible) == (2, reason, f"ended: {reason}")
+    assert status(read(optuna.load_study(study_name="toy", storage=url)))["ended"] == reason
     assert ended(**{"trial.num_trials": 3})[:2] == (3, "the study has its 3 trials")
     assert ended(0.0)[:2] == (3, "the time given, 0.0s, is over")
 
 
-def test_min_delta_without_patience_is_a_mistake() -> None:
+def test_min_delta_needs_patience() -> None:
     with pytest.raises(UserError, match=r"min_delta 0\.1 does nothing without patience"):
         build(**{"trial.min_delta": 0.1})
