@@ -163,7 +163,7 @@ def _comparison(record: StudyRecord, trial: TrialRecord) -> list[str]:
     """The leaderboard's last columns: difference to the baseline, hours of the full run, remarks."""
     reference = None if record.baseline is None or record.is_baseline(trial) else record.baseline.value
     hours = record.full_hours(trial)
-    remarks = trial_marks(record, trial)
+    remarks = trial_marks(record, trial) + ["d still rising"] * trial.ended_with_d_rising
     micro = trial.micro_batch_size
     batch = trial.params.get("train.batch_size", record.spec["train"].get("batch_size"))
     remarks += [f"in micro-batches of {micro}"] if micro and batch and micro != batch else []

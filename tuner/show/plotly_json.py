@@ -115,11 +115,12 @@ def point_trace(
 
 
 def separate_labels(traces: Sequence[dict[str, Any]]) -> None:
-    """Put the label of the lower one of two labelled traces below its end, and the other one's above."""
+    """Put a label above its end, but the lower one of two below."""
     labelled = [trace for trace in traces if trace["text"] and trace["y"] and trace["y"][-1] is not None]
     for i, trace in enumerate(sorted(labelled, key=lambda trace: trace["y"][-1])):
         side = "right" if "lines" in trace["mode"] else "center"
-        trace["textposition"] = f"{'top' if i else 'bottom'} {side}"
+        is_below = i == 0 and len(labelled) > 1
+        trace["textposition"] = f"{'bottom' if is_below else 'top'} {side}"
 
 
 def build_axis(title: str, *, log: bool = False) -> dict[str, Any]:

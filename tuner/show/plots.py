@@ -157,8 +157,8 @@ def _over_one_parameter(record: StudyRecord, name: str) -> Figure | None:
 
 
 def _trial_curve(record: StudyRecord, trial: TrialRecord, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-    role = role_of(record, trial)
-    return line_trace(role, x, y, hover=_hover(record, trial), label=_label(role, trial))
+    hover, label = _hover(record, trial), _label(record, trial)
+    return line_trace(role_of(record, trial), x, y, hover=hover, label=label)
 
 
 def _points(
@@ -180,7 +180,7 @@ def _points(
             [x(trial) for trial in members],
             [y(trial) for trial in members],
             hover=[_hover(record, trial) for trial in members],
-            label=_label(role, members[0]),
+            label=_label(record, members[0]),
             values=[trial.value for trial in members] if coloured and role not in OFF_SCALE else None,
         )
         traces.append(trace)
@@ -205,8 +205,9 @@ def _circles(name: str, x: Sequence[float], y: Sequence[float | None], *, size: 
     }
 
 
-def _label(role: str, trial: TrialRecord) -> str:
-    return f"{trial.number} {role}" if role in ("baseline", "best") else ""
+def _label(record: StudyRecord, trial: TrialRecord) -> str:
+    is_labelled = role_of(record, trial) in ("baseline", "best")
+    return " ".join([str(trial.number), *trial_marks(record, trial)]) if is_labelled else ""
 
 
 def _hover(record: StudyRecord, trial: TrialRecord) -> str:

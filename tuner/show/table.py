@@ -33,9 +33,8 @@ def short_name(name: str) -> str:
 
 
 def trial_marks(record: StudyRecord, trial: TrialRecord) -> list[str]:
-    """`baseline`, `best` and `d rising`, as far as they apply to a trial."""
-    marks = ["baseline"] * record.is_baseline(trial) + ["best"] * record.is_best(trial)
-    return marks + ["d rising"] * trial.ended_with_d_rising
+    """`baseline` and `best`, if the trial is the one or the other."""
+    return ["baseline"] * record.is_baseline(trial) + ["best"] * record.is_best(trial)
 
 
 def trial_duration(trial: TrialRecord) -> str:
@@ -78,13 +77,14 @@ def trial_table(
     for trial in record.trials[-last:]:
         seen = max(live.get(trial.number, 0), *trial.curve, 0)
         state = "interrupted" if trial.is_interrupted else trial.state
+        words = [state, *trial_marks(record, trial)] + ["d rising"] * trial.ended_with_d_rising
         table.add_row(
             str(trial.number),
             *(format_value(trial.params[name]) if name in trial.params else "" for name in names),
             f"{seen:,}" if seen else "",
             "" if trial.value is None else f"{trial.value:.4f}",
             *([_format_full_hours(hours[trial.number], trial.number in record.pareto_front)] if is_timed else []),
-            Text(", ".join([state, *trial_marks(record, trial)]), style=STATE_STYLES[state]),
+            Text(", ".join(words), style=STATE_STYLES[state]),
             trial_duration(trial),
             style="bold" if record.is_best(trial) else None,
         )
