@@ -38,6 +38,7 @@ STYLES = {
     FULL_RUN: Style(BLUE, "longdash", "diamond", 3, FULL_RUN),
 }
 MARKER_SIZES = {"star": 13, "x": 10, "diamond": 9, "square": 9}
+GAP = "\u00a0\u00a0"
 LABEL = {"textfont": {"size": 11, "color": "#000000"}, "cliponaxis": False}
 
 
@@ -67,7 +68,7 @@ def line_trace(
         "y": [rounded(value) for value in y],
         "line": {"color": style.colour, "dash": style.dash, "width": style.width},
         "marker": {"symbol": style.marker, "color": style.colour, "size": [3] * inner + [size] * bool(x)},
-        "text": [""] * inner + [escape(label)] * bool(x) if label else "",
+        "text": [""] * inner + [f"{GAP}{escape(label)}{GAP}"] * bool(x) if label else "",
         "textposition": "middle right",
         "hovertext": escape(hover),
         "hoverinfo": "x+y+text",
@@ -114,13 +115,11 @@ def point_trace(
     }
 
 
-def separate_labels(traces: Sequence[dict[str, Any]]) -> None:
-    """Put a label above its end, but the lower one of two below."""
+def place_labels(traces: Sequence[dict[str, Any]], above: str, below: str) -> None:
+    """Place the labels of traces: `below` for the lower one of two ends, else `above`."""
     labelled = [trace for trace in traces if trace["text"] and trace["y"] and trace["y"][-1] is not None]
     for i, trace in enumerate(sorted(labelled, key=lambda trace: trace["y"][-1])):
-        side = "right" if "lines" in trace["mode"] else "center"
-        is_below = i == 0 and len(labelled) > 1
-        trace["textposition"] = f"{'bottom' if is_below else 'top'} {side}"
+        trace["textposition"] = below if i == 0 and len(labelled) > 1 else above
 
 
 def build_axis(title: str, *, log: bool = False) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from tuner.show.plotly_json import (
     build_figure,
     line_trace,
     pad_axis,
+    place_labels,
     point_trace,
     rounded,
-    separate_labels,
 )
 from tuner.show.table import format_params, format_value, short_name, trial_marks
 from tuner.study.record import StudyRecord, TrialRecord
@@ -69,7 +69,9 @@ def learning_curves(record: StudyRecord) -> Figure | None:
         samples = samples_at(record, trial)
         values = [trial.curve[point] for point in samples]
         curves.append(_trial_curve(record, trial, list(samples.values()), values))
-    separate_labels(curves)
+    # A full run continues the best curve to the right.
+    above, below = ("top right", "bottom left") if record.minimized else ("top left", "bottom right")
+    place_labels(curves, above, below)
     longest_trial = max((curve["x"][-1] for curve in curves if curve["x"]), default=0)
     for run in record.full_runs:
         points = sorted(run.curve)
@@ -94,7 +96,7 @@ def d_over_samples(record: StudyRecord) -> Figure | None:
         curves.append(_trial_curve(record, trial, [x for x, _ in pairs], [d for _, d in pairs]))
         if pairs and trial.ended_with_d_rising and trial.number in ranked:
             rising.append(pairs[-1])
-    separate_labels(curves)
+    place_labels(curves, "top right", "bottom right")
     rings = _circles(D_RISING, [x for x, _ in rising], [d for _, d in rising], size=18)
     d_axis = {**build_axis("d", log=True), "dtick": 1, "exponentformat": "power"}
     return build_figure("Prodigy's d", [*curves, rings], build_axis("samples"), d_axis)
@@ -184,7 +186,7 @@ def _points(
             values=[trial.value for trial in members] if coloured and role not in OFF_SCALE else None,
         )
         traces.append(trace)
-    separate_labels(traces)
+    place_labels(traces, "top center", "bottom center")
     return traces
 
 

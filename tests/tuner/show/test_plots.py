@@ -38,10 +38,12 @@ def test_roles_differ_by_dash_and_marker(study: optuna.Study) -> None:
 def test_labels_are_at_baseline_best_and_full_run_alone(study: optuna.Study) -> None:
     add_full_run(study, {40: 3.9, 8000: 1.9}, trial=1, run_dir="/runs")
     drawn = traces(plots.learning_curves(read(study)))
-    labels = {name: (trace["text"][-1], trace["textposition"]) for name, trace in drawn.items() if trace["text"]}
+    labels = {
+        name: (trace["text"][-1].strip(), trace["textposition"]) for name, trace in drawn.items() if trace["text"]
+    }
     assert labels == {
         "baseline": ("0 baseline", "top right"),
-        "best trial": ("1 best", "bottom right"),
+        "best trial": ("1 best", "bottom left"),
         "full run": ("full run 1", "middle right"),
     }
     points = traces(plots.loss_and_hours(read(study)))
@@ -130,5 +132,5 @@ def test_trials_without_hours_and_d_have_no_such_plots() -> None:
 def test_maximized_metric_has_its_best_trial_above() -> None:
     maximized = read(add_five_trials(new_study(**{"study.direction": "maximize"})))
     drawn = traces(plots.learning_curves(maximized))
-    assert (drawn["best trial"]["text"][-1], drawn["best trial"]["textposition"]) == ("2 best", "top right")
+    assert (drawn["best trial"]["text"][-1].strip(), drawn["best trial"]["textposition"]) == ("2 best", "top left")
     assert drawn["baseline"]["textposition"] == "bottom right"
