@@ -174,9 +174,10 @@ def test_page_is_kept_updated_in_a_thread_and_written_at_the_end(
     assert len(threads) == 2, "a launch that was interrupted at once must not wait for the storage"
 
 
-def test_defect_in_the_page_is_raised(study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defect_in_the_thread_is_raised(study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(page: StudyPage) -> None:
-        raise ZeroDivisionError
+        if threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError
 
     monkeypatch.setattr(StudyPage, "_write", fail)
     monkeypatch.setattr(study_page, "MIN_INTERVAL_S", 0.0)
