@@ -10,20 +10,21 @@ import sys
 import time
 from pathlib import Path
 
-import optuna
 from rich.console import Console
 from rich.table import Table
 
 from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
 from trainer.clock import clock
+from tuner import launch, open_study, promote
 from tuner.cli.terminal import stoppable
-from tuner.display import RunDisplay, StudyDisplay, format_params, trial_table
-from tuner.full.promotion import promote, rerun
-from tuner.launcher import launch, open_study
-from tuner.run import Runtime
-from tuner.spec import StudySpec
-from tuner.trials import baseline_trial, ranking, trial_name
+from tuner.promotion.promote import rerun
+from tuner.show.live import StudyDisplay
+from tuner.show.run import RunDisplay
+from tuner.show.table import format_params, trial_table
+from tuner.spec.study_toml import StudySpec
+from tuner.study.record import StudyRecord, trial_name
+from tuner.study.tracked_run import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "studies/korean_demo/study.toml"
@@ -56,12 +57,13 @@ def main() -> None:
                 f"the study exists with {before} trials: continuing it up to {total}, or reusing it if complete"
             )
         with StudyDisplay(study, spec, total=total, console=console) as display:
-            launch(spec, storage=study._storage, runtime=runtime, num_trials=total, display=display)
+            launch(spec, study=study, runtime=runtime, num_trials=total, display=display)
         leave_if(stop, console)
 
         heading(console, 3, "baseline against best, once more on a fresh seed")
-        base, best = baseline_trial(study), ranking(study)[0]
-        assert base is not None
+        record = StudyRecord.read(study)
+        base, best = record.baseline, record.best
+        assert base is not None and best is not None
         reruns: dict[int, TrainResult] = {}
         for number in dict.fromkeys((base.number, best.number)):
             announce(console, runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{FRESH_SEED}"))
@@ -75,7 +77,7 @@ def main() -> None:
             full = promote(study, trial=best.number, runtime=runtime, trackers=[follower])
         leave_if(stop, console)
 
-    show_results(console, study, reruns, full)
+    show_results(console, StudyRecord.read(study), reruns, full)
     console.print(f"\nDone in {clock(time.monotonic() - started)}. To look further:")
     for command in (f"tuner status {spec.study.name}", "tuner dashboard", f"aim up --repo {arguments.run_root}"):
         console.print(f"  .venv/bin/{command}")
@@ -96,12 +98,12 @@ def leave_if(stop: object, console: Console) -> None:
         sys.exit(130)
 
 
-def show_results(console: Console, study: optuna.Study, reruns: dict[int, TrainResult], full: TrainResult) -> None:
+def show_results(console: Console, record: StudyRecord, reruns: dict[int, TrainResult], full: TrainResult) -> None:
     """The trials, baseline against best, and the full run, as tables."""
     heading(console, 5, "the results")
-    console.print(trial_table(study, "trials"))
-    base, best = baseline_trial(study), ranking(study)[0]
-    assert base is not None and base.value is not None and best.value is not None
+    console.print(trial_table(record, "trials"))
+    base, best = record.baseline, record.best
+    assert base is not None and base.value is not None and best is not None and best.value is not None
     metric = "val/loss"
     table = Table(title="baseline against best, at equal samples seen", title_justify="left")
     for column in ("", "parameters", "samples", "loss in the study", "loss on a fresh seed"):

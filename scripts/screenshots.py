@@ -28,12 +28,12 @@ from rich.console import Console
 from tests.browser.chromium import find_chromium, open_browser
 from trainer.errors import UserError
 from trainer.tracking import aim_run
-from tuner.dashboard.page import StudyPage
-from tuner.dashboard.server import make_dashboard
-from tuner.full.runs import full_runs
-from tuner.report import status_parts
-from tuner.storage import load_study, open_storage
-from tuner.trials import ranking
+from tuner.show.page import StudyPage
+from tuner.show.server import make_dashboard
+from tuner.show.status import status_parts
+from tuner.study.optuna_internals import id_of, storage_of
+from tuner.study.record import StudyRecord, full_study
+from tuner.study.storage import load_study, open_storage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -75,7 +75,7 @@ class Pictures:
 
     def plots(self, dashboard: str) -> None:
         """The study's four plots, uncropped."""
-        self.page.goto(f"{dashboard}/dashboard/studies/{self.study._study_id}")
+        self.page.goto(f"{dashboard}/dashboard/studies/{id_of(self.study)}")
         self.page.wait_for_function(f"titles => ({BOXES})(titles).length == {len(PLOTS)}", arg=list(PLOTS))
         self._settle()
         boxes = self.page.evaluate(BOXES, list(PLOTS))
@@ -84,24 +84,25 @@ class Pictures:
         self._save("study-plots", clip=(left, top, right - left + MARGIN, bottom - top + MARGIN))
 
     def note(self, dashboard: str) -> None:
-        self.page.goto(f"{dashboard}/dashboard/studies/{self.study._study_id}/note")
+        self.page.goto(f"{dashboard}/dashboard/studies/{id_of(self.study)}/note")
         self.page.get_by_role("heading", name="Leaderboard").wait_for()
         self._save("study-note")
 
     def trial(self, dashboard: str) -> None:
         """The best one."""
-        best = ranking(self.study)[0].number
+        best = StudyRecord.read(self.study).ranked[0].number
         # At this width the values of d fit in one line.
         self.page.set_viewport_size({"width": 1340, "height": 900})
-        self.page.goto(f"{dashboard}/dashboard/studies/{self.study._study_id}/trials?numbers={best}")
+        self.page.goto(f"{dashboard}/dashboard/studies/{id_of(self.study)}/trials?numbers={best}")
         self.page.get_by_text("Intermediate Values").wait_for()
         self._save("trial")
         self.page.set_viewport_size({"width": 1200, "height": 900})
 
     def full_run(self, dashboard: str) -> None:
         """The full run's curve in the dashboard."""
-        curves = optuna.load_study(study_name=f"{self.study.study_name}.full", storage=self.study._storage)
-        self.page.goto(f"{dashboard}/dashboard/studies/{curves._study_id}")
+        curves = full_study(self.study)
+        assert curves is not None
+        self.page.goto(f"{dashboard}/dashboard/studies/{id_of(curves)}")
         card = self.page.locator(".MuiCard-root", has=self.page.locator("#graph-intermediate-values"))
         self.page.wait_for_function("document.getElementById('graph-intermediate-values')?.data?.[0]?.x.length > 1")
         self._settle()
@@ -111,7 +112,7 @@ class Pictures:
 
     def aim(self, _: str) -> None:
         """The full run's curves, on its page in Aim."""
-        run = aim_run(full_runs(self.study)[-1].run_dir)
+        run = aim_run(StudyRecord.read(self.study).full_runs[-1].run_dir)
         with aim_up(self.run_root) as address:
             self.page.goto(f"{address}/runs/{run}/metrics")
             self.page.get_by_text("grad_norm").first.wait_for()
@@ -124,7 +125,7 @@ class Pictures:
         """`tuner status`: the table of a launch, and the curves."""
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             console = Console(record=True, width=100, file=nowhere, force_terminal=True, color_system="truecolor")
-            for part in status_parts(self.study):
+            for part in status_parts(StudyRecord.read(self.study)):
                 console.print(part)
         title = f"tuner status {self.study.study_name}"
         self.page.set_content(f"<body style='margin:0'>{console.export_svg(title=title)}</body>")
@@ -152,7 +153,7 @@ class Pictures:
 @contextmanager
 def dashboard_of(study: optuna.Study) -> Iterator[str]:
     """Serves the study's storage read-only; yields its address with the token."""
-    server, address = make_dashboard(study._storage, port=0, read_only=True)
+    server, address = make_dashboard(storage_of(study), port=0, read_only=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield address

@@ -1,4 +1,4 @@
-"""Seconds as a person reads them."""
+"""Durations as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ def clock(seconds: float) -> str:
 
 
 def format_hours(hours: float) -> str:
-    """35.9 h, or 1,036 h; below an hour as `clock` has it."""
-    if hours < 1:
-        return clock(3600 * hours)
+    """45.0 s, 1:28 min, 35.9 h or 1,036 h."""
+    seconds = 3600 * hours
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 3600:
+        return f"{clock(seconds)} min"
     return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"

@@ -20,10 +20,10 @@ from trainer import TrainConfig, UserError, Workload, train
 from trainer.acceleration import detect
 from trainer.errors import first_line
 from tuner.bench.baseline import BaselineLoop, switched
-from tuner.study.objective import is_out_of_memory
-from tuner.study.peak_memory import peak_memory
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study.objective import is_out_of_memory
+from tuner.study.peak_memory import peak_memory
 
 WARMUP = 5
 # torch.compile has seen enough shapes when so many in a row made no graph, and anyway after so many steps or seconds.

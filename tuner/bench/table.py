@@ -30,9 +30,9 @@ from trainer.metrics import clock
 from trainer.workload import Workload
 from tuner.bench.baseline import ADDED, REQUESTED, why_not
 from tuner.spec.mistakes import unknown_key
-from tuner.study.tracked_run import code_version
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study.tracked_run import code_version
 
 Group = Literal["baseline", "alone", "cumulative", "trainer"]
 CHILD = (sys.executable, "-m", "tuner.bench.measurement")

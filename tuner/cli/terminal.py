@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import optuna
 
     from trainer import TrainResult
-    from tuner.display.events import RunEvents, StudyEvents
-    from tuner.display.run import RunDisplay
-    from tuner.display.study import StudyDisplay
+    from tuner.show.json_events import RunEvents, StudyEvents
+    from tuner.show.live import StudyDisplay
+    from tuner.show.run import RunDisplay
     from tuner.spec.study_toml import StudySpec
 
 
@@ -83,7 +83,7 @@ def _log_handlers(log_format: Format, level: int) -> Sequence[logging.Handler]:
         logging.getLogger(name).setLevel(logging.INFO)
     if log_format != Format.json:
         return [LogLines("stdout", level)]
-    from tuner.display.events import JsonWarnings
+    from tuner.show.json_events import JsonWarnings
 
     return [LogLines("stderr", level), JsonWarnings()]
 
@@ -110,8 +110,8 @@ def follow_study(study: optuna.Study, spec: StudySpec, *, total: int, log_format
     """Shows a launch in this format; a context manager."""
     from rich.console import Console
 
-    from tuner.display.events import StudyEvents
-    from tuner.display.study import StudyDisplay
+    from tuner.show.json_events import StudyEvents
+    from tuner.show.live import StudyDisplay
 
     if log_format == Format.json:
         return StudyEvents(study, spec, total=total)
@@ -122,8 +122,8 @@ def follow_run(name: str, log_format: Format) -> RunDisplay | RunEvents:
     """Shows one run in this format, beside its log; a context manager and a tracker."""
     from rich.console import Console
 
-    from tuner.display.events import RunEvents
-    from tuner.display.run import RunDisplay
+    from tuner.show.json_events import RunEvents
+    from tuner.show.run import RunDisplay
 
     if log_format == Format.json:
         return RunEvents(name)

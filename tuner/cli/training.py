@@ -40,9 +40,9 @@ def train(
     from rich.console import Console
 
     from tuner.doctor.quick import before_spec, check_first
-    from tuner.study.tracked_run import Runtime, tracked_train
     from tuner.spec.setups import full_setup
     from tuner.spec.study_toml import StudySpec, parse_override
+    from tuner.study.tracked_run import Runtime, tracked_train
 
     show_log(log_format)
     say = Console(stderr=log_format == Format.json).print
@@ -75,8 +75,8 @@ def evaluate(
 
     Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
     """
-    from tuner.display.events import to_json
     from tuner.promotion.evaluate import evaluate_checkpoint
+    from tuner.show.json_events import to_json
     from tuner.spec.study_toml import StudySpec, parse_override
 
     if not as_json:

@@ -29,10 +29,10 @@ from tuner.doctor.installation import (
 )
 from tuner.doctor.memory import check_memory, check_snapshot
 from tuner.doctor.storage import check_interrupted, check_storage, open_trials
-from tuner.study.launch import KEEP_TRIALS
 from tuner.spec.setups import Setup, full_setup, largest_step
 from tuner.spec.study_toml import StudySpec
 from tuner.spec.workloads import described
+from tuner.study.launch import KEEP_TRIALS
 
 
 def examine(

@@ -25,8 +25,8 @@ from trainer.errors import first_line
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import nearest
-from tuner.study.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
 from tuner.study.record import CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
+from tuner.study.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
 
 TIMEOUT_S = 5
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}

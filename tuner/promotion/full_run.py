@@ -23,6 +23,7 @@ from optuna.exceptions import StorageInternalError
 from trainer import Evaluation, TrainResult, UserError
 from trainer.acceleration import detect
 from trainer.checkpoint import holds_state, newest_step
+from trainer.errors import first_line
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
 from tuner.promotion.curve_check import CurveCheck, own_curve
@@ -352,5 +353,5 @@ def _storage_errors_logged() -> Iterator[None]:
     try:
         yield
     except StorageInternalError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         log.warning("the study could not be written (%s): the run continues, its curve has a gap", reason)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer import UserError
-from trainer.acceleration import choose_precision, detect
+from trainer.acceleration import detect
 from trainer.clock import format_hours
 from trainer.memory import NoEstimate, Probe
+from trainer.units import format_bytes
 from tuner.spec.setups import Setup, full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.record import StudyRecord, TrialRecord
@@ -77,18 +78,13 @@ def _project(
 
 def _memory(trial: TrialRecord, setup: Setup) -> str | None:
     if trial.peak_memory:
-        return f"{_format_bytes(trial.peak_memory)} of memory (its trial's peak)"
+        return f"{format_bytes(trial.peak_memory)} of memory (its trial's peak)"
     capabilities = detect(setup.config.device)
     try:
-        probe = Probe(setup.workload, setup.config, device=capabilities.kind, precision="fp32")
-        probe.precision, _ = choose_precision(capabilities, setup.config, probe.num_trained)
-        return f"{_format_bytes(probe.estimate().total)} of memory (estimated)"
+        probe = Probe.on_device(setup.workload, setup.config, capabilities)
+        return f"{format_bytes(probe.estimate().total)} of memory (estimated)"
     except (NoEstimate, UserError):
         return None
-
-
-def _format_bytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 class MeasuredSpeed:
@@ -133,7 +129,7 @@ class MeasuredSpeed:
     def _log(self, steps: int, whole: float, left: float) -> None:
         own, base, peak = self.own, self.base, self.peak()
         known = [f"{format_hours(whole)} in all, {format_hours(left)} left"]
-        known += [f"{_format_bytes(peak)} of memory at the peak"] if peak else []
+        known += [f"{format_bytes(peak)} of memory at the peak"] if peak else []
         known += [f"{own.samples:,} samples", f"{own.epochs:.2f} epochs"]
         comparison = f"; {base.name} would take about {format_hours(base.hours)}" if base and base.hours else ""
         log.info("measured over %d steps under its own plan: %s%s", steps, ", ".join(known), comparison)

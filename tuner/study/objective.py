@@ -18,6 +18,7 @@ from trainer import Diverged, Evaluation, TrainResult, UserError
 from trainer.acceleration import Capabilities, detect
 from trainer.checkpoint import newest_step, step_file
 from trainer.config import TrainConfig
+from trainer.errors import first_line
 from trainer.memory import Probe, available_memory
 from trainer.micro_batches import SIZED_BY, Fit, fit, shortage
 from trainer.tracking import Tracker
@@ -168,8 +169,7 @@ class Objective:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Infeasible("memory", f"out of memory: {reason}") from None
+            raise Infeasible("memory", f"out of memory: {first_line(error)}") from None
         finally:
             link_aim(trial, run_dir)
 

@@ -10,8 +10,8 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from scripts.bench.search.strategies import Confirmed, OptunaSearch, RayASHA, ShortThenTop, Strategy
-from tuner.samplers import PRUNERS, build_sampler
-from tuner.spec import Choice
+from tuner.spec.study_toml import Choice
+from tuner.study.samplers import PRUNERS, build_sampler
 
 SHORT, FULL = 1_200, 6_400
 

@@ -25,8 +25,8 @@ from scripts.bench.common import DEMO_STUDY, ROOT, build_parser, describe_comman
 from scripts.bench.search.curves import find_curves
 from studies.korean_demo.corpus import make_corpus
 from trainer import Diverged, Evaluation, train
-from tuner.search_space import full_setup
-from tuner.spec import StudySpec
+from tuner.spec.setups import full_setup
+from tuner.spec.study_toml import StudySpec
 
 BATCH_SIZES = (4, 8, 16, 32)
 LENGTH, EVERY = 6_400, 200

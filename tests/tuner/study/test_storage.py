@@ -14,9 +14,9 @@ from optuna.exceptions import StorageInternalError
 
 from tests.tuner.studies_for_tests import write
 from trainer import UserError
-from tuner.study import storage as storage_module
 from tuner.cli import main
 from tuner.spec.study_toml import StudySpec
+from tuner.study import storage as storage_module
 from tuner.study.launch import open_study
 from tuner.study.storage import DEFAULT_URL, load_study, open_storage, storage_url
 

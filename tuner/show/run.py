@@ -1,4 +1,4 @@
-"""One run for a person: a block that is renewed on a terminal, plain lines at each validation elsewhere."""
+"""One run for a person: a live block on a terminal, plain lines at each validation elsewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from rich.text import Text
 
 from trainer.clock import clock
 from trainer.device_monitor import CPU_MEMORY, GPU_MEMORY, GPU_UTILIZATION
-from tuner.display.palette import GREEN
-from tuner.display.renewed import Renewed
-from tuner.display.study import share_done
+from tuner.show.live import Renewed, share_done
+from tuner.show.palette import GREEN
 
 if TYPE_CHECKING:
     from trainer import TrainResult
@@ -24,20 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint: its name, its step, and when (on the monotonic clock) it was taken."""
+    """A checkpoint."""
 
     name: str
     step: int
     at: float
+    """Time on the monotonic clock."""
 
 
 class RunDisplay:
-    """Follows one run. A context manager; a `Tracker` that is told of checkpoints too.
+    """Shows one run. A context manager; a `CheckpointTracker`.
 
     Args:
-        name: What the run is, such as "full run of trial 7".
-        plain: Plain lines on a terminal too.
-        quiet: No lines of its own where there is no block: the trainer's log is shown instead.
+        name: Such as "full run of trial 7".
+        plain: Print plain lines on a terminal too.
+        quiet: Print no plain lines, because the trainer's log is shown.
     """
 
     as_json = False
@@ -46,9 +46,9 @@ class RunDisplay:
         self.name, self.console, self._quiet = name, console, quiet
         self.step = self.samples = 0
         self.interval: dict[str, float] = {}
-        """The last log interval's figures."""
+        """Values of the last log interval."""
         self.validation: dict[str, float] = {}
-        """The last validation's, and the best values so far."""
+        """Values of the last validation, and the best ones so far."""
         self.saved: dict[str, Saved] = {}
         self._live = Renewed(self.render, console) if console.is_terminal and not plain else None
 
@@ -76,16 +76,16 @@ class RunDisplay:
         self.saved = {**self.saved, name: Saved(name, step, time.monotonic())}
 
     def close(self) -> None:
-        """Nothing to write at the end."""
+        """Do nothing: `ended` prints the result."""
 
     def ended(self, result: TrainResult) -> None:
-        """Say how the run ended."""
+        """Print the result of the run."""
         values = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         print(f"step {result.step}, {result.samples} samples: {values or 'not validated yet'}")
         print(f"checkpoints: {result.run_dir}")
 
     def render(self, now: float | None = None) -> RenderableType:
-        """The block: progress, losses, rate, device, checkpoints; what is not known yet is left out."""
+        """The block: progress, losses, speed, device, checkpoints, as far as they are known."""
         now = time.monotonic() if now is None else now
         interval, validation, saved = self.interval, self.validation, self.saved
         rows = [
@@ -121,15 +121,19 @@ class RunDisplay:
 
 
 def device_figures(values: Mapping[str, float]) -> str:
-    """`GPU 11.2 GB, 97% busy`, or the process's memory where there is no GPU."""
+    """`GPU 11.2 GB, 97% busy`, or the process's memory without a GPU."""
     parts = []
     if GPU_MEMORY in values:
-        parts.append(f"GPU {values[GPU_MEMORY] / 1e9:.1f} GB")
+        parts.append(f"GPU {_gigabytes(values[GPU_MEMORY])}")
     if GPU_UTILIZATION in values:
         parts.append(f"{values[GPU_UTILIZATION]:.0%} busy")
     if CPU_MEMORY in values:
-        parts.append(f"{values[CPU_MEMORY] / 1e9:.1f} GB in the process")
+        parts.append(f"{_gigabytes(values[CPU_MEMORY])} in the process")
     return ", ".join(parts)
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def _losses(values: Mapping[str, float], prefix: str, *, bare: bool = False) -> str:

@@ -1,6 +1,6 @@
 """Files that a study offers for download in optuna-dashboard: the best configuration, and the leaderboard.
 
-They lie beside the database, so that `tuner dashboard` finds them with nothing but the storage's URL.
+They are stored beside the database, so that `tuner dashboard` finds them with nothing but the storage's URL.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import optuna
 import tomli_w
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
 from sqlalchemy import URL
 
-from tuner.dashboard.findings import Findings
-from tuner.spec.setups import full_setup
-from tuner.trials import BASE_DIR, INFEASIBLE, last_value, state_of, stored_spec
+from tuner.study.optuna_internals import engine_of, storage_of
+from tuner.study.record import StudyRecord, TrialRecord, read_spec
 
 BEST_SPEC = "study.toml"
 LEADERBOARD = "leaderboard.csv"
@@ -29,7 +27,7 @@ MIME_TYPES = {BEST_SPEC: "text/plain", LEADERBOARD: "text/csv"}
 
 
 def artifact_dir(storage: BaseStorage, run_root: Path = Path("runs")) -> Path:
-    """Where a storage's artifacts lie: beside an SQLite file, else under the run root."""
+    """The folder of a storage's artifacts: beside an SQLite file, else under the run root."""
     url = database_url(storage)
     beside_file = url is not None and url.get_backend_name() == "sqlite" and url.database
     # No study can have a name that begins with a dot.
@@ -37,19 +35,17 @@ def artifact_dir(storage: BaseStorage, run_root: Path = Path("runs")) -> Path:
 
 
 def database_url(storage: BaseStorage) -> URL | None:
-    """The URL of a storage's database; None where it has none, such as in memory."""
-    # A study wraps its storage in a cache.
-    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
-    url: URL | None = getattr(engine, "url", None)
-    return url
+    """The URL of a storage's database; None for a storage in memory."""
+    engine = engine_of(storage)
+    return None if engine is None else engine.url
 
 
 def save_artifact(study: optuna.Study, folder: Path, name: str, text: str) -> str:
     """Store a file with the study in place of its earlier version, and return its id."""
     folder.mkdir(parents=True, exist_ok=True)
     store = FileSystemArtifactStore(folder)
-    known = get_all_artifact_meta(study, storage=study._storage)
-    artifact_id = next((meta.artifact_id for meta in known if meta.filename == name), None)
+    artifacts = get_all_artifact_meta(study, storage=storage_of(study))
+    artifact_id = next((meta.artifact_id for meta in artifacts if meta.filename == name), None)
     if artifact_id is not None:
         store.write(artifact_id, io.BytesIO(text.encode()))
         return artifact_id
@@ -61,50 +57,51 @@ def save_artifact(study: optuna.Study, folder: Path, name: str, text: str) -> st
         )
 
 
-def best_spec(study: optuna.Study, found: Findings, trial: FrozenTrial) -> str:
-    """A study.toml whose `[train]` and `[workload]` hold the trial's parameters: `tuner train` takes it.
+def best_spec(record: StudyRecord, trial: TrialRecord) -> str:
+    """A study.toml for `tuner train` whose `[train]` and `[workload]` hold the trial's parameters.
 
     Raises:
         UserError: The stored spec no longer fits its workload.
     """
-    values = {section: value for section, value in found.spec.items() if section != "base_dir"}
+    from tuner.spec.setups import full_setup  # imports torch
+
+    values = {section: value for section, value in record.spec.items() if section != "base_dir"}
     sections = {name: dict(values.get(name, {})) for name in ("train", "workload")}
     for key, value in trial.params.items():
         section, _, name = key.partition(".")
         sections[section][name] = value
     # A study derives it from its search space, which `tuner train` leaves out.
-    sections["train"]["val_samples"] = full_setup(stored_spec(study), trial.params).config.val_samples
-    value = last_value(trial)
+    sections["train"]["val_samples"] = full_setup(read_spec(record.study), trial.params).config.val_samples
     head = [
-        f"# Study {found.name}, trial {trial.number}: {found.metric} {value:.4f}.",
-        f"# Its place is {study.user_attrs[BASE_DIR]}: a workload's module is looked for beside its study.toml.",
+        f"# Study {record.name}, trial {trial.number}: {record.metric} {trial.value:.4f}.",
+        f"# Keep this file in {record.base_dir}: a workload's module is looked for beside its study.toml.",
     ]
     return "\n".join(head) + "\n" + tomli_w.dumps(_without_none({**values, **sections}))
 
 
-def leaderboard(found: Findings) -> str:
-    """The finished trials as CSV, the best first; without a rank those that were pruned, infeasible or failed."""
-    names = list(found.spec["search"])
+def leaderboard(record: StudyRecord) -> str:
+    """The finished trials as CSV, the best first; pruned, infeasible and failed trials have no rank."""
+    names = list(record.spec["search"])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    told = ("full_hours", "d", "d_rising", "peak_memory", "reason")
-    writer.writerow(["rank", "trial", "state", "baseline", *names, found.metric, "reported_at", *told])
-    for i, trial in enumerate(found.finished):
-        attrs, reported = trial.user_attrs, trial.intermediate_values
+    last = ("full_hours", "d", "d_rising", "peak_memory", "reason")
+    writer.writerow(["rank", "trial", "state", "baseline", *names, record.metric, "reported_at", *last])
+    for i, trial in enumerate(record.finished):
         writer.writerow(
             [
-                i + 1 if i < len(found.ranked) else "",
+                i + 1 if i < len(record.ranked) else "",
                 trial.number,
-                state_of(trial),
-                "yes" if found.is_baseline(trial) else "",
+                trial.state,
+                "yes" if record.is_baseline(trial) else "",
                 *(trial.params.get(name, "") for name in names),
-                last_value(trial),
-                max(reported, default=""),
-                "" if (hours := found.full_hours(trial)) is None else hours,
-                (attrs.get("d") or [""])[-1],
-                attrs.get("d_rising", ""),
-                attrs.get("peak_memory", ""),
-                attrs.get(INFEASIBLE, ""),
+                # The writer leaves a cell empty for None.
+                trial.value,
+                max(trial.curve, default=""),
+                record.full_hours(trial),
+                trial.d[-1] if trial.d else "",
+                trial.d_is_rising if trial.d else "",
+                trial.peak_memory,
+                trial.infeasible,
             ]
         )
     return out.getvalue()

@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from trainer import UserError
-from tuner.dashboard.server import guarded, make_dashboard
+from tuner.show.server import guarded, make_dashboard
 from tuner.study.storage import open_storage
 
 
@@ -80,20 +80,20 @@ def test_two_dashboards_on_one_host_do_not_log_each_other_out() -> None:
     names = set()
     for token in ("one", "other"):
         app = guarded(lambda environ, start: [b""], token=token, read_only=False)
-        told: list[tuple[str, str]] = []
-        app({"QUERY_STRING": f"token={token}"}, lambda status, headers, told=told: told.extend(headers))
-        names.add(dict(told)["Set-Cookie"].partition("=")[0])
+        answered: list[tuple[str, str]] = []
+        app({"QUERY_STRING": f"token={token}"}, lambda status, headers, answered=answered: answered.extend(headers))
+        names.add(dict(answered)["Set-Cookie"].partition("=")[0])
     assert len(names) == 2
 
 
 def test_the_token_leads_to_the_same_page_of_the_same_host() -> None:
     for path, location in (("//evil.example/a", "/evil.example/a"), ("/a%0d%0aX: 1", "/a%0D%0AX%3A%201")):
-        told: list[tuple[str, str]] = []
+        answered: list[tuple[str, str]] = []
         environ = {"QUERY_STRING": "token=t", "PATH_INFO": unquote(path, "latin-1")}
         guarded(lambda environ, start: [b""], token="t", read_only=False)(
-            environ, lambda status, headers, told=told: told.extend(headers)
+            environ, lambda status, headers, answered=answered: answered.extend(headers)
         )
-        assert dict(told)["Location"] == location
+        assert dict(answered)["Location"] == location
 
 
 def test_with_the_token_the_study_is_there(client: Client) -> None:

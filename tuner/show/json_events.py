@@ -1,8 +1,8 @@
-"""The same for programs: one JSON object a line on stdout, with what it tells under `event`.
+"""A launch or a run for a program: one JSON object a line on stdout, with its kind under `event`.
 
-`trial_started`, `metrics`, `evaluation`, `checkpoint`, `trial_ended`, `study_ended` of a launch; `run_started`,
-`metrics`, `evaluation`, `checkpoint`, `run_ended` of a run; `confirmation` after the runs of one; `warning` of either.
-Each has its `time` (UTC).
+A launch emits `trial_started`, `metrics`, `evaluation`, `checkpoint`, `trial_ended` and `study_ended`; a run
+`run_started`, `metrics`, `evaluation`, `checkpoint` and `run_ended`; a confirmation `confirmation` after its runs; all
+emit `warning`. Each object has its `time` (UTC).
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import FrozenTrial
 
-from tuner.trials import BASELINE, ENDED, INFEASIBLE, last_value, ranking, state_of
+from tuner.study.record import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from trainer import TrainResult
-    from tuner.full.confirmed import Confirmation
     from tuner.spec.study_toml import StudySpec
+    from tuner.study.confirmation import Confirmation
 
-# Several trials may tell something at once.
+# Several trials may emit at once.
 _lock = threading.Lock()
 
 
@@ -39,7 +38,7 @@ def emit(event: str, **values: Any) -> None:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """As JSON has it: what is not finite is null, and what is not ASCII is escaped, whatever the terminal can show."""
+    """JSON in ASCII, whatever the terminal can show; non-finite values become null."""
     return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 
@@ -54,7 +53,7 @@ def _finite(value: Any) -> Any:
 
 
 class JsonWarnings(logging.Handler):
-    """Warnings of the log as events; the rest of it stands in the run's `train.log`."""
+    """Emits the warnings of the log as events; the run's `train.log` has the whole log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -64,24 +63,24 @@ class JsonWarnings(logging.Handler):
 
 
 class Events:
-    """A `Tracker` of one trial or run, which `of` names in each line."""
+    """A `CheckpointTracker` of one trial or run. Each object has the fields `source`, which name it."""
 
-    def __init__(self, **of: Any) -> None:
-        self.of = of
+    def __init__(self, **source: Any) -> None:
+        self.source = source
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         event = "evaluation" if "val/loss" in values else "metrics"
-        emit(event, **self.of, step=step, samples=samples, values=dict(values))
+        emit(event, **self.source, step=step, samples=samples, values=dict(values))
 
     def checkpoint(self, name: str, *, step: int) -> None:
-        emit("checkpoint", **self.of, step=step, name=name)
+        emit("checkpoint", **self.source, step=step, name=name)
 
     def close(self) -> None:
-        """Its end is told by who started it."""
+        """Do nothing: the display emits the end."""
 
 
 class StudyEvents:
-    """Follows a launch. A context manager; a `Display`."""
+    """Emits a launch. A context manager; a `Display`."""
 
     def __init__(self, study: optuna.Study, spec: StudySpec, *, total: int) -> None:
         self.study, self.spec, self.total = study, spec, total
@@ -90,57 +89,54 @@ class StudyEvents:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        trials = self.study.get_trials(deepcopy=False)
-        best = next(iter(ranking(self.study, trials)), None)
+        record = StudyRecord.read(self.study)
+        best = record.best
         emit(
             "study_ended",
-            study=self.study.study_name,
-            complete=kind is None and bool(self.study.user_attrs.get(ENDED)),
-            reason=self.study.user_attrs.get(ENDED) or None,
-            trials=len(trials),
+            study=record.name,
+            complete=kind is None and bool(record.ended),
+            reason=record.ended or None,
+            trials=len(record.trials),
             total=self.total,
             best=None if best is None else {"trial": best.number, "value": best.value, "params": best.params},
         )
 
-    def trial_started(self, trial: optuna.Trial, resumed: bool) -> Events:
-        of = {"study": self.study.study_name, "trial": trial.number}
-        emit("trial_started", **of, resumed=resumed, baseline=bool(trial.user_attrs.get(BASELINE)))
-        return Events(**of)
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> Events:
+        source = {"study": self.study.study_name, "trial": trial.number}
+        emit("trial_started", **source, resumed=resumed, baseline=trial.is_baseline)
+        return Events(**source)
 
-    def trial_ended(self, trial: FrozenTrial) -> None:
-        taken = None
-        if trial.datetime_start and trial.datetime_complete:
-            taken = (trial.datetime_complete - trial.datetime_start).total_seconds()
+    def trial_ended(self, trial: TrialRecord) -> None:
         emit(
             "trial_ended",
             study=self.study.study_name,
             trial=trial.number,
-            state=state_of(trial),
+            state=trial.state,
             params=trial.params,
             metric=self.spec.study.metric,
-            value=last_value(trial),
-            seconds=taken,
-            reason=trial.user_attrs.get(INFEASIBLE),
+            value=trial.value,
+            seconds=(trial.completed - trial.started).total_seconds() if trial.started and trial.completed else None,
+            reason=trial.infeasible,
         )
 
 
-def confirmation_ended(study: str, found: Confirmation) -> None:
-    """Tell what a confirmation found: its trials, the best first."""
+def confirmation_ended(study_name: str, confirmation: Confirmation) -> None:
+    """Emit the result of a confirmation: its trials, the best first."""
     emit(
         "confirmation",
-        study=study,
-        metric=found.metric,
-        rung=found.rung,
-        unit=found.unit,
-        winner=found.winner.number,
-        baseline=found.baseline,
-        verdict=found.verdict,
-        trials=[asdict(trial) for trial in found.trials],
+        study=study_name,
+        metric=confirmation.metric,
+        rung=confirmation.rung,
+        unit=confirmation.unit,
+        winner=confirmation.winner.number,
+        baseline=confirmation.baseline,
+        verdict=confirmation.verdict,
+        trials=[asdict(trial) for trial in confirmation.trials],
     )
 
 
 class RunEvents(Events):
-    """Follows one run. A context manager."""
+    """Emits one run. A context manager."""
 
     as_json = True
 
@@ -148,17 +144,17 @@ class RunEvents(Events):
         super().__init__(run=name)
 
     def __enter__(self) -> RunEvents:
-        emit("run_started", **self.of)
+        emit("run_started", **self.source)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Its end is told with its result."""
+        """Do nothing: `ended` emits the end."""
 
     def ended(self, result: TrainResult) -> None:
-        """Tell how the run ended."""
+        """Emit the result of the run."""
         emit(
             "run_ended",
-            **self.of,
+            **self.source,
             finished=result.finished,
             step=result.step,
             samples=result.samples,

@@ -1,4 +1,4 @@
-"""What is seen while it runs: several trials at once, one run, and JSON lines for programs."""
+"""Displays of a launch and of a run: live, as plain lines, and as JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
+from tests.tuner.show.made_studies import read
 from tests.tuner.studies_for_tests import build
 from trainer import TrainConfig, train
 from trainer.loop import TrainResult
-from tuner import launch, open_study
-from tuner.display import RunDisplay, StudyDisplay
-from tuner.display.events import JsonWarnings, RunEvents, StudyEvents, emit
-from tuner.display.palette import STATE_STYLES
-from tuner.display.run import device_figures
-from tuner.display.study import share_done
+from tuner.show.json_events import JsonWarnings, RunEvents, StudyEvents, emit
+from tuner.show.live import StudyDisplay, share_done
+from tuner.show.palette import STATE_STYLES
+from tuner.show.run import RunDisplay, device_figures
+from tuner.study.launch import launch, open_study
+from tuner.study.optuna_internals import storage_of
+from tuner.study.record import TrialRecord
 from tuner.study.tracked_run import Runtime
 
 METRICS = {"train/loss": 4.2, "train/samples_per_second": 10.0, "train/tokens_per_second": 900.0, "train/lr": 1e-4}
@@ -55,11 +57,11 @@ def shown(display: Any, console: Console) -> str:
     return capture.get()
 
 
-def test_trials_that_run_at_once_are_all_shown(study: optuna.Study, ask: Any) -> None:
+def test_all_running_trials_are_shown(study: optuna.Study, ask: Any) -> None:
     console = terminal()
     display = StudyDisplay(study, build(), total=4, console=console)
     trials = [ask(), ask()]
-    trackers = [display.trial_started(trial, resumed=False) for trial in trials]
+    trackers = [display.trial_started(TrialRecord.read(trial), resumed=False) for trial in trials]
     trackers[1].track({**METRICS, "train/seconds_left": 8.0}, step=10, samples=80)
     trackers[0].track({**METRICS, "train/loss": 3.1, "train/seconds_left": 24.0}, step=20, samples=80)
     text = shown(display._render(), console)
@@ -71,40 +73,42 @@ def test_trials_that_run_at_once_are_all_shown(study: optuna.Study, ask: Any) ->
     assert "0 of 4 trials, 160 of 640 samples, about " in text
 
     trials[1].report(3.5, 160)
-    display.trial_ended(study.tell(trials[1], 3.5))
+    display.trial_ended(TrialRecord.read(study.tell(trials[1], 3.5)))
     text = shown(display._render(), console)
     assert "trial 0: " in text and "trial 1: " not in text
     assert "1 of 4 trials, 240 of 640 samples" in text
 
 
-def test_the_rest_is_projected_from_what_this_launch_did(study: optuna.Study, ask: Any) -> None:
+def test_time_left_is_projected_from_this_launch(study: optuna.Study, ask: Any) -> None:
     display = StudyDisplay(study, build(), total=2, console=terminal())
-    taken_up = display.trial_started(ask(), resumed=True)
-    taken_up.track({**METRICS, "train/seconds_left": 8.0}, step=10, samples=80)
-    assert display._remaining() == "", "all of what is done was done by an earlier launch"
-    taken_up.track({**METRICS, "train/seconds_left": 4.0}, step=15, samples=120)
+    resumed = display.trial_started(TrialRecord.read(ask()), resumed=True)
+    resumed.track({**METRICS, "train/seconds_left": 8.0}, step=10, samples=80)
+    assert display._time_left(read(study)) == "", "an earlier launch did all that is done"
+    resumed.track({**METRICS, "train/seconds_left": 4.0}, step=15, samples=120)
     # A quarter of a trial in 30 s; one and a quarter are left.
-    assert display._remaining(now=display._started + 30) == ", about 2:30 left"
+    assert display._time_left(read(study), now=display._started + 30) == ", about 2:30 left"
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_the_live_table_fits_on_the_screen(study: optuna.Study, ask: Any, width: int) -> None:
+def test_live_table_fits_on_the_screen(study: optuna.Study, ask: Any, width: int) -> None:
     for _ in range(40):
         study.tell(ask(), 1.0)
     console = terminal(width, 24)
     display = StudyDisplay(study, build(), total=50, console=console)
     for _ in range(2):
-        display.trial_started(ask(), resumed=False).track({**METRICS, "train/seconds_left": 8.0}, step=1, samples=8)
+        display.trial_started(TrialRecord.read(ask()), resumed=False).track(
+            {**METRICS, "train/seconds_left": 8.0}, step=1, samples=8
+        )
     lines = shown(display._render(), console).splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= width
     assert any("40 of 50 trials" in line for line in lines)
 
 
-def test_a_live_table_renews_itself_and_leaves_the_end(study: optuna.Study, ask: Any) -> None:
+def test_live_table_is_redrawn_and_stays_at_the_end(study: optuna.Study, ask: Any) -> None:
     console = terminal()
     assert isinstance(console.file, io.StringIO)
     with StudyDisplay(study, build(), total=1, console=console) as display:
-        tracker = display.trial_started(ask(), resumed=False)
+        tracker = display.trial_started(TrialRecord.read(ask()), resumed=False)
         tracker.track({**METRICS, "train/seconds_left": 8.0}, step=10, samples=80)
         deadline = time.monotonic() + 30
         while "step 10, loss 4.2000" not in console.file.getvalue():
@@ -114,22 +118,22 @@ def test_a_live_table_renews_itself_and_leaves_the_end(study: optuna.Study, ask:
     assert "trial 0 starts" not in console.file.getvalue()
 
 
-def test_plain_lines_can_be_had_on_a_terminal(study: optuna.Study, ask: Any) -> None:
+def test_plain_lines_on_a_terminal(study: optuna.Study, ask: Any) -> None:
     console = terminal()
     assert isinstance(console.file, io.StringIO)
     with StudyDisplay(study, build(), total=1, console=console, plain=True) as display:
-        display.trial_started(ask(), resumed=False)
+        display.trial_started(TrialRecord.read(ask()), resumed=False)
     assert console.file.getvalue() == "trial 0 starts\n"
 
 
-def test_every_state_has_a_word_and_a_colour(study: optuna.Study) -> None:
+def test_every_state_has_its_own_colour(study: optuna.Study) -> None:
     assert STATE_STYLES.keys() == {
         "complete", "running", "interrupted", "pruned", "infeasible", "failed", "waiting"
     }  # fmt: skip
     assert len(set(STATE_STYLES.values())) == len(STATE_STYLES)
 
 
-def test_one_run_shows_losses_rate_device_and_checkpoints() -> None:
+def test_run_shows_losses_speed_device_and_checkpoints() -> None:
     console = terminal()
     display = RunDisplay("full run of toy", console)
     assert "starting" in shown(display.render(), console)
@@ -159,10 +163,10 @@ def events(capsys: pytest.CaptureFixture[str]) -> Iterator[dict[str, Any]]:
         yield json.loads(line, parse_constant=refuse)
 
 
-def test_a_launch_as_json_lines(study: optuna.Study, runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_as_json_lines(study: optuna.Study, runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
     spec = build(**{"train.save_every": 10})
     with StudyEvents(study, spec, total=2) as display:
-        launch(spec, storage=study._storage, runtime=runtime, num_trials=2, display=display)
+        launch(spec, storage=storage_of(study), runtime=runtime, num_trials=2, display=display)
     found = list(events(capsys))
     kinds = [event["event"] for event in found]
     assert kinds[0] == "trial_started" and kinds[-1] == "study_ended"
@@ -187,7 +191,7 @@ def test_a_launch_as_json_lines(study: optuna.Study, runtime: Runtime, capsys: p
     assert found[-1]["best"]["value"] == min(trial.value or 9.0 for trial in study.trials)
 
 
-def test_a_run_as_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_as_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.toy import Toy
 
     with RunEvents("a run") as run:
@@ -200,7 +204,7 @@ def test_a_run_as_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert found[-1]["finished"] and found[-1]["step"] == 10 and found[-1]["run_dir"] == str(tmp_path)
 
 
-def test_json_lines_hold_no_numbers_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_finite_values_are_null_in_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     emit("metrics", values={"train/loss": float("nan"), "x": [float("inf"), 1.0]}, text="한국어")
     JsonWarnings().handle(logging.LogRecord("trainer", logging.WARNING, "", 0, "the GPU is %s", ("idle",), None))
     metrics, warning = events(capsys)
@@ -208,7 +212,7 @@ def test_json_lines_hold_no_numbers_that_json_has_not(capsys: pytest.CaptureFixt
     assert warning["event"] == "warning" and warning["message"] == "the GPU is idle"
 
 
-def test_a_launch_that_was_stopped_is_not_complete(study: optuna.Study, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_launch_is_not_complete(study: optuna.Study, capsys: pytest.CaptureFixture[str]) -> None:
     study.ask()
     with StudyEvents(study, build(), total=2):
         pass
@@ -217,7 +221,7 @@ def test_a_launch_that_was_stopped_is_not_complete(study: optuna.Study, capsys: 
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
 
 
-def test_a_run_tells_how_it_ended(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_run_prints_its_result(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = TrainResult(True, 10, 40, 1.0, 7, {"val/loss": 3.0}, {}, tmp_path)
     RunDisplay("a run", Console(width=100), quiet=True).ended(result)
     assert capsys.readouterr().out == f"step 10, 40 samples: val/loss 3.0000\ncheckpoints: {tmp_path}\n"

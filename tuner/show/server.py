@@ -1,7 +1,6 @@
 """optuna-dashboard on the storage, behind a token, on the loopback interface by default.
 
-optuna-dashboard has neither authentication nor a read-only mode of its own: whoever reaches its port can delete
-a study.
+optuna-dashboard has neither authentication nor a read-only mode: whoever reaches its port can delete a study.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from optuna.storages import BaseStorage
 from optuna_dashboard import wsgi
 
 from trainer.errors import UserError
-from tuner.dashboard.artifacts import artifact_dir
+from tuner.show.files import artifact_dir
 
 COOKIE = "tuner_token"
 READING = ("GET", "HEAD", "OPTIONS")
@@ -29,11 +28,11 @@ WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 def guarded(app: WSGIApp, *, token: str, read_only: bool) -> WSGIApp:
-    """A WSGI application that lets through only who has the token, and in read-only mode only what reads.
+    """A WSGI application that requires the token, and in read-only mode refuses all requests that change something.
 
-    The token comes once in the URL (`/?token=...`), is put into a cookie, and the URL is cleared of it.
+    The token comes once in the URL (`/?token=...`); a redirect moves it into a cookie and removes it from the URL.
     """
-    # All servers of a host share their cookies, whatever their port: each dashboard has a name of its own.
+    # Cookies are shared by all servers of a host, whatever their port: each dashboard needs its own name.
     name = f"{COOKIE}_{sha256(token.encode()).hexdigest()[:8]}"
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -57,10 +56,10 @@ def guarded(app: WSGIApp, *, token: str, read_only: bool) -> WSGIApp:
 
 
 def with_bodies(app: WSGIApp) -> WSGIApp:
-    """The same application without answers that have no body.
+    """The application with a body in every answer.
 
-    optuna-dashboard 0.21's page reads every answer as JSON. At a 204 it says that it failed to delete a study that is
-    gone, and keeps it on its list.
+    The page of optuna-dashboard 0.21 parses every answer as JSON. At a 204 it reports that it failed to delete a study
+    that is deleted, and keeps it on its list.
     """
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -87,15 +86,15 @@ def make_dashboard(
     read_only: bool = False,
     token: str = "",
 ) -> tuple[WSGIServer, str]:
-    """A server that is ready for `serve_forever()`, and the address to open, token included.
+    """Create a server, ready for `serve_forever()`, and return it with the address to open, token included.
 
     Raises:
-        UserError: The port is taken, or the host is no interface of this machine.
+        UserError: The port is in use, or the host is no interface of this machine.
     """
     token = token or secrets.token_urlsafe(16)
     files = artifact_dir(storage)
     if not read_only:
-        # Who opens the dashboard may add files of their own.
+        # Users of the dashboard may upload files.
         files.mkdir(parents=True, exist_ok=True)
     app = with_bodies(wsgi(storage, artifact_store=FileSystemArtifactStore(files)))
     app = guarded(app, token=token, read_only=read_only)
@@ -107,18 +106,18 @@ def make_dashboard(
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
-    """A browser opens connections that it does not use yet; one thread alone would wait on them."""
+    """A thread for each connection: a browser opens some that it does not use yet, and a single thread would wait."""
 
     daemon_threads = True
 
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the first line of each visit would show the token."""
+        """Log nothing: the first line of each visit would show the token."""
 
 
 def _cookie(environ: dict[str, Any], name: str) -> str:
-    # Not by `http.cookies`, which reads none where one of another program's is not to its liking.
+    # Not by `http.cookies`, which reads no cookie if another program's is malformed.
     pairs = (pair.strip().partition("=") for pair in environ.get("HTTP_COOKIE", "").split(";"))
     return next((value for key, _, value in pairs if key == name), "")
 

@@ -1,0 +1,139 @@
+"""A study's trials, and a confirmation, as tables; and how all surfaces format parameters and name trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from trainer.clock import clock, format_hours
+from tuner.show.palette import STATE_STYLES
+from tuner.study.confirmation import Confirmation
+from tuner.study.record import StudyRecord, TrialRecord
+
+CONFIRMATION_HEADINGS = ("trial", "parameters", "mean", "min to max", "over the baseline", "remarks")
+
+
+def format_params(params: Mapping[str, Any]) -> str:
+    """`batch_size=8 d_coef=0.412`."""
+    return " ".join(f"{short_name(name)}={format_value(value)}" for name, value in params.items())
+
+
+def format_value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def short_name(name: str) -> str:
+    """A parameter's name without its section."""
+    return name.rpartition(".")[2]
+
+
+def trial_marks(record: StudyRecord, trial: TrialRecord) -> list[str]:
+    """`baseline` and `best`, if the trial is the one or the other."""
+    return ["baseline"] * record.is_baseline(trial) + ["best"] * record.is_best(trial)
+
+
+def trial_duration(trial: TrialRecord) -> str:
+    """How long a trial took, or has been running; empty if it waits or was interrupted."""
+    if trial.started is None or trial.is_interrupted:
+        return ""
+    return clock(((trial.completed or datetime.now()) - trial.started).total_seconds())
+
+
+def build_table(title: str) -> Table:
+    """An empty table without lines between its columns, so that all of them fit into 80 characters."""
+    return Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+
+
+def trial_table(
+    record: StudyRecord, title: str | None = None, last: int = 1000, samples: Mapping[int, int] | None = None
+) -> Table:
+    """The `last` trials of a study.
+
+    The projected hours of the full run have a column if any are known. Only the states break into two lines where 80
+    columns are too few.
+
+    Args:
+        samples: Samples that running trials have seen since their last validation, by trial number.
+    """
+    names = list(dict.fromkeys(name for trial in record.trials for name in trial.params))
+    hours = {trial.number: record.full_hours(trial) for trial in record.trials}
+    is_timed = any(hours.values())
+    live = samples if samples and record.unit == "samples" else {}
+    table = build_table(title or f"study {record.name}")
+    table.caption = "\n".join(_remarks(record)) or None
+    full_run = ["full run"] if is_timed else []
+    for heading in ("trial", *map(short_name, names), record.unit, "loss", *full_run, "state", "time"):
+        if heading == "state":
+            table.add_column(heading, min_width=len("interrupted"))
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for trial in record.trials[-last:]:
+        seen = max(live.get(trial.number, 0), *trial.curve, 0)
+        state = "interrupted" if trial.is_interrupted else trial.state
+        words = [state, *trial_marks(record, trial)] + ["d rising"] * trial.ended_with_d_rising
+        table.add_row(
+            str(trial.number),
+            *(format_value(trial.params[name]) if name in trial.params else "" for name in names),
+            f"{seen:,}" if seen else "",
+            "" if trial.value is None else f"{trial.value:.4f}",
+            *([_format_full_hours(hours[trial.number], trial.number in record.pareto_front)] if is_timed else []),
+            Text(", ".join(words), style=STATE_STYLES[state]),
+            trial_duration(trial),
+            style="bold" if record.is_best(trial) else None,
+        )
+    return table
+
+
+def _remarks(record: StudyRecord) -> list[str]:
+    """Sentences below the table of trials."""
+    remarks = []
+    if record.pareto_front:
+        remarks.append("* no other trial is better in both loss and the full run's hours")
+    if rising := [trial for trial in record.trials if trial.ended_with_d_rising]:
+        default = record.spec["train"].get("d_coef", 1.0)
+        numbers = (f"{t.number} (d_coef {format_value(t.params.get('train.d_coef', default))})" for t in rising)
+        remarks.append(
+            f"d still rising at the end of trial {', '.join(numbers)}: the short run is too short for this d_coef"
+        )
+    return remarks
+
+
+def _format_full_hours(hours: float | None, on_front: bool) -> str:
+    return "" if hours is None else f"{format_hours(hours)} {'*' if on_front else ' '}"
+
+
+def confirmation_rows(confirmation: Confirmation) -> list[tuple[str, ...]]:
+    """A row of `CONFIRMATION_HEADINGS` for each trial, the best mean first."""
+    rows: list[tuple[str, ...]] = []
+    for trial in confirmation.trials:
+        is_baseline, margin = trial.number == confirmation.baseline, confirmation.margin(trial)
+        remarks = ["winner"] * (trial is confirmation.winner) + ["baseline"] * is_baseline
+        remarks += [trial.failed] if trial.failed else []
+        lowest, highest = min(trial.values.values(), default=0.0), max(trial.values.values(), default=0.0)
+        row = (
+            str(trial.number),
+            format_params(trial.params),
+            "" if trial.failed else f"{trial.mean:.4f}",
+            "" if trial.failed else f"{lowest:.4f} to {highest:.4f}",
+            "" if margin is None or is_baseline else f"{margin:+.4f}",
+            ", ".join(remarks),
+        )
+        rows.append(row)
+    return rows
+
+
+def confirmation_table(confirmation: Confirmation) -> Table:
+    """The confirmed trials: mean and range over the seeds, and the margin over the baseline."""
+    table = build_table(f"confirmation over {confirmation.rung:,} {confirmation.unit}")
+    for heading in CONFIRMATION_HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("parameters", "remarks") else "right")
+    for trial, row in zip(confirmation.trials, confirmation_rows(confirmation), strict=True):
+        table.add_row(*row, style="bold" if trial is confirmation.winner else None)
+    return table
