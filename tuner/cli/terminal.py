@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import optuna
@@ -143,7 +143,7 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         remedy = "use a smaller train.batch_size, with train.grad_accumulation for the same effective one"
         raise UserError(f"out of memory ({reason}): {remedy}.") from error
 

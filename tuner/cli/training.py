@@ -103,11 +103,12 @@ def export(
 
     Example: tuner export runs/indextts2-ko/full-trial-00007 --to gpt.pth
     """
+    from trainer.units import format_bytes
     from tuner.promotion.export import export
 
     show_log()
     done = export(run_dir, to, checkpoint=checkpoint, format=format, spec=spec, force=force)
-    print(f"{done.path}: {done.num_bytes / 1e9:.2f} GB, from {done.checkpoint}, step {done.step}")
+    print(f"{done.path}: {format_bytes(done.num_bytes)}, from {done.checkpoint}, step {done.step}")
 
 
 def bench(

@@ -167,9 +167,7 @@ def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Ru
 
 def test_a_run_that_diverges_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) -> None:
     study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.promotion.test_confirm:Diverging"})
-    with pytest.raises(
-        UserError, match=r"no trial completed its confirmation .*trial 0, seed 1: none of the last"
-    ):
+    with pytest.raises(UserError, match=r"no trial completed its confirmation .*trial 0, seed 1: none of the last"):
         confirm(study, 1, runtime=runtime)
     assert (
         study.user_attrs[confirmation_run_name(0, 1)]["failed"]

@@ -23,7 +23,7 @@ from tests.tuner.studies_for_tests import build
 from trainer.locks import locked
 from tuner.promotion.promote import promote
 from tuner.show import page as study_page
-from tuner.show.files import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec, to_toml
+from tuner.show.files import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec
 from tuner.show.page import StudyPage
 from tuner.show.server import make_dashboard
 from tuner.spec.setups import full_setup
