@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import threading
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,14 +50,6 @@ def test_best_configuration_is_a_spec_for_the_same_full_run(tmp_path: Path, unit
     assert full_setup(StudySpec.load(path, search=False), {}) == wanted
     assert wanted.config.batch_size == 16 and wanted.config.d_coef == 0.123456789
     assert StudySpec.load(path).search == read_spec(study).search
-
-
-def test_plain_values_as_toml_read_back() -> None:
-    values = {
-        "a": {"quoted.key": 'C:\\x "y"\n\x7f한국어', "list": [1, 2.5, True], "table": {"low": 1e-05, "한": []}},
-        "empty": {},
-    }
-    assert tomllib.loads(to_toml(values)) == values
 
 
 def test_files_are_replaced_and_served_by_the_dashboard(stored: optuna.Study, tmp_path: Path) -> None:
