@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.batching import BatchOrder, validation_batches
+from trainer.data.batching import BatchOrder, validation_batches
+from trainer.data.loader import fixed_batches, train_batches
 from trainer.evaluation import evaluate
-from trainer.loader import fixed_batches, train_batches
 from trainer.workload import Batch, Dataset, Workload
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from trainer.acceleration import AccelerationPlan, apply, detect, plan
-from trainer.batching import BatchOrder, validation_batches
 from trainer.checkpoint import LATEST, Checkpoints, locked
 from trainer.compilation import TrainingLoss, compiled_before
 from trainer.config import TrainConfig
+from trainer.data.batching import BatchOrder, validation_batches
+from trainer.data.loader import fixed_batches, train_batches
 from trainer.device_monitor import DeviceMonitor
 from trainer.evaluation import Evaluation, autocast, evaluate
-from trainer.loader import fixed_batches, train_batches
 from trainer.metrics import IntervalMeter
 from trainer.micro_batches import split
 from trainer.optimizers import schedule_factor, step_size, update

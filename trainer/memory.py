@@ -35,16 +35,16 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd.graph import _engine_run_backward
 
 from trainer.acceleration import Capabilities, choose_precision
-from trainer.batching import validation_batches
 from trainer.cgroup import memory_left
 from trainer.checkpoint import tensors_in
 from trainer.config import TrainConfig
+from trainer.data.batching import validation_batches
 from trainer.errors import DamagedSample, UserError, first_line
 from trainer.evaluation import autocast
 from trainer.live_bytes import CudaOperations, LiveBytes, storage_bytes
 from trainer.optimizers import build_optimizer, update
 from trainer.prodigy import Prodigy
-from trainer.prodigy_kernels import has_kernels
+from trainer.prodigy.kernels import has_kernels
 from trainer.workload import Batch, Dataset, Workload
 
 CUDA_CONTEXT = 500_000_000

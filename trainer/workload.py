@@ -137,7 +137,7 @@ class Workload(BaseModel, ABC):
 
     def unpacked(self) -> Workload:
         """The same workload, reading its original files: itself where it packs nothing, else another in which one
-        option, a mode of `trainer.packed`, is false. `tuner doctor` looks at data without copying it, and `tuner
+        option, a mode of `trainer.data.packed`, is false. `tuner doctor` looks at data without copying it, and `tuner
         bench` measures what packing gives."""
         return self
 

@@ -32,10 +32,10 @@ from scripts.bench.common import (
 )
 from studies.indextts2 import IndexTTS2
 from studies.indextts2.dataset import Utterance
-from trainer.batching import BatchOrder
+from trainer.data.batching import BatchOrder
+from trainer.data.loader import train_batches
+from trainer.data.packed import packed
 from trainer.errors import UserError
-from trainer.loader import train_batches
-from trainer.packed import packed
 
 BATCH_SIZE = 8
 PREFETCHED = 4  # batches a worker, in `train_batches`

@@ -20,8 +20,8 @@ import numpy as np
 
 from studies.indextts2.manifest import Manifest, open_manifest, sample_paths
 from studies.indextts2.model import NUM_CONDITION, PREFIX, GPTConfig
+from trainer.data.packed import Mode, packed
 from trainer.errors import DamagedSample, UserError, first_line
-from trainer.packed import Mode, packed
 from trainer.workload import Dataset
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class PairedUtterances:
 
     def packed(self, mode: Mode) -> Dataset:
         """These utterances from a packed store, which lies where the first manifest's index does; see
-        `trainer.packed`. Another model's checks and another list of manifests have a store of their own."""
+        `trainer.data.packed`. Another model's checks and another list of manifests have a store of their own."""
         if mode is False:
             return self
         config = self._config

@@ -18,10 +18,10 @@ from studies.indextts2 import IndexTTS2
 from studies.indextts2.model import NO_TARGET
 from tests.studies.test_weights import tokenizers  # noqa: F401
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
-from trainer.batching import BatchOrder
+from trainer.data.batching import BatchOrder
+from trainer.data.loader import fixed_batches, train_batches
 from trainer.errors import UserError
 from trainer.laws import check_workload
-from trainer.loader import fixed_batches, train_batches
 from trainer.workload import Batch
 
 CONFIG_YAML = """

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tests.toy import Toy
 from trainer import TrainConfig, UserError, train
 from trainer.acceleration import Capabilities
-from trainer.batching import BatchOrder
 from trainer.checkpoint import read_checkpoint
-from trainer.loader import micro_batches, train_batches
+from trainer.data.batching import BatchOrder
+from trainer.data.loader import micro_batches, train_batches
 from trainer.memory import Probe
 from trainer.micro_batches import fit
 from trainer.units import format_bytes

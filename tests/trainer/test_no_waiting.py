@@ -17,7 +17,7 @@ from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import Batch, TrainConfig
 from trainer.checkpoint import Checkpoints
 from trainer.compilation import TrainingLoss
-from trainer.loader import BatchReader
+from trainer.data.loader import BatchReader
 from trainer.loop import step
 from trainer.metrics import IntervalMeter
 from trainer.state import Run, prepare

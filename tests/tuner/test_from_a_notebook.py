@@ -20,7 +20,7 @@ import pytest
 from tests.toy import Toy
 from tests.tuner.studies_for_tests import build
 from trainer import TrainConfig, train
-from trainer.packed import PackedDataset, packed
+from trainer.data.packed import PackedDataset, packed
 from tuner import Runtime, launch, promote
 
 SIGNALS = [number for number in signal.Signals if number not in (signal.SIGKILL, signal.SIGSTOP)]

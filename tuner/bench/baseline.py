@@ -20,10 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer import TrainConfig, Workload, cross_entropy
 from trainer.acceleration import Capabilities, detect
-from trainer.batching import BatchOrder
 from trainer.config import ADAMW_LR
+from trainer.data.batching import BatchOrder
+from trainer.data.loader import BatchReader, train_batches
 from trainer.evaluation import autocast
-from trainer.loader import BatchReader, train_batches
 from trainer.metrics import LossMeter
 from trainer.optimizers import build_optimizer, update
 from trainer.workload import Batch

@@ -12,13 +12,13 @@ import numpy as np
 import psutil
 
 from trainer.acceleration import AccelerationPlan, Capabilities
+from trainer.data.loader import check_lengths, check_losses
+from trainer.data.packed import AUTO_BYTES, AUTO_SHARE
+from trainer.data.packed_store import HEADER
+from trainer.data.packing import CannotPack, Estimate, duration, estimate
 from trainer.errors import DamagedSample
 from trainer.live_bytes import storage_bytes
-from trainer.loader import check_lengths, check_losses
 from trainer.memory import read_samples
-from trainer.packed import AUTO_BYTES, AUTO_SHARE
-from trainer.packed_store import HEADER
-from trainer.packing import CannotPack, Estimate, duration, estimate
 from trainer.units import format_bytes
 from trainer.workload import Workload
 from tuner.doctor.check import Check, State
@@ -85,7 +85,7 @@ def check_packing(workload: Workload, unpacked: Workload, *, free: float | None 
 
     Args:
         workload: One that packs its data.
-        unpacked: Its `unpacked()`; the option in which they differ is a mode of `trainer.packed`.
+        unpacked: Its `unpacked()`; the option in which they differ is a mode of `trainer.data.packed`.
         free: Bytes, in place of those that are free on the disk.
     """
     options = unpacked.model_dump()

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from trainer.acceleration import RunSize, apply, detect, plan
-from trainer.batching import validation_batches
 from trainer.checkpoint import read_checkpoint
 from trainer.config import TrainConfig, differences
+from trainer.data.batching import validation_batches
+from trainer.data.loader import BatchReader, DamageCount
 from trainer.evaluation import evaluate
-from trainer.loader import BatchReader, DamageCount
 from trainer.workload import Batch, Dataset, Workload
 from tuner.promotion.export import find_checkpoint
 from tuner.spec.setups import full_setup

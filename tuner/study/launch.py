@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from trainer import DamagedSample, UserError
 from trainer.checkpoint import digest_path
 from trainer.clock import clock
-from trainer.loader import check_lengths, check_losses
+from trainer.data.loader import check_lengths, check_losses
 from trainer.tracking import Tracker
 from tuner.spec.setups import largest_step
 from tuner.spec.study_toml import StudySpec

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from studies.indextts2 import IndexTTS2
 from trainer.acceleration import AccelerationPlan, apply
-from trainer.batching import BatchOrder
 from trainer.config import TrainConfig
+from trainer.data.batching import BatchOrder
+from trainer.data.loader import train_batches
 from trainer.evaluation import autocast
-from trainer.loader import train_batches
 from trainer.loop import train
 from trainer.prodigy import Prodigy
 

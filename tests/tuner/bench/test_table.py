@@ -23,7 +23,7 @@ from tests.toy import Toy
 from tests.tuner.studies_for_tests import build, write
 from trainer import TrainConfig, UserError
 from trainer.acceleration import Capabilities
-from trainer.batching import BatchOrder
+from trainer.data.batching import BatchOrder
 from tuner.bench.baseline import ADDED, REQUESTED
 from tuner.bench.measurement import Measurement, answer, measure, measure_trainer
 from tuner.bench.report import COLOURS, check_chart_path, print_table, write_chart

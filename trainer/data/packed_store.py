@@ -1,4 +1,4 @@
-"""The form of a packed store: a folder that `trainer.packing` writes and `trainer.packed` reads.
+"""The form of a packed store: a folder that `trainer.data.packing` writes and `trainer.data.packed` reads.
 
     header.json    version, digest, how many samples there are and how many are done, and each field's form
     places.bin     [samples, 2 x fields] int64: where each array begins in its field's file, and then where it

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainer import UserError
-from trainer.batching import BatchOrder, validation_batches
+from trainer.data.batching import BatchOrder, validation_batches
 
 LOG_NORMAL = np.random.default_rng(0).lognormal(4.6, 0.55, 4000).astype(int) + 40
 

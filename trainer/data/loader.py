@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from trainer.batching import BatchOrder
+from trainer.data.batching import BatchOrder
 from trainer.errors import DamagedSample, UserError
 from trainer.workload import Batch, Dataset, Workload
 

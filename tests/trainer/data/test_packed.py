@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import DamagedSample, UserError, packed_store, packing
-from trainer import packed as packed_module
-from trainer.packed import Mode, PackedDataset, packed
-from trainer.packing import num_distinct
+from trainer import DamagedSample, UserError
+from trainer.data import packed_store, packing
+from trainer.data import packed as packed_module
+from trainer.data.packed import Mode, PackedDataset, packed
+from trainer.data.packing import num_distinct
 
 NUM_SAMPLES = 40
 

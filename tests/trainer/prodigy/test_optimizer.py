@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import prodigy_kernels
-from trainer.prodigy import Prodigy
+from trainer.prodigy import Prodigy, c_kernels, kernels
 
 SETTINGS = {
     "default": {},
@@ -455,7 +454,7 @@ def test_the_kernel_is_used_and_big_tensors_span_chunks() -> None:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
     torch.manual_seed(3)
-    size = prodigy_kernels.CHUNK_SIZE
+    size = c_kernels.CHUNK_SIZE
     start, results = [torch.randn(3, size + 5), torch.randn(2 * size), torch.randn(1)], []
     for build in (Prodigy, Operations):
         params, draw = [nn.Parameter(t.clone()) for t in start], torch.Generator().manual_seed(4)
@@ -472,11 +471,11 @@ def test_the_kernel_is_used_and_big_tensors_span_chunks() -> None:
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, caplog) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert prodigy_kernels.c_kernels.__wrapped__() is None
+    assert c_kernels.c_kernels.__wrapped__() is None
     monkeypatch.setenv("CC", "false")
-    assert prodigy_kernels.c_kernels.__wrapped__() is None
+    assert c_kernels.c_kernels.__wrapped__() is None
     assert [record.message.split(":")[0] for record in caplog.records] == ["prodigy", "prodigy"]
-    monkeypatch.setattr(prodigy_kernels, "c_kernels", lambda: None)
+    monkeypatch.setattr(kernels, "c_kernels", lambda: None)
     params = list(tiny_gpt().parameters())
     feed(Prodigy(params), params, [torch.ones_like(p) for p in params])
 

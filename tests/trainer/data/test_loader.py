@@ -9,9 +9,9 @@ import torch
 
 from tests.toy import Sequences, Toy
 from trainer import TrainConfig, UserError, train
-from trainer.batching import BatchOrder
+from trainer.data.batching import BatchOrder
+from trainer.data.loader import DamageCount, fixed_batches, train_batches
 from trainer.laws import check_workload
-from trainer.loader import DamageCount, fixed_batches, train_batches
 from trainer.metrics import means
 
 CPU = torch.device("cpu")

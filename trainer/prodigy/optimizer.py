@@ -29,7 +29,7 @@ import prodigyopt
 import torch
 from torch import Tensor
 
-from trainer.prodigy_kernels import (
+from trainer.prodigy.kernels import (
     DLR,
     DLR_D,
     MODE,
