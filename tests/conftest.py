@@ -11,8 +11,9 @@ import torch
 
 from tuner.study.tracked_run import Runtime
 
-# Where the tests run in the background Ctrl-C is ignored, and the processes that they start would ignore it too.
+# Tests that run in the background or under nohup ignore Ctrl-C and hang-ups, and their child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

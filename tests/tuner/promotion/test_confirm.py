@@ -282,4 +282,4 @@ def test_the_command_confirms_and_promotes(
 def test_the_table_names_what_failed() -> None:
     table = confirmation_table(found(one(0, 3.0, 3.2), one(4, 2.0, failed="seed 1: no gradient was finite")))
     columns = [list(column.cells) for column in table.columns]
-    assert columns[0] == ["0 (baseline)", "4"] and "seed 1: no gradient was finite" in columns[3]
+    assert columns[0] == ["0", "4"] and any("seed 1: no gradient was finite" in column for column in columns)

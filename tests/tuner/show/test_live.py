@@ -19,11 +19,11 @@ from tests.tuner.show.made_studies import read
 from tests.tuner.studies_for_tests import build
 from trainer import TrainConfig, train
 from trainer.loop import TrainResult
+from tuner import launch, open_study
 from tuner.show.json_events import JsonWarnings, RunEvents, StudyEvents, emit
 from tuner.show.live import StudyDisplay, share_done
 from tuner.show.palette import STATE_STYLES
 from tuner.show.run import RunDisplay, device_figures
-from tuner.study.launch import launch, open_study
 from tuner.study.optuna_internals import storage_of
 from tuner.study.record import TrialRecord
 from tuner.study.tracked_run import Runtime

@@ -20,6 +20,7 @@ from tests.tuner.show.made_studies import add_five_trials, add_trial, new_study,
 from tests.tuner.show.test_server import Client
 from tests.tuner.studies_for_tests import build
 from trainer.locks import locked
+from tuner import launch
 from tuner.promotion.promote import promote
 from tuner.show import page as study_page
 from tuner.show.files import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec
@@ -27,7 +28,6 @@ from tuner.show.page import StudyPage
 from tuner.show.server import make_dashboard
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
-from tuner.study.launch import launch
 from tuner.study.optuna_internals import id_of, storage_of
 from tuner.study.record import read_spec
 from tuner.study.storage import load_study, open_storage

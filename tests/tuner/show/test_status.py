@@ -17,10 +17,10 @@ from tests.tuner.show.made_studies import add_trial, new_study, read
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.clock import format_hours
+from tuner import launch, open_study
 from tuner.show.live import StudyDisplay
 from tuner.show.status import status
 from tuner.show.table import trial_table
-from tuner.study.launch import launch, open_study
 from tuner.study.storage import open_storage
 from tuner.study.tracked_run import Runtime
 

@@ -207,7 +207,7 @@ def test_seconds_without_an_end_are_an_error(tmp_path: Path) -> None:
         StudySpec.load(path)
 
 
-STUDIES = Path(__file__).parents[2] / "studies"
+STUDIES = Path(__file__).parents[3] / "studies"
 
 
 @pytest.mark.parametrize("name", ["indextts2", "korean_chars", "korean_demo"])
