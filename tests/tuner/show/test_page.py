@@ -20,8 +20,7 @@ from tests.tuner.show.made_studies import add_five_trials, add_trial, new_study,
 from tests.tuner.show.test_server import Client
 from tests.tuner.studies_for_tests import build
 from trainer.locks import locked
-from tuner import launch
-from tuner.promotion.promote import promote
+from tuner import launch, promote
 from tuner.show import page as study_page
 from tuner.show.files import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec
 from tuner.show.page import StudyPage
