@@ -88,7 +88,22 @@ def promote(
     runtime: Runtime | None = None,
     trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
-    """Train the full run with the best trial, or continue it: see `tuner.promotion.promote.promote`."""
+    """Train the full run with a trial's parameters, or continue the one that was started.
+
+    The full run continues from the checkpoint of the trial's confirmation, else from the trial's own, since a trial is
+    a prefix of its full run. A run from step 0 is checked against the trial's curve.
+
+    Args:
+        trial: Number of the trial. Default: that of the full run already started, else the winner of the study's
+            confirmation, else the best.
+        confirmed: Promote the winner of this confirmation.
+        steps: Length in optimizer updates, in place of the spec's `[full]`.
+        fresh: Start at step 0 instead of continuing from a checkpoint.
+
+    Raises:
+        UserError: There is no such trial, it can't be promoted, a better one has appeared since, or a confirmation is
+            unfinished.
+    """
     runtime = runtime or Runtime()
     page = StudyPage(study, runtime.run_root)
     try:

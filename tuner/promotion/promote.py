@@ -29,22 +29,10 @@ def promote(
     trackers: Sequence[Tracker] = (),
     on_change: Callable[[], None] = lambda: None,
 ) -> TrainResult:
-    """Train the full run with a trial's parameters, or continue the one that was started.
-
-    The full run continues from the checkpoint of the trial's confirmation, else from the trial's own, since a trial is
-    a prefix of its full run. A run from step 0 is checked against the trial's curve.
+    """Train the full run of a trial, or continue it: choose, find the full run, train, end; see `tuner.promote`.
 
     Args:
-        trial: Number of the trial. Default: that of the full run already started, else the winner of the study's
-            confirmation, else the best.
-        confirmed: Promote the winner of this confirmation.
-        steps: Length in optimizer updates, in place of the spec's `[full]`.
-        fresh: Start at step 0 instead of continuing from a checkpoint.
         on_change: Called after each evaluation.
-
-    Raises:
-        UserError: There is no such trial, it can't be promoted, a better one has appeared since, or a confirmation is
-            unfinished.
     """
     runtime, record = runtime or Runtime(), StudyRecord.read(study)
     if trial is None and confirmed is None:
