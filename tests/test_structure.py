@@ -94,7 +94,7 @@ def test_stored_keys_are_named_in_the_record_alone() -> None:
 
 def test_private_names_of_optuna_are_in_one_file() -> None:
     private = re.compile(
-        r"\._(storage|study_id|trial_id|thread_local|backend|pop_waiting|cached)|optuna[\w.]*\._(?!_)|\"fixed_params"
+        r"\._(storage|study_id|trial_id|thread_local|backend|pop_waiting|cached)|\"_backend|optuna[\w.]*\._(?!_)|\"fixed_params"
     )
     for path in files_of("tuner"):
         if path.name != "optuna_internals.py":
@@ -105,6 +105,10 @@ def test_private_names_of_optuna_are_in_one_file() -> None:
 def test_tuner_names_no_option_of_a_workload(workload: type[Workload]) -> None:
     for path in files_of("tuner"):
         text = path.read_text(encoding="utf-8")
-        options = workload.model_fields.keys() - {"dropout", "duration", "width"}  # words of torch, Plotly and tables, too
+        options = workload.model_fields.keys() - {
+            "dropout",
+            "duration",
+            "width",
+        }  # words of torch, Plotly and tables, too
         named = [option for option in options if f'"{option}"' in text]
         assert "template" in path.parts or not named, f"{path} names {named}"

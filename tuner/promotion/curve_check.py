@@ -45,7 +45,7 @@ class CurveCheck:
             self.expected = {point * samples: value for point, value in curve.items()}
 
     def warn_if_blind(self, every: float) -> None:
-        """Warn if a run that is validated every so many samples meets none of the trial's points."""
+        """Warn if a run that is validated every `every` samples meets none of the trial's points."""
         budget = self.spec.trial
         if budget.unit == "seconds":
             log.warning("the full run can't be compared with trial %d: its points are in seconds", self.trial.number)

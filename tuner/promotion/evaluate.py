@@ -1,4 +1,4 @@
-"""The validation metrics of a checkpoint, of a run's or a published one."""
+"""Evaluate a checkpoint, of a run or a published one, on the validation data."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointMetrics:
-    """What a checkpoint is worth on a validation set."""
+    """The metrics of a checkpoint on a validation set."""
 
     checkpoint: Path
     samples: int
-    """How many were measured; damaged ones are not among them."""
+    """Number of samples measured, without damaged ones."""
     metrics: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
     path = find_checkpoint(checkpoint, workload=workload) if checkpoint.is_dir() else checkpoint
     _warn_of_differences(path, workload, config)
     capabilities = detect(config.device)
-    # Rows of a new vocabulary start as they would in the run.
+    # New rows of the vocabulary are initialised as in the run.
     torch.manual_seed(config.seed)
     model = _load_model(workload, path)
     data = workload.val_data()
@@ -78,7 +78,7 @@ def _load_model(workload: Workload, path: Path) -> nn.Module:
 
 
 def _read(workload: Workload, data: Dataset, indices: Sequence[np.ndarray], counts: list[int]) -> Iterator[Batch]:
-    """The batches one by one, as `fixed_batches` has them; `counts` receives their numbers of samples."""
+    """Yield the batches one by one, as `fixed_batches` makes them; `counts` receives their numbers of samples."""
     reader = BatchReader(workload, data)
     damage = DamageCount(sum(map(len, indices)))
     for chosen in indices:
@@ -90,8 +90,7 @@ def _read(workload: Workload, data: Dataset, indices: Sequence[np.ndarray], coun
 
 
 def _warn_of_differences(path: Path, workload: Workload, config: TrainConfig) -> None:
-    """Another `duration`, loss weight or validation set would give figures that are not the run's, and nothing would
-    show it."""
+    """Warn if an option, a loss weight or the validation set is not the run's: the metrics would not compare."""
     identity = read_checkpoint(path, mmap=True).get("identity")
     if not isinstance(identity, dict):
         return

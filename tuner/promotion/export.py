@@ -1,4 +1,4 @@
-"""A run's checkpoint as weights for inference."""
+"""Export a checkpoint of a run as weights for inference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tuner.study.tracked_run import WORKLOAD
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and from what."""
+    """A written file and its source."""
 
     path: Path
     num_bytes: int
@@ -128,11 +128,11 @@ def _check_target(path: Path, *, force: bool) -> None:
 
 
 def _workload(lineage: Mapping[str, Any], source: Path) -> Workload:
-    """The workload that made a checkpoint, built again."""
+    """Build the workload that made a checkpoint."""
     remedy = "name the study.toml with --spec"
     record = lineage.get(WORKLOAD)
     if not isinstance(record, Mapping) or not record.keys() >= {"class", "folder", "options"}:
-        raise UserError(f"{source} does not say which workload made it (an earlier version wrote it): {remedy}.")
+        raise UserError(f"{source} does not name the workload that made it (an earlier version wrote it): {remedy}.")
     try:
         cls = load_workload_class(record["class"], Path(record["folder"]))
     except UserError as error:

@@ -101,7 +101,7 @@ def print_status(record: StudyRecord) -> None:
 
 
 def status_parts(record: StudyRecord, *, last: int = 1000, ascii_only: bool = False) -> list[RenderableType]:
-    """What `tuner status STUDY` prints of the `last` trials."""
+    """The output of `tuner status STUDY`, with the `last` trials."""
     parts: list[RenderableType] = [trial_table(record, last=last)]
     curves = curves_table(record, last=last, ascii_only=ascii_only)
     parts += [curves] if curves else []

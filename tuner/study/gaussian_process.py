@@ -24,26 +24,26 @@ from scipy.stats import qmc
 Floats = NDArray[np.float64]
 
 DRAWS = 64
-"""Of the hyperparameters; a power of two."""
+"""Number of draws of the hyperparameters; a power of two."""
 CANDIDATES = 512
-"""Points of the whole space among which the best is taken; besides, some around the best trial. A power of two."""
+"""Number of candidates over the whole space, besides those around the best trial; a power of two."""
 LENGTH_SCALE = (-0.5, 0.7)
 NOISE = (-5.0, 1.5)
-"""Mean and standard deviation of the logarithm: length scales in shares of a parameter's range, noise variance in
-that of the values."""
+"""Mean and standard deviation of the logarithm: of length scales in shares of a parameter's range, of the noise
+variance in that of the values."""
 FEASIBLE_LENGTH = 0.7
 
 
 class GaussianProcessSampler(BaseSampler):
     """Proposes where expected improvement times the probability of being feasible is largest.
 
-    Choices that are numbers are taken in order: what batch size 8 showed says something of 16. A pruned trial counts
-    with its last value less what complete trials gained from there to their end; a trial that runs counts as an
-    average one, so that workers do not propose the same. Its proposals are a pure function of the seed, the trial's
-    number and the study's trials.
+    Numeric choices are ordered: the result of batch size 8 informs about 16. A pruned trial counts with its last value
+    less the median gain of complete trials from that point to their end; a running trial counts as an average one, so
+    that workers do not propose the same. Proposals are a pure function of the seed, the trial's number and the study's
+    trials.
 
     Args:
-        n_startup_trials: Until so many trials are finished, points of a Sobol sequence are proposed.
+        n_startup_trials: Number of finished trials before which points of a Sobol sequence are proposed.
     """
 
     def __init__(self, seed: int = 0, n_startup_trials: int = 3) -> None:
@@ -59,7 +59,7 @@ class GaussianProcessSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """A coordinate of the Sobol point of this trial: before any trial has ended, nothing is known."""
+        """A coordinate of this trial's Sobol point: used before any trial has ended."""
         axis = self._asked.setdefault(param_name, len(self._asked))
         return choose(param_distribution, self._sobol(trial.number, axis + 1)[axis])
 
@@ -103,7 +103,7 @@ def is_feasible(trial: FrozenTrial) -> bool:
 
 
 def values_at_end(trials: Sequence[FrozenTrial]) -> list[float]:
-    """What each trial's value is at its end, or would likely be; NaN for a trial that reported nothing."""
+    """Each trial's value at its end, estimated for a pruned trial; NaN for a trial that reported nothing."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
 
     def value_of(trial: FrozenTrial) -> float:
@@ -125,7 +125,7 @@ def choose(distribution: BaseDistribution, share: float) -> Any:
         return choices[min(int(share * len(choices)), len(choices) - 1)]
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     low, high = float(distribution.low), float(distribution.high)
-    # A whole number has its own width of the range.
+    # Each whole number gets an equal width of the range.
     margin = 0.5 * (distribution.step or 0) if isinstance(distribution, IntDistribution) else 0.0
     low, high = low - margin, high + margin
     value = math.exp(math.log(low) + share * math.log(high / low)) if distribution.log else low + share * (high - low)
@@ -136,7 +136,7 @@ def choose(distribution: BaseDistribution, share: float) -> Any:
 
 
 def features(distribution: BaseDistribution, value: Any) -> list[float]:
-    """Coordinates of a parameter's value: one from 0 to 1, or one for each choice where these have no order."""
+    """Coordinates of a parameter's value: one from 0 to 1, or one for each choice if they have no order."""
     if isinstance(distribution, CategoricalDistribution):
         choices = ordered(distribution)
         at = choices.index(value)
@@ -169,7 +169,7 @@ def propose(
     near = []
     for name, distribution in space.items():
         place = features(distribution, best[name])
-        # A choice without order stays: others come from the whole space.
+        # Choices without order keep the best value here; others come from the whole space.
         kept = isinstance(distribution, CategoricalDistribution) and not is_ordered(distribution)
         width = np.repeat([0.1, 0.02], CANDIDATES // 4)
         if kept:
@@ -183,8 +183,8 @@ def propose(
 
 
 def standardized(values: Sequence[float]) -> Floats:
-    """Mean 0, deviation 1. What lies far above the median, a run that went to ruin, counts as no worse than far:
-    otherwise all good trials would look alike."""
+    """Values with mean 0 and deviation 1. Values far above the median, of diverged runs, are clipped: otherwise all good
+    trials would look alike."""
     array = np.array(values)
     low, median = array.min(), np.median(array)
     if median > low:
@@ -194,8 +194,10 @@ def standardized(values: Sequence[float]) -> Floats:
 
 
 def expected_improvement(known: Floats, targets: Floats, candidates: Floats) -> Floats:
-    """By how much each candidate is expected to be below the best of the known points, [candidates]; targets are
-    standardized. Averaged over draws of the length scales, the noise and, in closed form, the scale of the values."""
+    """Expected improvement of each candidate over the best known point, [candidates]; targets are standardized.
+
+    Averaged over draws of the length scales and the noise, and in closed form over the scale of the values.
+    """
     n = len(known)
     draws = qmc.Sobol(known.shape[1] + 1, rng=np.random.default_rng(0)).random(DRAWS)
     normal = ndtri(np.clip(draws, 0.01, 0.99))
@@ -220,7 +222,7 @@ def expected_improvement(known: Floats, targets: Floats, candidates: Floats) -> 
 
 
 def feasibility(known: Floats, infeasible: Floats, candidates: Floats) -> Floats:
-    """The probability that each candidate can be trained; 1 far from all that could not be, [candidates]."""
+    """The probability that each candidate is feasible, [candidates]; 1 far from all infeasible trials."""
     scale = np.full(known.shape[1], FEASIBLE_LENGTH)
     weights = np.linalg.solve(matern(known, known, scale) + 1e-3 * np.eye(len(known)), infeasible)
     probability: Floats = 1 - np.clip(matern(candidates, known, scale) @ weights, 0, 1)

@@ -24,7 +24,7 @@ class PeakMemory:
         self._before = peak_memory(device)
 
     def read(self) -> int | None:
-        """Bytes at the peak so far, or None where the system does not say."""
+        """Bytes at the peak so far, or None if the system does not report it."""
         peak = peak_memory(self.device)
         if self.device == "cuda":
             return peak

@@ -22,9 +22,9 @@ from tuner.study.gaussian_process import GaussianProcessSampler
 
 T = TypeVar("T")
 
-# Of 20 trials Optuna would spend 10 at random.
+# Optuna samples the first 10 trials at random: half of a study of 20.
 STARTUP_TRIALS = 5
-# Optuna would let 5 trials run to their end: most of a short study. A trial whose d still rises is spared besides.
+# Optuna never prunes the first 5 trials: most of a short study. Besides, no trial is pruned while its d rises.
 MEDIAN_STARTUP = 2
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
@@ -103,7 +103,7 @@ def build_sampler(choice: Choice, seed: int) -> BaseSampler:
         raise UserError(f"[sampler] seed {choice.arguments['seed']!r}: set study.seed instead.")
     make = _named("sampler", SAMPLERS, choice)
     with _explained("sampler", choice):
-        # Its proposals depend on the trial's number already, and its constructor finds every mistake.
+        # It seeds itself by the trial's number, and its constructor checks every argument.
         if choice.name == "gp":
             return make(**choice.arguments, seed=seed)
         return PerTrialSampler(partial(_build_quietly, make, choice), seed, choice)
@@ -125,7 +125,7 @@ def build_pruner(choice: Choice, first_point: int) -> BasePruner:
         with _explained("pruner", choice):
             return prune(study, trial)
 
-    # Optuna treats Hyperband by its type, so no other class may stand around it.
+    # Optuna tests for the type of Hyperband, so it can't be wrapped in another class.
     pruner.prune = explained_prune  # type: ignore[method-assign]
     return pruner
 
@@ -141,7 +141,7 @@ def _explained(kind: str, choice: Choice) -> Iterator[None]:
     try:
         yield
     except MISTAKES as error:
-        # A UserError is explained already, such as that of a locked database; defaults are no mistake of the user's.
+        # A UserError, such as that of a locked database, is explained already; without arguments it is a defect.
         if isinstance(error, UserError) or not choice.arguments:
             raise
         given = ", ".join(f"{key} = {json.dumps(value, default=str)}" for key, value in choice.arguments.items())

@@ -1,4 +1,4 @@
-"""Where studies stand: SQLite by default, made once and set up so that several processes can share it."""
+"""The storage of studies: SQLite by default, set up so that several processes can share it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy import event
 
 from trainer.errors import UserError, first_line
+from tuner.study.optuna_internals import backend_of
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
 BUSY_TIMEOUT_S = 60
@@ -25,7 +26,7 @@ REMEDIES = {
     "database or disk is full": "free some space on that disk, then run this again",
     "malformed": "restore a backup of it, or rescue what can be read: sqlite3 {file} .recover | sqlite3 NEW.db",
 }
-"""What to do about SQLite's words for what no program can mend."""
+"""Remedies for errors of SQLite, by a part of their text."""
 
 
 class StorageFailure(UserError, StorageInternalError):
@@ -36,12 +37,12 @@ class StorageFailure(UserError, StorageInternalError):
 
 
 def storage_url(url: str | None = None) -> str:
-    """The storage in use: what is given, else $TUNER_STORAGE, else SQLite under runs/."""
+    """The URL of the storage in use: the given one, else $TUNER_STORAGE, else SQLite under runs/."""
     return url or os.environ.get("TUNER_STORAGE") or DEFAULT_URL
 
 
 def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStorage:
-    """Open the storage at an SQLAlchemy URL, making its schema where it has none.
+    """Open the storage at an SQLAlchemy URL, and create its schema if it has none.
 
     SQLite gets a write-ahead log (a report costs a quarter of the time, readers and the writer do not block
     each other) and waits for a locked database instead of failing.
@@ -57,7 +58,7 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStor
         raise UserError(f"storage {url}: not a database URL; use for example {DEFAULT_URL}.") from None
     if in_memory(parsed):
         raise UserError(f"storage {url}: in memory it ends with this command: use a file, such as {DEFAULT_URL}.")
-    # Optuna's own lines about studies and trials would stand between ours.
+    # Optuna logs studies and trials itself, between our own lines.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         if parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -77,14 +78,14 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> RDBStor
 
 
 def in_memory(url: sqlalchemy.URL) -> bool:
-    """Whether this is an SQLite database that ends with its process."""
+    """Whether this is an SQLite database in memory."""
     if url.get_backend_name() != "sqlite":
         return False
     return url.database in (None, "", ":memory:") or "memory" in url.query.get("mode", "")
 
 
 def remedy(reason: str, file: Path) -> str | None:
-    """What to do about what SQLite says of a file; None where it says of a defect."""
+    """The remedy for an error of SQLite; None for an error that is a defect of this program."""
     return next((text.format(file=file) for words, text in REMEDIES.items() if words in reason), None)
 
 
@@ -94,12 +95,12 @@ def opened(storage: BaseStorage | str | None) -> BaseStorage:
 
 
 def for_other_processes(storage: BaseStorage) -> BaseStorage | str:
-    """What another process opens the same storage by: a URL, or an object that can be pickled.
+    """The storage in a form that another process can open: a URL, or an object that can be pickled.
 
     Raises:
         UserError: It is in this process's memory.
     """
-    storage = getattr(storage, "_backend", storage)  # Optuna's cache around a database
+    storage = backend_of(storage)
     if isinstance(storage, InMemoryStorage) or (isinstance(storage, RDBStorage) and ":memory:" in storage.url):
         raise UserError(f"several workers can't share a storage in memory: use a database, such as {DEFAULT_URL}.")
     return storage.url if isinstance(storage, RDBStorage) else storage
@@ -111,16 +112,16 @@ def _open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
     if path.is_dir():
         raise UserError(f"storage {url}: {path} is a folder: name a file in it, such as {url.rstrip('/')}/tuner.db.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Optuna makes its schema table by table: two processes that start at once would do it twice.
+    # Optuna creates its schema table by table, so two processes must not do it at once.
     with FileLock(path.with_name(path.name + ".lock"), timeout=BUSY_TIMEOUT_S):
         storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}})
         _use_wal(storage)
-    _say_what_ails(storage, url, path)
+    _explain_failures(storage, url, path)
     return storage
 
 
-def _say_what_ails(storage: RDBStorage, url: str, path: Path) -> None:
-    """Let what ails the file be one line, whatever command was at it, in place of Optuna's word for its own defects."""
+def _explain_failures(storage: RDBStorage, url: str, path: Path) -> None:
+    """Raise `StorageFailure`, one line, for a locked or damaged file, in place of Optuna's error for its own defects."""
 
     def explain(context: sqlalchemy.engine.ExceptionContext) -> StorageFailure | None:
         reason = str(context.original_exception)
@@ -150,7 +151,7 @@ def _use_wal(storage: RDBStorage) -> None:
         connection.execute("PRAGMA synchronous=NORMAL")
 
     event.listen(storage.engine, "connect", set_pragmas)
-    # Connections made before the listener was there.
+    # Close the connections that were made before this listener.
     storage.engine.dispose()
     with storage.engine.connect():
-        """The first one switches the file over."""
+        """The first connection switches the file to the write-ahead log."""

@@ -215,7 +215,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 def test_a_run_of_an_earlier_version_is_exported_with_its_spec(run_dir: Path, tmp_path: Path) -> None:
     without_lineage(run_dir)
     write(tmp_path, TOML.replace("num_train = 128", "num_train = 128\nwidth = 8"))
-    with pytest.raises(UserError, match="does not say which workload made it"):
+    with pytest.raises(UserError, match="does not name the workload that made it"):
         export(run_dir, tmp_path / "out.pth", checkpoint="old")
     export(run_dir, tmp_path / "out.pth", checkpoint="old", spec=tmp_path / "study.toml")
     assert torch.load(tmp_path / "out.pth")["hidden.weight"].shape == (8, 8)
