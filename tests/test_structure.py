@@ -109,6 +109,6 @@ def test_tuner_names_no_option_of_a_workload(workload: type[Workload]) -> None:
             "dropout",
             "duration",
             "width",
-        }  # words of torch, Plotly and tables, too
+        }  # general words
         named = [option for option in options if f'"{option}"' in text]
         assert "template" in path.parts or not named, f"{path} names {named}"

@@ -183,8 +183,8 @@ def propose(
 
 
 def standardized(values: Sequence[float]) -> Floats:
-    """Values with mean 0 and deviation 1. Values far above the median, of diverged runs, are clipped: otherwise all good
-    trials would look alike."""
+    """Values with mean 0 and deviation 1. Values far above the median, of diverged runs, are clipped: otherwise all
+    good trials would look alike."""
     array = np.array(values)
     low, median = array.min(), np.median(array)
     if median > low:

@@ -121,7 +121,7 @@ def _open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
 
 
 def _explain_failures(storage: RDBStorage, url: str, path: Path) -> None:
-    """Raise `StorageFailure`, one line, for a locked or damaged file, in place of Optuna's error for its own defects."""
+    """Raise `StorageFailure`, one line, for a locked or damaged file, in place of Optuna's error for defects."""
 
     def explain(context: sqlalchemy.engine.ExceptionContext) -> StorageFailure | None:
         reason = str(context.original_exception)
