@@ -20,6 +20,7 @@ from trainer import TrainConfig
 from trainer.config import Role, role_of
 from trainer.laws import check_workload
 from tuner import StudySpec
+from tuner.study.record import FullRunKeys, PromotionKeys, StudyKeys, TrialKeys
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -150,3 +151,16 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings: lower case, blanks as hyphens, without punctuation."""
     headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_stored_keys_are_those_of_the_record() -> None:
+    table = ARCHITECTURE.partition("<!-- record keys -->")[2].partition("<!-- /record keys -->")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.count("|") >= 4]
+    schemas: dict[str, type] = {"trial": TrialKeys, "full run": FullRunKeys}
+    for on, schema in schemas.items():
+        documented = {key for row in rows if row[1].strip() == on for key in re.findall(r"`(\w+)`", row[2])}
+        assert documented == schema.__annotations__.keys()
+    of_study = {key for row in rows if "study" in row[1] for key in re.findall(r"`(\w+)`", row[2])}
+    assert of_study == StudyKeys.__annotations__.keys()
+    (promotions,) = (row[3] for row in rows if "`promotions`" in row[2])
+    assert set(re.findall(r"`(\w+)`", promotions)) == PromotionKeys.__annotations__.keys()

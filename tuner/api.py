@@ -71,10 +71,11 @@ def confirm(
 ) -> Confirmation:
     """Run the best trials and the baseline for longer: see `tuner.promotion.confirm.confirm`."""
     runtime = runtime or Runtime()
+    page = StudyPage(study, runtime.run_root)
     confirmation = confirm_core.confirm(
-        study, num_trials, num_seeds=num_seeds, rung=rung, runtime=runtime, follow=follow
+        study, num_trials, num_seeds=num_seeds, rung=rung, runtime=runtime, follow=follow, on_change=page.update
     )
-    StudyPage(study, runtime.run_root).update(now=True)
+    page.update(now=True)
     return confirmation
 
 

@@ -48,6 +48,7 @@ def confirm(
     rung: int | None = None,
     runtime: Runtime | None = None,
     follow: Follow = lambda name: nullcontext(Trackers([])),
+    on_change: Callable[[], None] = lambda: None,
 ) -> Confirmation:
     """Run the best trials and the baseline for longer, each on several seeds; stored runs are not trained again.
 
@@ -56,6 +57,7 @@ def confirm(
         num_seeds: The study's own training seed and the ones that follow it.
         rung: Length of the runs, in the unit of `[trial]`. Default: a quarter of the full run or twice a trial,
             whichever is smaller and still longer than a trial.
+        on_change: Called after each run.
 
     Raises:
         UserError: There is no complete trial, the rung does not fit, or no run was completed.
@@ -81,6 +83,7 @@ def confirm(
         write_confirmation(study, request)
     for trial, seed in left:
         _Run(study, spec, trial, seed, rung, runtime).train(follow, record.confirmation_run(trial.number, seed))
+        on_change()
     confirmation = _summary(StudyRecord.read(study), chosen, base, seeds, rung)
     write_confirmation(study, request, confirmation)
     return confirmation
