@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trainer.workload import Batch, DataPath, Dataset, Workload
 
 # Imported on first use: the command line must not wait for torch to print its help.
-_HOMES = {
+_MODULES = {
     "Batch": "workload",
     "DamagedSample": "errors",
     "DataPath": "workload",
@@ -43,6 +43,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'trainer' has no attribute {name!r}")
-    return getattr(import_module(f"trainer.{_HOMES[name]}"), name)
+    return getattr(import_module(f"trainer.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What the device can do and what the run is -> how it is carried out. Every choice has a reason; the log gives it."""
+"""Decides how a run is executed, from the device and the size of the run. Each choice is logged with its reason."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from trainer.workload import Dataset
 
 log = logging.getLogger(__name__)
 
-# Rough figures, on the careful side, for one question alone: do the steps that are left repay the compilation?
-# Operations a second that a transformer's training step sustains on a GPU, with and without bf16.
+# Rough, cautious figures, used only to decide whether the remaining steps repay the compilation.
+# Operations per second that a transformer's training step sustains on a GPU, with and without bf16.
 BF16_FLOPS, FP32_FLOPS = 40e12, 8e12
 FLOPS_PER_PARAMETER = 6
 """For each token, forward and backward."""
 COMPILE_GAIN = 0.2
-"""The share of a GPU's step that compiled code saves, by fusing what stands between the matrix products."""
+"""The share of a GPU's step that compiled code saves, by fusing the operations between the matrix products."""
 COMPILE_SECONDS, COMPILE_SECONDS_PER_TENSOR = 10.0, 0.7
 WARM_SHARE = 0.25
-"""Of the time of a compilation, where its code lies on disk from an earlier run."""
-# A bf16 product pays its conversions only in models of some width; below, AVX-512 is faster in float32.
+"""Share of the compilation time that is needed if the code is cached on disk."""
+# With AVX-512, bf16 products repay their conversions in wide models only; smaller ones are faster in float32.
 BF16_PARAMETERS = 5_000_000
 
 Kernel = Literal["flash", "efficient", "math"]
@@ -39,7 +39,7 @@ Kernel = Literal["flash", "efficient", "math"]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """A device, described: what `plan` decides from, so that it can be tested without the device."""
+    """Description of a device. `plan` reads nothing else of it, so it can be tested without the device."""
 
     kind: Literal["cuda", "cpu"]
     name: str
@@ -50,29 +50,29 @@ class Capabilities:
     amx_bf16: bool = False
     avx512_bf16: bool = False
     compiler: bool = True
-    """Whether torch.compile finds what it needs: Triton for a GPU, a C++ compiler for a CPU."""
+    """Whether torch.compile has its compiler: Triton for a GPU, a C++ compiler for a CPU."""
 
     @property
     def bf16(self) -> bool:
-        """Whether it multiplies bf16 itself; PyTorch emulates it elsewhere, slower than float32."""
+        """Whether the device multiplies bf16 itself; otherwise PyTorch emulates it, slower than float32."""
         return self.compute_capability >= (8, 0) or self.amx_bf16 or self.avx512_bf16
 
 
 @dataclass(frozen=True)
 class RunSize:
-    """A run, described: what else `plan` decides from."""
+    """Description of a run, the other input of `plan`."""
 
     num_parameters: int
     num_tensors: int
     tokens_per_step: float
-    """Real tokens, in the mean."""
+    """Real tokens, on average."""
     remaining_steps: int | None
-    """None where the budget is in seconds."""
+    """None if the budget is in seconds."""
     remaining_seconds: float | None = None
     mapped_data: bool = False
-    """Samples are read from a memory-mapped store, so no worker has to wait for a disk or parse files."""
+    """Samples come from a memory-mapped store, so loader workers would not help."""
     compiled_before: bool = False
-    """Compiled code of this model lies on disk."""
+    """Compiled code of this model is cached on disk."""
 
     @classmethod
     def of(cls, model: nn.Module, data: Dataset, *, samples_per_step: int, **rest: Any) -> RunSize:
@@ -98,7 +98,7 @@ class AccelerationPlan:
     """Attention kernels that PyTorch may choose from."""
     compile: bool
     compile_seconds: float
-    """How long compilation takes, or loading its code from disk; a rough figure."""
+    """Rough time of the compilation, or of loading its code from disk."""
     pad_multiple: int
     """Lengths are padded to multiples of it."""
     num_workers: int
@@ -124,14 +124,14 @@ class AccelerationPlan:
 
 
 def detect(device: str = "auto") -> Capabilities:
-    """Describe the device of that kind.
+    """Describe the device that `train.device` names.
 
     Raises:
-        UserError: "cuda" is asked for, and there is none.
+        UserError: `device` is "cuda", and there is none.
     """
     cores = len(os.sched_getaffinity(0))
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError('train.device "cuda": this machine shows no CUDA device; use "auto" or mend the driver.')
+        raise UserError('train.device "cuda": this machine shows no CUDA device; use "auto" or repair the driver.')
     if device == "cpu" or not torch.cuda.is_available():
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         return Capabilities(
@@ -155,10 +155,10 @@ def detect(device: str = "auto") -> Capabilities:
 
 
 def plan(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> AccelerationPlan:
-    """Decide how a run is carried out on a device. A pure function; what `[train]` sets is kept.
+    """Decide how a run is executed on a device. A pure function; values set in `[train]` are kept.
 
     Raises:
-        UserError: What `[train]` sets is not possible on the device.
+        UserError: A value in `[train]` is not possible on the device.
     """
     cuda = capabilities.kind == "cuda"
     ampere = cuda and capabilities.compute_capability >= (8, 0)
@@ -170,12 +170,12 @@ def plan(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> Acce
     tf32 = cuda and (ampere if config.tf32 is None else config.tf32)
     benchmark = cuda and config.cudnn_benchmark is not False
     pin_memory = cuda and config.pin_memory is not False
-    # Tensor cores want multiples of 8; compiled code then sees few shapes too.
+    # Tensor cores need multiples of 8. Compiled code then sees few shapes, too.
     pad_multiple = 8 if cuda or compiled else 1
     reasons = {"device": f"{capabilities.name}, {capabilities.cores} cores, {capabilities.memory / 1e9:.0f} GB"}
     reasons["precision"] = precision_why
     if cuda:
-        reasons["tf32"] = _why(config.tf32, "compute capability 8.0 and above has it")
+        reasons["tf32"] = _why(config.tf32, "compute capability 8.0 and above supports it")
         reasons["cudnn autotune"] = _why(config.cudnn_benchmark, "few shapes, many steps")
     reasons |= {"attention": sdpa_why, "compile": compile_why, "loader workers": workers_why}
     if cuda:
@@ -219,9 +219,9 @@ def _attention(capabilities: Capabilities, config: TrainConfig, bf16: bool) -> t
             raise UserError('train.sdpa "efficient" is a kernel for CUDA: use "auto", "flash" or "math".')
         if config.sdpa == "math":
             return ("math",), "as set"
-        return ("flash", "math"), "the CPU's flash kernel where there is no dropout"
+        return ("flash", "math"), "the CPU's flash kernel if there is no dropout"
     if config.sdpa == "flash" and not (ampere and bf16):
-        raise UserError(f'train.sdpa "flash" can\'t be here ({reason}): use "auto".')
+        raise UserError(f'train.sdpa "flash" is not available here ({reason}): use "auto".')
     if config.sdpa != "auto":
         return (config.sdpa,), "as set"
     if ampere and bf16:
@@ -237,7 +237,7 @@ def _compile(capabilities: Capabilities, config: TrainConfig, size: RunSize, bf1
         return config.compile == "on", "as set"
     if capabilities.kind == "cpu":
         # Measured with 1 M to 10 M parameters: 5% faster to 16% slower, for a minute of compilation.
-        return False, "a CPU spends its time in matrix products, which compilation leaves as they are"
+        return False, "a CPU spends its time in matrix products, which compilation does not change"
     if not capabilities.compiler:
         return False, f"{missing} is not installed"
     if size.remaining_steps is None:
@@ -254,7 +254,7 @@ def _compile(capabilities: Capabilities, config: TrainConfig, size: RunSize, bf1
 
 
 def compile_seconds(size: RunSize) -> float:
-    """About how long compilation takes, or loading its code where it lies on disk."""
+    """Rough time of the compilation, or of loading its code if it is cached on disk."""
     cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_TENSOR * size.num_tensors
     return cost * (WARM_SHARE if size.compiled_before else 1)
 
@@ -262,7 +262,7 @@ def compile_seconds(size: RunSize) -> float:
 def _workers(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> tuple[int, str]:
     if config.num_workers is not None:
         workers = min(config.num_workers, capabilities.cores)
-        return workers, "as set" if workers == config.num_workers else f"{config.num_workers} set, but no more cores"
+        return workers, "as set" if workers == config.num_workers else f"{config.num_workers} set, limited by the cores"
     if size.mapped_data:
         return 0, "the data is memory-mapped"
     if capabilities.kind == "cpu":
@@ -283,7 +283,7 @@ def apply(plan: AccelerationPlan) -> None:
     if plan.device == "cuda":
         torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
         torch.backends.cudnn.benchmark = plan.cudnn_benchmark
-    # These switches steer the CPU's attention too.
+    # These switches apply to the CPU's attention, too.
     torch.backends.cuda.enable_flash_sdp("flash" in plan.sdpa)
     torch.backends.cuda.enable_mem_efficient_sdp("efficient" in plan.sdpa)
     torch.backends.cuda.enable_math_sdp("math" in plan.sdpa)

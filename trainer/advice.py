@@ -1,4 +1,4 @@
-"""What a run's figures say that a person should know while there is time: each thing once, as a warning in the log."""
+"""Warnings from a run's figures while there is time to act: an idle GPU, a loss that does not fall. Each comes once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from trainer.device_monitor import GPU_UTILIZATION
 
 BUSY = 0.8
-"""A GPU that is busy for a smaller share of the time idles."""
+"""A GPU that is busy for a smaller share of the time counts as idle."""
 IDLE_SECONDS = 180.0
-"""Over how much training that is judged: shorter, a checkpoint or another program would look like idling."""
+"""Training time over which utilization is averaged: over less, a checkpoint or another program looks like idling."""
 FIRST_INTERVALS, FIRST_STEPS = 5, 100
-"""After so many log intervals and steps the loss should have fallen."""
+"""Log intervals and steps after which the loss should have fallen."""
 
 
-def why_idle(utilization: float, data_wait: float) -> str | None:
-    """What to say of a GPU that was busy for this share of the time; None where it is busy enough.
+def check_utilization(utilization: float, data_wait: float) -> str | None:
+    """Returns a warning if the GPU idles, else None.
 
     Args:
+        utilization: The share of the time in which the GPU was busy.
         data_wait: The share of the time in which the loop waited for its next batch.
     """
     if utilization >= BUSY:
@@ -29,15 +30,15 @@ def why_idle(utilization: float, data_wait: float) -> str | None:
             "into one store"
         )
     else:
-        cause = "the data is there in time, so the steps are likely too small for it: a larger train.batch_size"
+        cause = "the data arrives in time, so the steps are likely too small for it: a larger train.batch_size"
     return f"the GPU is busy for {utilization:.0%} of the time only; {cause}"
 
 
-def not_falling(losses: Sequence[float], step: int) -> str | None:
-    """What to say of a training loss that has not fallen since step 0; None where it has.
+def check_loss_falls(losses: Sequence[float], step: int) -> str | None:
+    """Returns a warning if the training loss has not fallen since step 0, else None.
 
     Args:
-        losses: Of each log interval so far: the first fifth of them is compared with the last.
+        losses: One loss per log interval. The first fifth of them is compared with the last fifth.
     """
     part = max(1, len(losses) // FIRST_INTERVALS)
     first, last = (math.fsum(some) / part for some in (losses[:part], losses[-part:]))
@@ -45,15 +46,15 @@ def not_falling(losses: Sequence[float], step: int) -> str | None:
         return None
     return (
         f"the loss has not fallen over the first {step:,} steps ({first:.4f} at first, {last:.4f} now): if d hardly "
-        "rises, raise train.d_coef (or train.lr for AdamW), else look at the data and the weights it starts from"
+        "rises, raise train.d_coef (or train.lr for AdamW), else check the data and the initial weights"
     )
 
 
 class Advice:
-    """Gathers a run's log intervals and says what they show, each thing once.
+    """Collects a run's log intervals and warns about them, once for each cause.
 
     Args:
-        step: Where the run starts or goes on; one that goes on has been through its first intervals.
+        step: The step at which the run starts or continues. The loss is checked in runs from step 0 only.
     """
 
     def __init__(self, step: int = 0) -> None:
@@ -62,14 +63,14 @@ class Advice:
         self._seconds = self._busy = self._waited = 0.0
         self._judging_load = True
 
-    def interval(self, values: Mapping[str, float], *, step: int, seconds: float) -> list[str]:
-        """What is to be said after a log interval of so many seconds that ends at this step."""
+    def check_interval(self, values: Mapping[str, float], *, step: int, seconds: float) -> list[str]:
+        """Returns the warnings after a log interval that took `seconds` and ends at `step`."""
         self._intervals += 1
-        found = [self._load(values, seconds), self._loss(values, step)]
-        return [text for text in found if text is not None]
+        warnings = [self._check_load(values, seconds), self._check_loss(values, step)]
+        return [text for text in warnings if text is not None]
 
-    def _load(self, values: Mapping[str, float], seconds: float) -> str | None:
-        # The first interval holds compilation and warm-up, in which a GPU has to idle.
+    def _check_load(self, values: Mapping[str, float], seconds: float) -> str | None:
+        # The first interval holds compilation and warm-up, when the GPU must idle.
         if not self._judging_load or self._intervals == 1 or GPU_UTILIZATION not in values:
             return None
         self._seconds += seconds
@@ -77,16 +78,16 @@ class Advice:
         self._waited += seconds * values["train/data_wait"]
         if self._seconds < IDLE_SECONDS:
             return None
-        text = why_idle(self._busy / self._seconds, self._waited / self._seconds)
+        text = check_utilization(self._busy / self._seconds, self._waited / self._seconds)
         self._seconds = self._busy = self._waited = 0.0
         self._judging_load = text is None
         return text
 
-    def _loss(self, values: Mapping[str, float], step: int) -> str | None:
+    def _check_loss(self, values: Mapping[str, float], step: int) -> str | None:
         if self._losses is None or "train/loss" not in values:
             return None
         self._losses.append(values["train/loss"])
         if len(self._losses) < FIRST_INTERVALS or step < FIRST_STEPS:
             return None
         losses, self._losses = self._losses, None
-        return not_falling(losses, step)
+        return check_loss_falls(losses, step)

@@ -1,4 +1,4 @@
-"""The memory that a container or a service may take where that is less than the machine's: Linux's control groups."""
+"""The memory limit of a container or a service, from Linux's control groups."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ UNLIMITED = 1 << 60
 
 
 def memory_left(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
-    """Bytes that this process may still take before a limit stops it; None where none is set.
+    """Bytes that this process may still allocate below its limits; None without a limit.
 
-    Cached file contents count as free, since they are given up before anything is stopped.
+    Cached file contents count as free: the kernel drops them before it kills a process.
     """
     left = [limit - used for limit, used in _groups(root, membership)]
     return max(0, min(left)) if left else None
 
 
 def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
-    """The lowest limit in bytes on the groups that this process is in; None where none is set."""
+    """The lowest limit in bytes on the groups of this process; None without a limit."""
     return min((limit for limit, _ in _groups(root, membership)), default=None)
 
 
@@ -38,11 +38,11 @@ def _groups(root: Path, membership: Path) -> Iterator[tuple[int, int]]:
             base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # In a container the path may be the host's and lead nowhere; its own group is then the top one.
+        # In a container the path may be the host's and not exist here; its own group is then the top one.
         folder = base / path.strip("/")
         for group in (folder, *folder.parents):
-            if group.is_relative_to(base) and (found := _read(group, *names)):
-                yield found
+            if group.is_relative_to(base) and (usage := _read(group, *names)):
+                yield usage
 
 
 def _read(group: Path, limit_name: str, usage_name: str, cache_name: str) -> tuple[int, int] | None:

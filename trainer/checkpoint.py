@@ -1,8 +1,8 @@
-"""Checkpoints that survive anything short of a lost disk.
+"""Checkpoints that survive everything but a lost disk.
 
 A checkpoint is written from a snapshot in host memory by one background thread: to a temporary file, flushed,
 with its digest beside it (`sha256sum -c` reads it), then renamed. `step_*.pth` are the last few states,
-`latest.pth` is another name for the newest, `best_*.pth` hold weights and metrics only.
+`latest.pth` is a hard link to the newest, `best_*.pth` hold weights and metrics only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch import Tensor
 
 from trainer.errors import UserError, first_line
 from trainer.locks import is_locked as is_locked
-from trainer.locks import locked as locked
+from trainer.locks import lock_folder as lock_folder
 from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 LATEST = "latest.pth"
 
-# What torch.load raises for files that are cut off or something else altogether.
+# Errors of torch.load for files that are truncated or no checkpoints.
 _DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error)
 
 
@@ -52,7 +52,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def num_bytes(tree: Any) -> int:
-    """Of all tensors in nested dictionaries, lists and tuples."""
+    """Bytes of all tensors in nested dictionaries, lists and tuples."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
 
@@ -85,10 +85,10 @@ def write_checkpoint(state: Any, path: Path) -> None:
             os.fsync(file.fileno())
         with open(temporary, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        _put(temporary, path, digest)
+        _replace(temporary, path, digest)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        if (reason := refusal(error)) is None:
+        if (reason := explain_write_error(error)) is None:
             raise
         raise UserError(
             f"{path} could not be written ({reason}): it needs {format_bytes(num_bytes(state))}; free some space and "
@@ -96,8 +96,8 @@ def write_checkpoint(state: Any, path: Path) -> None:
         ) from error
 
 
-def refusal(error: OSError | RuntimeError) -> str | None:
-    """Why the disk refused a write; None for an error of another kind."""
+def explain_write_error(error: OSError | RuntimeError) -> str | None:
+    """Returns why the disk refused a write; None for an error of another kind."""
     # torch.save reports a failed write as a RuntimeError of its zip writer, of two kinds.
     if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
         return None
@@ -105,7 +105,7 @@ def refusal(error: OSError | RuntimeError) -> str | None:
 
 
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint, after checking its digest where there is one. Never runs code from the file.
+    """Read a checkpoint, after checking its digest, if any. Never runs code from the file.
 
     Args:
         mmap: Map the tensors from the file, so that they cost no memory until they are read.
@@ -115,22 +115,22 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: check the path.")
-    # An empty digest is what a power cut may leave: no digest, then.
+    # A power cut may leave an empty digest file, which counts as none.
     written = digest_path(path).read_text(errors="replace").split() if digest_path(path).is_file() else []
     if written:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != written[0]:
-            raise UserError(f"checkpoint {path} is damaged (its digest is not the one it was written with).")
-    # Only the zip form can be mapped; torch's older form has to be read as a whole.
+            raise UserError(f"checkpoint {path} is damaged (its digest does not match).")
+    # Only torch's zip format can be mapped; the older format has to be read as a whole.
     mmap = mmap and zipfile.is_zipfile(path)
     try:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint {path} is damaged, or holds code or objects besides tensors; it was refused and nothing in "
-            "it was run: save the state dict alone."
+            f"checkpoint {path} is damaged, or holds code or objects besides tensors; nothing in it was "
+            "executed: save the state dict alone."
         ) from error
     except _DAMAGE as error:
         raise UserError(f"checkpoint {path} is damaged or no checkpoint ({first_line(error)}).") from error
@@ -140,29 +140,29 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def holds_state(run_dir: Path) -> bool:
-    """Whether there is something to continue, whole or not; `best_*.pth` alone are weights without a state."""
+    """Whether the directory has a state to continue, damaged or not. `best_*.pth` are weights without a state."""
     return (run_dir / LATEST).exists() or any(run_dir.glob("step_*.pth"))
 
 
 def step_file(step: int) -> str:
-    """Name of the file that holds the state after so many steps."""
+    """Name of the file with the state after `step` steps."""
     return f"step_{step:09d}.pth"
 
 
 def newest_step(run_dir: Path) -> int | None:
-    """Step of the newest state by the names of the files, whole or not; None if there is none."""
+    """Returns the step of the newest state by its file name, damaged or not; None if there is none."""
     return max((int(path.stem.removeprefix("step_")) for path in run_dir.glob(f"step_{'[0-9]' * 9}.pth")), default=None)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. A context manager: leaving it waits for the last write."""
+    """The checkpoints of one run directory. A context manager: its exit waits for the last write."""
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
         self.run_dir, self.keep = run_dir, keep
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
-        for torn in run_dir.glob("*.tmp"):
-            torn.unlink()
+        for incomplete in run_dir.glob("*.tmp"):
+            incomplete.unlink()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -173,8 +173,7 @@ class Checkpoints:
             self._wait()
 
     def find(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, its tensors mapped from the file; damaged ones are named in the log and
-        passed over.
+        """Returns the newest undamaged checkpoint, its tensors mapped from the file. Logs and skips damaged ones.
 
         Raises:
             UserError: There are checkpoints, and all of them are damaged.
@@ -193,7 +192,7 @@ class Checkpoints:
         return None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state as the newest checkpoint, in the background where memory holds a snapshot.
+        """Write the state as the newest checkpoint, in the background if memory can hold a snapshot.
 
         Raises:
             UserError: This write, or one before it, failed.
@@ -207,7 +206,7 @@ class Checkpoints:
             first, *others = (self.run_dir / name for name in names)
             write_checkpoint(kept, first)
             for other in others:
-                _name_again(first, other)
+                _link_alias(first, other)
 
         self._submit(state, write)
 
@@ -233,25 +232,25 @@ class Checkpoints:
     def _write_step(self, state: dict[str, Any]) -> None:
         path = self.run_dir / step_file(state["step"])
         write_checkpoint(state, path)
-        _name_again(path, self.run_dir / LATEST)
+        _link_alias(path, self.run_dir / LATEST)
         for old in self._steps()[: -self.keep]:
             old.unlink()
             digest_path(old).unlink(missing_ok=True)
 
 
-def _name_again(path: Path, alias: Path) -> None:
-    """Make `alias` another name for `path`: a hard link, or a copy where the file system has none."""
+def _link_alias(path: Path, alias: Path) -> None:
+    """Hard-link `alias` to `path`, or copy it if the file system has no hard links."""
     temporary = alias.with_name(alias.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:
         shutil.copyfile(path, temporary)
-    _put(temporary, alias, digest_path(path).read_text(encoding="utf-8").split()[0])
+    _replace(temporary, alias, digest_path(path).read_text(encoding="utf-8").split()[0])
 
 
-def _put(temporary: Path, path: Path, digest: str) -> None:
-    # A file without its digest is taken as it is; with another's it would count as damaged.
+def _replace(temporary: Path, path: Path, digest: str) -> None:
+    # A file without a digest is accepted; with the digest of another file it would count as damaged.
     digest_path(path).unlink(missing_ok=True)
     os.replace(temporary, path)
     with open(digest_path(path), "w", encoding="utf-8") as file:

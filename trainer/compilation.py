@@ -1,7 +1,7 @@
 """The loss of a batch as one compiled function, its code kept on disk for the next run.
 
-What is compiled is `Workload.loss_sums`: forward and loss together, as one graph whose lengths are symbols, so that
-batches of all lengths share it. Validation stays eager: it is short, and its graph would be another one.
+`Workload.loss_sums` is compiled: forward and loss as one graph with symbolic lengths, shared by batches of all lengths.
+Validation stays eager: it is short, and would need a graph of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class TrainingLoss:
     """`workload.loss_sums` of one model, compiled at the first call if `compile`.
 
     Args:
-        required: A model that can't be compiled as one graph is an error; else that is said, and the run is eager.
-            By then nothing has been computed, so the numbers are those of an eager run.
-        expected_seconds: How long compilation will take, roughly; said beforehand.
+        required: Raise if the model can't be compiled as one graph; otherwise log a warning and run eagerly.
+            Compilation fails before anything is computed, so the numbers are those of an eager run.
+        expected_seconds: Rough compilation time, logged beforehand.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class TrainingLoss:
         self._compiled: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
         if compile:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
-            # All models of a process share one limit of graphs; those of earlier trials are of no use, and on disk.
+            # All models of a process share one limit on graphs. Those of earlier trials are no longer needed.
             torch._dynamo.reset()
-            # Else the backward pass is compiled when it first runs, and fails there, in the middle of a step.
+            # By default the backward pass is compiled when it first runs, and would fail in the middle of a step.
             torch._functorch.config.force_non_lazy_backward_lowering = True
-            # Two lengths that happen to agree in the first batch shall be two symbols all the same.
+            # Two lengths that are equal in the first batch by chance must still be two symbols.
             torch.fx.experimental._config.use_duck_shape = False
             self._compiled = torch.compile(self._eager, fullgraph=True, dynamic=True)
 
@@ -60,7 +60,7 @@ class TrainingLoss:
         return self._workload.loss_sums(self._model, inputs)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sums of `Workload.loss_sums`. Raises UserError where a graph is required and there can't be one."""
+        """The sums of `Workload.loss_sums`. Raises UserError if a graph is required and compilation fails."""
         if self._compiled is None:
             return self._eager(inputs)
         started = time.perf_counter()
@@ -68,7 +68,7 @@ class TrainingLoss:
             log.warning("compiling forward and loss: about %.0f s of silence", self._expected_seconds)
         try:
             sums = self._compiled(inputs)
-        except _failures() as error:
+        except _compilation_errors() as error:
             reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
             if self._required:
                 raise UserError(
@@ -81,15 +81,15 @@ class TrainingLoss:
             self._waiting = False
             log.info("compiled in %.1f s", time.perf_counter() - started)
             mark = _mark(self._workload, self._model)
-            with suppress(OSError):  # a closed folder: the next run compiles again
+            with suppress(OSError):  # an unwritable folder: the next run compiles again
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.touch()
         return sums
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What torch raises where code can't be compiled, or would have to be compiled without end. Asked for only then:
-    importing it takes a second."""
+def _compilation_errors() -> tuple[type[Exception], ...]:
+    """Torch's errors for code that can't be compiled, or would be recompiled without end. Imported only after an
+    error: the import takes a second."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import InductorError
 
@@ -97,13 +97,13 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def cache_folder() -> Path:
-    """Where compiled code lies: $TORCHINDUCTOR_CACHE_DIR, else a folder that outlives a restart of the machine."""
+    """The folder of compiled code: $TORCHINDUCTOR_CACHE_DIR, else one that survives a reboot."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(home) / "prodigy-tuner" / "inductor")
 
 
-def compiled_before(workload: Workload, model: nn.Module) -> bool:
-    """Whether such a model was compiled on such a device by this version of PyTorch."""
+def was_compiled(workload: Workload, model: nn.Module) -> bool:
+    """Whether this version of PyTorch has compiled such a model on such a device."""
     return _mark(workload, model).exists()
 
 

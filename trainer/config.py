@@ -1,4 +1,4 @@
-"""TrainConfig: everything that `train()` can be told. Frozen; an unknown key is an error."""
+"""TrainConfig: all settings of `train()`. Frozen; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 ADAMW_LR = 1e-4
 
 
-def _no_other_kind(value: Any) -> Any:
+def _check_is_number(value: Any) -> Any:
     if isinstance(value, bool | str):
         raise ValueError("a number is needed" + (", without quotes" if isinstance(value, str) else ""))
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -20,8 +20,8 @@ def _no_other_kind(value: Any) -> Any:
     return value
 
 
-IsNumber = BeforeValidator(_no_other_kind)
-"""Pydantic would take true as 1 and "16" as 16; no float, tensor or database holds what has more than 64 bits."""
+IsNumber = BeforeValidator(_check_is_number)
+"""Pydantic would accept true as 1 and "16" as 16. Integers of more than 64 bits fit no tensor and no database."""
 PositiveInt = Annotated[int, Field(gt=0), IsNumber]
 NonNegativeInt = Annotated[int, Field(ge=0), IsNumber]
 PositiveFloat = Annotated[float, Field(gt=0), IsNumber]
@@ -29,8 +29,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0), IsNumber]
 
 
 class Role(Enum):
-    """What a field decides. A field without a role is identity: it changes what is computed, so a run does
-    not continue under another value, and a study may search it."""
+    """The role of a field. A field without a role is identity: it changes what is computed, so a run can't be
+    continued with another value, and a study may search it."""
 
     FREE = "how the run is carried out: may change between a run and its continuation"
     BUDGET = "how long the run is: may change, and can't be searched"
@@ -45,20 +45,20 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # How long. A step is one optimizer update; a sample is one utterance; seconds count training alone.
+    # Length. A step is one optimizer update; a sample is one utterance; seconds count training alone.
     steps: Annotated[PositiveInt | None, Role.BUDGET] = None
     samples: Annotated[PositiveInt | None, Role.BUDGET] = None
     seconds: Annotated[PositiveFloat | None, Role.BUDGET] = None
 
-    # What is computed.
+    # Computation.
     seed: Annotated[NonNegativeInt, Role.MEASURE] = 0
     batch_size: PositiveInt = 8
     grad_accumulation: PositiveInt = 1
     optimizer: Literal["prodigy", "adamw"] = "prodigy"
     lr: PositiveFloat | None = None
-    """Prodigy: 1, to be left alone. AdamW: 1e-4."""
+    """Default: 1 for Prodigy, which should not be changed; 1e-4 for AdamW."""
     d_coef: PositiveFloat = 1.0
-    """Prodigy's factor on its own step size; the one knob to tune."""
+    """Prodigy's factor on its own step size; the one setting of Prodigy to tune."""
     d0: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.01
     beta1: NonNegativeFloat = 0.9
@@ -76,28 +76,28 @@ class TrainConfig(BaseModel):
     """wsd: the share of the horizon, at its end, in which the learning rate falls to zero."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     bucket_samples: PositiveInt = 2048
-    """Batches of like length are formed among so many samples drawn at random; 1: no length buckets."""
+    """Size of the random pools in which batches of similar length are formed; 1: no length buckets."""
 
-    # What is measured.
+    # Measurement.
     val_samples: Annotated[PositiveInt | None, Role.MEASURE] = None
-    """How many samples of the validation split, drawn once by `val_seed`. Default: all of them."""
+    """Number of validation samples, drawn once with `val_seed`. Default: all."""
     val_seed: Annotated[NonNegativeInt, Role.MEASURE] = 0
 
-    # How it is carried out.
+    # Execution.
     eval_every: Annotated[PositiveFloat | None, Role.BUDGET] = None
     """Distance between the points of the evaluation grid, in `eval_unit`. Default: at the end only."""
     eval_unit: Annotated[Unit, Role.BUDGET] = "samples"
     log_every: Annotated[PositiveInt, Role.FREE] = 100
-    """Steps between log lines: the only moments at which the device is waited for."""
+    """Steps between log lines. The loop waits for the device only at these."""
     save_every: Annotated[PositiveInt | None, Role.FREE] = 1000
-    """Steps between checkpoints. A run that ends or is stopped always leaves one."""
+    """Steps between checkpoints. A run that ends or is stopped always saves one."""
     keep_checkpoints: Annotated[PositiveInt, Role.FREE] = 2
     device: Annotated[Literal["auto", "cpu", "cuda"], Role.FREE] = "auto"
     micro_batch_size: Annotated[PositiveInt | Literal["auto"] | None, Role.FREE] = None
-    """Most samples of a batch that go through the model at once; the update is that of the whole batch. "auto": what
-    the memory estimate says that the device holds. Default: the batch size."""
+    """Limit on the samples of a batch that go through the model at once; the update is that of the whole batch. "auto":
+    the largest that fits by the memory estimate. Default: the batch size."""
 
-    # Decided by `trainer.acceleration` from the device and the run where left as they are.
+    # `trainer.acceleration` decides these from device and run, unless they are set.
     compile: Annotated[Literal["auto", "on", "off"], Role.FREE] = "auto"
     sdpa: Annotated[Literal["auto", "flash", "efficient", "math"], Role.FREE] = "auto"
     """The kernel of scaled dot-product attention."""
@@ -106,7 +106,7 @@ class TrainConfig(BaseModel):
     num_workers: Annotated[NonNegativeInt | None, Role.FREE] = None
     pin_memory: Annotated[bool | None, Role.FREE] = None
     fused_optimizer: Annotated[bool, Role.FREE] = True
-    """False: PyTorch's own operations in place of fused kernels."""
+    """False: PyTorch's own operations instead of fused kernels."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -134,14 +134,14 @@ class TrainConfig(BaseModel):
 
     @property
     def num_micro_batches(self) -> int:
-        """How many micro-batches a batch is cut into; 1 where that is still to be decided."""
+        """Number of micro-batches in a batch; 1 while it is undecided."""
         if not isinstance(self.micro_batch_size, int):
             return 1
         return math.ceil(self.batch_size / self.micro_batch_size)
 
     @property
     def num_steps(self) -> int | None:
-        """The run's length in optimizer updates; None where it is given in seconds."""
+        """The run's length in optimizer updates; None if it is given in seconds."""
         if self.samples is not None:
             return math.ceil(self.samples / self.effective_batch_size)
         return self.steps
@@ -156,7 +156,7 @@ class TrainConfig(BaseModel):
         return self.lr or (1.0 if self.optimizer == "prodigy" else ADAMW_LR)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that a continuation must agree on, as plain values."""
+        """The fields that must be equal in a continued run, as plain values."""
         values = self.model_dump(mode="json", include=set(identity_fields(type(self))))
         values["lr"] = self.base_lr
         values["schedule_steps"] = None if self.schedule == "none" else self.horizon

@@ -1,8 +1,8 @@
 """The cross-entropy of a large vocabulary, without holding all of its logits.
 
-The logits of 2,400 targets over 8,194 codes are 79 MB in float32, and as much again for their gradient. Here they are
-made, turned into gradients and dropped a chunk of targets at a time, already in the forward pass, as in Liger Kernel
-(Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training"): no product is computed twice.
+The logits of 2,400 targets over 8,194 codes take 79 MB in float32, and their gradient as much again. Here the forward
+pass computes logits and gradients for one chunk of targets at a time and then drops the logits, as in Liger Kernel
+(Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training"). No product is computed twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_LOGITS = 1 << 21
-"""Logits that exist at a time: 8 MB in float32, and as quick as all at once."""
+"""Logits held at a time: 8 MB in float32, as fast as all at once."""
 
 
 def cross_entropy_sum(x: Tensor, head: nn.Linear, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -23,15 +23,15 @@ def cross_entropy_sum(x: Tensor, head: nn.Linear, targets: Tensor, *, ignore_ind
     Args:
         x: [N, width].
         head: With C outputs and a bias.
-        targets: [N] int64, below C; `ignore_index` where there is none.
+        targets: [N] int64, below C; `ignore_index` for no target.
 
     Returns:
         A scalar in float32, under autocast too: bfloat16 has 8 bits for a sum of thousands of terms. The gradient
         is computed with it, for one backward pass.
     """
     rows = max(1, CHUNK_LOGITS // head.out_features)
-    # Compiled code holds all logits in the products' precision, but none in float32; and it must not depend on their
-    # number, which is why that is asked second.
+    # Compiled code holds all logits in the products' precision, and none in float32. Its graph must not depend on their
+    # number, so `is_compiling` is checked first.
     if torch.compiler.is_compiling() or len(targets) <= rows:
         return F.cross_entropy(head(x).float(), targets, ignore_index=ignore_index, reduction="sum")
     parts: tuple[Tensor, ...] = x, head.weight, head.bias
@@ -65,7 +65,7 @@ class _Chunked(torch.autograd.Function):
                 total = total + ((log_sum - logits.gather(1, target)) * real).sum()
                 if not (wants_x or wants_weight or wants_bias):
                     continue
-                # From here on the gradient, in the logits' own memory: softmax less one at the target.
+                # The gradient overwrites the logits: softmax, minus one at the target.
                 grad = logits.sub_(log_sum).exp_()
                 grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(real)
                 if grad_bias is not None:

@@ -1,8 +1,7 @@
-"""How much memory a device's programs hold and how busy it is: NVML for a GPU, the process's own memory on a CPU.
+"""Memory and utilisation of a GPU from NVML, or the process's own memory on a CPU.
 
-Everything that asks the driver happens in a thread of its own, so that neither a slow nor a lost driver is ever
-waited for; `read` only hands out what has been gathered. Imports no torch until it is used: the names of its figures
-are known to those who only look on.
+A thread makes all calls to the driver, so training never waits for a slow or lost driver; `read` returns the values
+collected so far. torch is imported on use only: processes that only display figures need their names.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ CPU_MEMORY = "system/memory_bytes"
 
 
 class Nvml(Protocol):
-    """What is used of `pynvml`."""
+    """The used part of `pynvml`."""
 
     def nvmlInit(self) -> None: ...
 
@@ -34,17 +33,17 @@ class Nvml(Protocol):
         """Has `used`, in bytes."""
 
     def nvmlDeviceGetUtilizationRates(self, handle: Any, /) -> Any:
-        """Has `gpu`: in how many percent of the last second or less a kernel ran."""
+        """Has `gpu`: percent of the last second or less in which a kernel ran."""
 
 
 class DeviceMonitor:
-    """Figures of the device that trains. A context manager: a GPU is looked at every second while it is open.
+    """Figures of the training device. A context manager: while open, it reads a GPU every second.
 
     Args:
         kind: "cuda" or "cpu".
         nvml: In place of `pynvml`, for tests.
         uuid: NVML's name of the GPU. Default: torch's current device.
-        every: Seconds between two looks.
+        every: Seconds between two readings.
     """
 
     def __init__(self, kind: str, *, nvml: Nvml | None = None, uuid: str = "", every: float = 1.0) -> None:
@@ -54,14 +53,14 @@ class DeviceMonitor:
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._memory: int | None = None
         self._busy: list[float] = []
-        # A daemon: a driver that hangs must not keep the process.
+        # A daemon: a driver that hangs must not keep the process alive.
         self._thread = threading.Thread(target=self._watch, name="nvml", daemon=True)
 
     def __enter__(self) -> DeviceMonitor:
         if self.kind == "cuda":
             import torch
 
-            # By its UUID, for torch counts the visible devices and NVML all of them.
+            # By its UUID: torch numbers the visible devices only, NVML all of them.
             self._uuid = self._uuid or f"GPU-{torch.cuda.get_device_properties().uuid}"
             self._thread.start()
         return self
@@ -70,7 +69,7 @@ class DeviceMonitor:
         self._closed.set()
 
     def read(self) -> dict[str, float]:
-        """Memory now, and utilisation (0 to 1) in the mean since the last call; what is not known is left out."""
+        """Current memory, and mean utilisation (0 to 1) since the last call. Unknown values are left out."""
         if self.kind != "cuda":
             return {CPU_MEMORY: float(self._process.memory_info().rss)}
         with self._lock:
@@ -101,8 +100,8 @@ class DeviceMonitor:
                     self._memory = memory
                     self._busy.append(busy)
             nvml.nvmlShutdown()
-        # Whatever a driver meets (it was updated, the GPU fell off the bus) is no reason to lose a run of days; a
-        # defect here would be none either.
+        # No failure of a driver (it was updated, the GPU was lost from the bus) may end a run of days, and no defect
+        # of this code either.
         except Exception as error:
             with self._lock:
                 self._memory = None

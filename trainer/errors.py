@@ -1,8 +1,8 @@
-"""The exceptions whose text is for the user, and how any other is quoted."""
+"""Exceptions whose text is for the user, and the first line of any other."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. Its text is one line: what is wrong, the value, and the remedy.
+    """A mistake in the user's input. Its text is one line: what is wrong, the value, and the remedy.
 
     The command line prints it without a traceback and exits with 2; every other exception is a defect.
     """
@@ -13,5 +13,5 @@ class DamagedSample(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; the name of its type where it has none."""
+    """The first line of an error's text; the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ class Evaluation:
     step: int
     samples: int
     seconds: float
-    """Seconds of training so far, over `timed_steps`; those of the warm-up, validation and checkpoints aside."""
+    """Seconds of training so far, over `timed_steps`; without warm-up, validation and checkpoints."""
     timed_steps: int
     metrics: dict[str, float]
     """`val/loss` and the named losses, each a mean over the whole validation set."""
@@ -30,12 +30,12 @@ class Evaluation:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """None where all steps were of the warm-up."""
+        """None if all steps belong to the warm-up."""
         return self.seconds / self.timed_steps if self.timed_steps else None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast where the plan says so; weights and their updates stay in float32."""
+    """bf16 autocast if `precision` is "bf16"; weights and their updates stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

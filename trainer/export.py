@@ -1,4 +1,4 @@
-"""Weights for use elsewhere: written whole or not at all, in torch's form or as safetensors."""
+"""Exports weights for use elsewhere: written whole or not at all, in torch's format or as safetensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import num_bytes, refusal
+from trainer.checkpoint import explain_write_error, num_bytes
 from trainer.errors import UserError
 from trainer.units import format_bytes
 
@@ -23,7 +23,7 @@ def write_weights(content: Mapping[str, Any], path: Path, *, format: WeightsForm
     Tensors that are mapped from a checkpoint are copied from file to file and take no memory of their own.
 
     Args:
-        content: A state dict; for "pth" also one in a wrapping, such as {"model": ...}.
+        content: A state dict; for "pth" also a nested one, such as {"model": ...}.
 
     Raises:
         UserError: The disk is full or can't be written to, or the package safetensors is missing.
@@ -39,7 +39,7 @@ def write_weights(content: Mapping[str, Any], path: Path, *, format: WeightsForm
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if (reason := refusal(error)) is None:
+        if (reason := explain_write_error(error)) is None:
             raise
         size = format_bytes(num_bytes(dict(content)))
         raise UserError(
@@ -57,12 +57,12 @@ def _save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     storages: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        # The format has no shared tensors: tied weights are written once for each name.
+        # The format does not support shared tensors: tied weights are written once for each name.
         tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         storages.add(tensor.untyped_storage().data_ptr())
         apart[name] = tensor.contiguous()
     try:
-        # The metadata is what readers of other libraries ask for.
+        # Other libraries expect this metadata.
         safetensors.torch.save_file(apart, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error

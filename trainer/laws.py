@@ -1,4 +1,4 @@
-"""The three laws of a workload, as a check that any workload can be put through.
+"""Checks a workload against the three laws.
 
 from trainer.laws import check_workload
 check_workload(MyWorkload(...))
@@ -20,14 +20,14 @@ from trainer.workload import Batch, Dataset, Workload
 
 
 def check_workload(workload: Workload, *, num_samples: int = 8, tolerance: float = 1e-4) -> None:
-    """Put a workload through the three laws, on the CPU in float32 with dropout off.
+    """Check a workload against the three laws, on the CPU in float32 with dropout off.
 
     Args:
-        num_samples: How many samples of each split take part.
-        tolerance: Relative difference that rounding may make.
+        num_samples: Number of samples from each split.
+        tolerance: Relative difference allowed for rounding.
 
     Raises:
-        AssertionError: A law does not hold; the message says which, where and by how much.
+        AssertionError: A law does not hold; the message names the law, the place and the difference.
     """
     check_lengths(workload, num_samples=num_samples)
     check_neighbours(workload, num_samples=num_samples, tolerance=tolerance)
@@ -44,7 +44,7 @@ def check_lengths(workload: Workload, *, num_samples: int) -> None:
         )
         short, long = _extremes(data, num_samples)
         slots = {index: workload.collate([data[index]]).num_slots for index in {*short, *long}}
-        # The short sample that takes most, and the long one that takes least.
+        # The short sample with the most slots, and the long one with the fewest.
         one, other = max(short, key=lambda index: slots[index]), min(long, key=lambda index: slots[index])
         assert data.lengths[one] == data.lengths[other] or slots[one] <= slots[other], (
             f"{split}: by its lengths sample {one} has {data.lengths[one]} tokens and sample {other} has "
@@ -56,7 +56,7 @@ def check_neighbours(workload: Workload, *, num_samples: int, tolerance: float) 
     """Law 1: the sums of a batch are the sums of its samples, each computed alone; padding changes nothing."""
     assert workload.loss_weights, "loss_weights is empty: nothing would be minimized"
     data = workload.train_data()
-    # Shortest and longest together: the most padding there can be.
+    # Shortest and longest together: maximal padding.
     short, long = _extremes(data, num_samples)
     samples = [data[index] for index in sorted({*short, *long})]
     model = _model(workload)
@@ -75,13 +75,13 @@ def check_neighbours(workload: Workload, *, num_samples: int, tolerance: float) 
 
 
 def check_validation(workload: Workload, *, num_samples: int, tolerance: float) -> None:
-    """Law 2: the validation set is fixed, and its loss the same, however it is cut into batches."""
+    """Law 2: the validation set is fixed, and its loss does not depend on the batch size."""
     data = workload.val_data()
     indices = validation_batches(data.lengths, num_samples, seed=0)
     batches = fixed_batches(workload, data, indices)
-    for how, other in _opened_again(workload):
-        found = other.val_data()
-        same = np.array_equal(data.lengths, found.lengths) and _alike(batches, fixed_batches(workload, found, indices))
+    for how, other in _reopen(workload):
+        again = other.val_data()
+        same = np.array_equal(data.lengths, again.lengths) and _alike(batches, fixed_batches(workload, again, indices))
         assert same, f"law 2: val_data() has other samples {how}: draw them by a fixed seed"
     model, device = _model(workload), torch.device("cpu")
     results = []
@@ -106,29 +106,29 @@ def check_batch_order(workload: Workload, *, num_batches: int = 4) -> None:
         return list(islice(batches, num_batches))
 
     batches = first_batches(data)
-    for number, (one, other) in enumerate(zip(batches, first_batches(data, num_workers=2), strict=True)):
-        assert _alike([one], [other]), f"law 3: batch {number} differs between 0 and 2 loader workers"
-    for how, again in _opened_again(workload):
-        found = again.train_data()
-        same = np.array_equal(data.lengths, found.lengths) and _alike(batches, first_batches(found))
+    for number, (one, two) in enumerate(zip(batches, first_batches(data, num_workers=2), strict=True)):
+        assert _alike([one], [two]), f"law 3: batch {number} differs between 0 and 2 loader workers"
+    for how, other in _reopen(workload):
+        again = other.train_data()
+        same = np.array_equal(data.lengths, again.lengths) and _alike(batches, first_batches(again))
         assert same, f"law 3: train_data() has other samples {how}: draw them by a fixed seed"
 
 
-def _opened_again(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    """Who is asked for the data a second time. A continued run is another process, where nothing is kept."""
+def _reopen(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """The same workload, then a new instance: a continued run is another process, which keeps nothing."""
     yield "when it is called again", workload
     yield "in a workload built anew", type(workload).model_validate(workload.model_dump(by_alias=True))
 
 
 def _extremes(data: Dataset, num_samples: int) -> tuple[list[int], list[int]]:
-    """The shortest samples and the longest, half of `num_samples` each; half of the data where that is less."""
+    """The shortest samples and the longest, half of `num_samples` each; half of the data if that is less."""
     order = np.argsort(data.lengths, kind="stable").tolist()
     half = max(1, min(num_samples, len(order)) // 2)
     return order[:half], order[-half:]
 
 
 def _alike(some: list[Batch], others: list[Batch]) -> bool:
-    """Whether these are the same batches."""
+    """Whether the batches are equal."""
     return len(some) == len(others) and all(
         one.counts == other.counts
         and one.inputs.keys() == other.inputs.keys()

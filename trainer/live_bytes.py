@@ -1,4 +1,4 @@
-"""Following the bytes of all tensors, real or without contents, operation by operation."""
+"""Counts the bytes of all tensors, real or fake, operation by operation."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that operations return, until their memory is freed.
 
-    Real tensors and fake ones are counted alike. Tensors that were there before are counted once they are added.
+    Real and fake tensors are counted alike. Earlier tensors are counted after `add`.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._serials: dict[int, tuple[int, Any]] = {}
-        """By a storage's address: its number, for addresses are used again, and a reference that tells of its end."""
+        """Storage address -> (number, weak reference that reports its release). Only addresses are reused."""
         self._history: list[tuple[int, int]] = []
-        """(number of the storage, bytes more or less) of everything that came and went."""
+        """(number of the storage, change in bytes) of each allocation and release."""
         self._num_storages = 0
 
     def add(self, tensors: Iterable[Tensor]) -> int:
-        """Count these tensors from here on; returns the bytes that live."""
+        """Count these tensors from now on; returns the live bytes."""
         for tensor in tensors:
             self._add(tensor)
         return self.live
 
     def peak_without(self, tensors: Sequence[Tensor]) -> int:
-        """The peak, had these tensors, which still live, taken no memory."""
-        left_out = {self._serials[tensor.untyped_storage()._cdata][0] for tensor in tensors}
+        """The peak without the memory of these tensors, which must still be alive."""
+        excluded = {self._serials[tensor.untyped_storage()._cdata][0] for tensor in tensors}
         live = peak = 0
         for serial, change in self._history:
-            if serial not in left_out:
+            if serial not in excluded:
                 live += change
                 peak = max(peak, live)
         return peak
@@ -58,11 +58,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         serial = self._num_storages
         self._num_storages += 1
 
-        def freed(_: object) -> None:
+        def release(_: object) -> None:
             del self._serials[address]
             self._change(serial, -size)
 
-        self._serials[address] = serial, weakref.ref(storage, freed)
+        self._serials[address] = serial, weakref.ref(storage, release)
         self._change(serial, size)
 
     def _change(self, serial: int, size: int) -> None:
@@ -81,10 +81,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class CudaOperations(TorchFunctionMode):
-    """Attention and dropout as CUDA has them: no attention matrix, and a mask of bytes. The CPU's keep both whole.
+    """CUDA's attention and dropout: no attention matrix, and a mask of bytes. The CPU's keep both in full size.
 
     Args:
-        attention: False leaves the attention matrix where it is, for CUDA's math kernel.
+        attention: False keeps the attention matrix, as CUDA's math kernel does.
     """
 
     def __init__(self, *, attention: bool = True) -> None:

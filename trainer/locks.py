@@ -1,4 +1,4 @@
-"""A run directory in use is locked. Without torch, so that looking at a study does not wait for its import."""
+"""Locks of run directories. Imports no torch, so that viewing a study does not wait for it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from trainer.errors import UserError
 
 
 @contextmanager
-def locked(run_dir: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a run directory, so that no second process trains in it. Freed with the process, however it ends.
+def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Lock a folder, such as a run directory against a second training. The kernel releases it when the process ends.
 
     Raises:
         UserError: Another process holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / name)
     try:
-        # Who looks whether it is locked holds it for a moment.
+        # `is_locked` in another process holds it for a moment.
         lock.acquire(timeout=1)
     except Timeout:
-        raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.") from None
+        raise UserError(f"{folder} is in use by another process: wait for it or stop it.") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def is_locked(run_dir: Path, name: str = ".lock") -> bool:
-    """Whether a process holds `run_dir` at this moment."""
-    with suppress(FileNotFoundError), open(run_dir / name, "rb") as file:
+def is_locked(folder: Path, name: str = ".lock") -> bool:
+    """Whether a process holds the lock of `folder` at this moment."""
+    with suppress(FileNotFoundError), open(folder / name, "rb") as file:
         try:
-            # Shared, so that two who look do not take each other for the holder.
+            # A shared lock, so that two callers of `is_locked` do not see each other as holders.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

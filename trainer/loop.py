@@ -1,4 +1,4 @@
-"""train(): evaluate -> save -> stop? -> step -> log. Between two log lines the device is never waited for."""
+"""train(): evaluate -> save -> stop? -> step -> log. Between two log lines it never waits for the device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from trainer.acceleration import AccelerationPlan, apply, detect, plan
-from trainer.checkpoint import LATEST, Checkpoints, locked
-from trainer.compilation import TrainingLoss, compiled_before
+from trainer.checkpoint import LATEST, Checkpoints, lock_folder
+from trainer.compilation import TrainingLoss, was_compiled
 from trainer.config import TrainConfig
 from trainer.data.batching import BatchOrder, validation_batches
 from trainer.data.loader import fixed_batches, train_batches
 from trainer.device_monitor import DeviceMonitor
 from trainer.evaluation import Evaluation, autocast, evaluate
 from trainer.metrics import IntervalMeter
-from trainer.micro_batches import split
+from trainer.micro_batches import decide_micro_batch_size
 from trainer.optimizers import schedule_factor, step_size, update
 from trainer.reporting import Diverged as Diverged
 from trainer.reporting import Reporter
@@ -34,7 +34,7 @@ class TrainResult:
     """How a run ended."""
 
     finished: bool
-    """False where it was stopped; the same call continues it."""
+    """False if it was stopped; the same call continues it."""
     step: int
     samples: int
     seconds: float
@@ -42,13 +42,13 @@ class TrainResult:
     timed_steps: int
     """Steps that `seconds` counts."""
     metrics: dict[str, float]
-    """The last validation's."""
+    """Of the last validation."""
     best: dict[str, float]
     run_dir: Path
 
     @property
     def samples_per_second(self) -> float | None:
-        """None where all steps were of the warm-up."""
+        """None if all steps belong to the warm-up."""
         return self.samples / self.step * self.timed_steps / self.seconds if self.timed_steps else None
 
 
@@ -64,35 +64,35 @@ def train(
     init: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
 ) -> TrainResult:
-    """Train, or continue where `run_dir` holds a checkpoint of the same run.
+    """Train, or continue if `run_dir` holds a checkpoint of the same run.
 
     Args:
         tracker: Receives the figures of each log interval and validation; it is closed at the end.
-        on_eval: Called after each validation; what it raises ends the run, everything is closed, and goes on.
-        stop: Asked at every step boundary; True ends the run there with a checkpoint.
+        on_eval: Called after each validation. Its exception ends the run, closes everything, and reaches the caller.
+        stop: Called at every step boundary; True ends the run there with a checkpoint.
         resume: "auto", "never" (refuse a directory that holds a run), or a checkpoint's path.
         init: Weights for step 0, from any checkpoint that the workload can read.
-        lineage: Where the configuration comes from; kept in every checkpoint.
+        lineage: Where the configuration comes from; stored in every checkpoint.
 
     Raises:
-        UserError: The data, the device or what is in `run_dir` does not fit; nothing is lost. With
+        UserError: The data, the device or the content of `run_dir` does not fit; nothing is lost. With
             `micro_batch_size` "auto" also: the device can't hold one sample at a time.
-        Diverged: No gradient was finite any more, or the validation loss was not; the checkpoints before stay.
+        Diverged: No gradient was finite any more, or the validation loss was not; earlier checkpoints are kept.
     """
     run_dir = Path(run_dir)
-    followers = Trackers([] if tracker is None else [tracker])
+    trackers = Trackers([] if tracker is None else [tracker])
     with (
-        closing(followers),
-        locked(run_dir),
+        closing(trackers),
+        lock_folder(run_dir),
         Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
         capabilities = detect(config.device)
-        config = split(workload, config, capabilities)
+        config = decide_micro_batch_size(workload, config, capabilities)
         run = prepare(workload, config, capabilities.kind, checkpoints, resume=resume, init=init, lineage=lineage)
-        acceleration = plan(capabilities, config, run.size(compiled_before=compiled_before(workload, run.model)))
+        acceleration = plan(capabilities, config, run.size(compiled_before=was_compiled(workload, run.model)))
         apply(acceleration)
         with DeviceMonitor(capabilities.kind) as monitor:
-            _loop(run, acceleration, checkpoints, Reporter(run, followers, monitor), on_eval, stop)
+            _loop(run, acceleration, checkpoints, Reporter(run, trackers, monitor), on_eval, stop)
     progress = run.progress
     return TrainResult(
         finished=run.finished,
@@ -133,10 +133,10 @@ def _loop(
     while True:
         if (point := run.due_evaluation()) is not None:
             evaluation, improved = _evaluate(run, acceleration.precision, val_batches, point)
-            reporter.evaluation(evaluation)
+            reporter.report_evaluation(evaluation)
             if improved:
                 checkpoints.save_best(run.weights(), improved)
-                reporter.saved(improved)
+                reporter.report_checkpoints(improved)
             if on_eval is not None:
                 on_eval(evaluation)
 
@@ -144,7 +144,7 @@ def _loop(
         due = config.save_every is not None and progress.step % config.save_every == 0
         if progress.step != saved_step and (ends or due):
             checkpoints.save(run.state())
-            reporter.saved([LATEST])
+            reporter.report_checkpoints([LATEST])
             saved_step = progress.step
         if ends:
             break
@@ -154,7 +154,7 @@ def _loop(
         step(run, loss_sums, acceleration.precision, batches, meter)
         progress.step += 1
         values = None
-        if progress.step % config.log_every == 0 or run.finished or run.first_log(progress.step - first_step):
+        if progress.step % config.log_every == 0 or run.finished or run.is_first_log(progress.step - first_step):
             values = meter.read()
         seconds = time.perf_counter() - started
         meter.add_step(seconds, warm_up=warm_up)
@@ -162,7 +162,7 @@ def _loop(
             progress.seconds += seconds
             progress.timed_steps += 1
         if values is not None:
-            reporter.interval(meter, values)
+            reporter.report_interval(meter, values)
             meter.start(progress.step)
 
 
@@ -190,7 +190,7 @@ def _train_batches(run: Run, acceleration: AccelerationPlan) -> Iterator[Batch]:
 
 
 def step(run: Run, loss_sums: TrainingLoss, precision: str, batches: Iterator[Batch], meter: IntervalMeter) -> None:
-    """One optimizer update over `grad_accumulation` batches, in their micro-batches, as exact as one.
+    """One optimizer update over `grad_accumulation` batches and their micro-batches: the update of one large batch.
 
     Reads no value on the host.
     """
@@ -215,7 +215,7 @@ def step(run: Run, loss_sums: TrainingLoss, precision: str, batches: Iterator[Ba
 
 
 def _evaluate(run: Run, precision: str, batches: list[Batch], point: float) -> tuple[Evaluation, list[str]]:
-    """Validate; also the names of the best checkpoints that are to be written."""
+    """Validate; also returns the names of the best checkpoints to write."""
     progress = run.progress
     metrics = evaluate(run.workload, run.model, batches, device=run.device, precision=precision)
     progress.metrics, progress.evaluated, progress.evaluated_step = metrics, point, progress.step

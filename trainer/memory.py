@@ -1,16 +1,16 @@
-"""How much memory a run will need, said beforehand: the model's own code runs on tensors without contents.
+"""Estimates a run's peak memory beforehand, by running one step under torch's FakeTensorMode.
 
     probe = Probe(workload, config, device="cuda", precision="bf16")
     print(probe.estimate().total, probe.largest_batch_size(24e9))
 
-Model, loss, backward pass, optimizer step and validation run under torch's FakeTensorMode, which knows shapes and
-computes nothing, and the bytes that live are counted operation by operation. 500 M parameters take some seconds and
-no memory worth speaking of, on any machine: CUDA's attention and dropout are put in place of the CPU's, so a card can
-be judged where there is none. The batch is of the longest samples, for the peak is what has to fit.
+FakeTensorMode knows shapes and computes nothing. Model, loss, backward pass, optimizer step and validation run in it,
+and the live bytes are counted operation by operation. 500 M parameters take some seconds and hardly any memory, on any
+machine: CUDA's attention and dropout replace the CPU's, so the estimate for a GPU needs no GPU. The batch holds the
+longest samples, because the peak has to fit.
 
-What is not seen: buffers inside one operation, and on CUDA the context, the libraries' workspaces and what the caching
-allocator loses by rounding, for which `allowance` stands. CUDA's autocast is taken to choose the precisions that the
-CPU's does. A compiled model is judged as if it were not.
+Not counted: buffers inside one operation, and on CUDA the context, the libraries' workspaces and the rounding of the
+caching allocator, which `allowance` covers. CUDA's autocast is assumed to choose the same precisions as the CPU's. A
+compiled model is estimated as if it were eager.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from trainer.workload import Batch, Dataset, Workload
 CUDA_CONTEXT = 500_000_000
 """Bytes that a process takes on a CUDA device before it holds a tensor; 0.3 to 0.6 GB by driver and device."""
 CUDA_WORKSPACES = 100_000_000
-"""cuBLAS's and cuDNN's own buffers, and those of the flash kernel's backward pass."""
+"""Buffers of cuBLAS, of cuDNN, and of the flash kernel's backward pass."""
 CUDA_PAD_MULTIPLE = 8
-"""As an acceleration plan has it."""
+"""As in an acceleration plan."""
 CUDA_ROUNDING = 0.05
 """Share of the tensors' bytes that the caching allocator loses to rounding and fragmentation."""
 
 
 class NoEstimate(Exception):
-    """The model can't run without contents; the message says why."""
+    """The model can't run under FakeTensorMode; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a run needs, in bytes of device memory where nothing else is said."""
+    """The memory that a run needs, in bytes of device memory unless noted."""
 
     batch_size: int
     num_slots: int
@@ -73,16 +73,16 @@ class MemoryEstimate:
     gradients: int
     optimizer_state: int
     activations: int
-    """The batch, what the backward pass needs, and temporary buffers, at their peak; gradients aside."""
+    """The batch, tensors saved for the backward pass, and temporary buffers, at their peak; without gradients."""
     training_peak: int
-    """At the peak of forward and backward. Below the sum of the four above where that peak falls before the gradients
-    are there."""
+    """At the peak of forward and backward. Below the sum of the four above if that peak comes before the gradients
+    exist."""
     step_peak: int
     """At the peak of the optimizer step."""
     evaluation_peak: int
     """At the peak of a validation."""
     allowance: int
-    """For what can't be counted beforehand; 0 on a CPU."""
+    """For memory that can't be counted beforehand; 0 on a CPU."""
 
     @property
     def peak(self) -> int:
@@ -96,21 +96,21 @@ class MemoryEstimate:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint on disk, and of its snapshot in host memory, where that has twice as much free;
-        training waits while it is written where it has not."""
+        """Bytes of a checkpoint on disk, and of its snapshot in host memory. If less than twice as much is free,
+        there is no snapshot, and training waits for the write."""
         return self.parameters + self.optimizer_state
 
     def fits(self, available: float) -> bool:
-        """Whether a device with so many bytes free can train it."""
+        """Whether a device with `available` free bytes can train it."""
         return self.total <= available
 
 
 def estimate(workload: Workload, config: TrainConfig, *, device: str, precision: str) -> MemoryEstimate:
-    """What a run under `config` needs.
+    """Estimate the memory of a run under `config`.
 
     Args:
-        device: "cuda" or "cpu": whose operations are assumed. It need not be there.
-        precision: "bf16" or "fp32", as an acceleration plan says it.
+        device: "cuda" or "cpu": the device whose operations are assumed. This machine need not have it.
+        precision: "bf16" or "fp32", as in an acceleration plan.
 
     Raises:
         NoEstimate: The model or the loss needs the values of its tensors.
@@ -120,23 +120,23 @@ def estimate(workload: Workload, config: TrainConfig, *, device: str, precision:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that a new run may take: free on the current CUDA device, or of the machine's memory and of what its
-    control group (a container's limit) leaves."""
+    """Bytes that a new run may take: the free memory of the current CUDA device; on a CPU that of the machine, or of
+    the control group (a container's limit) if that is less."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        # What an earlier run of this process gave back, the caching allocator keeps; it will be used again.
+        # The caching allocator keeps memory that an earlier run of this process released, and will reuse it.
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        # Asking has cost a context, which the estimate counts too.
+        # The query has created a context, which the estimate counts, too.
         return min(total, free + CUDA_CONTEXT)
     free_here, left = psutil.virtual_memory().available, memory_left()
     return free_here if left is None else min(free_here, left)
 
 
 class Probe:
-    """A run without contents: built once, then asked about batch sizes. An estimate takes about a second.
+    """Builds a model under FakeTensorMode once, then estimates batch sizes. An estimate takes about a second.
 
     Args:
-        contents: Use real tensors after all, and compute. The reference that the estimates are tested against.
+        contents: Use real tensors and compute: the reference in tests of the estimates.
     """
 
     def __init__(
@@ -156,18 +156,18 @@ class Probe:
 
     @classmethod
     def on_device(cls, workload: Workload, config: TrainConfig, capabilities: Capabilities) -> Probe:
-        """A probe of a run on a device, in the precision that an acceleration plan would choose for the model."""
+        """A probe for a device, in the precision that an acceleration plan would choose for the model."""
         probe = cls(workload, config, device=capabilities.kind, precision="fp32")
         probe.precision, _ = choose_precision(capabilities, config, probe.num_trained)
         return probe
 
     def estimate(self, batch_size: int | None = None, *, micro_batch_size: int | None = None) -> MemoryEstimate:
-        """What the run needs, with this batch size and micro-batch size or the configuration's.
+        """Estimate the run with this batch size and micro-batch size, or the configuration's.
 
-        "auto" is taken for the batch size; `trainer.micro_batches` decides it.
+        "auto" counts as the batch size; `trainer.micro_batches` decides it.
 
         Raises:
-            NoEstimate, UserError: As `estimate` of this module.
+            NoEstimate, UserError: As in `estimate` of this module.
         """
         batch_size = batch_size or self.config.batch_size
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size or self.config.micro_batch_size}
@@ -199,10 +199,10 @@ class Probe:
         )
 
     def largest_batch_size(self, available: float) -> int:
-        """The largest batch size that fits into so many bytes; 0 where none does. Some four estimates.
+        """The largest batch size that fits into `available` bytes; 0 if none does. Takes about four estimates.
 
-        Memory grows by the same amount with each sample, so a straight line through two estimates finds the place,
-        and two more prove it.
+        Memory grows by the same amount with each sample: a line through two estimates predicts the size, and two more
+        estimates confirm it.
         """
         first = last = self.estimate(1)
         if not first.fits(available):
@@ -218,7 +218,7 @@ class Probe:
 
     @contextmanager
     def _counting(self) -> Iterator[LiveBytes]:
-        """Run without contents, as on the device, and count; the process' random state stays as it was."""
+        """Count under FakeTensorMode, with the device's operations. The process's random state does not change."""
         live = LiveBytes()
         with torch.random.fork_rng(devices=[]):
             try:
@@ -246,9 +246,9 @@ class Probe:
         return inputs
 
     def _forward_backward(self, batch: Batch, live: LiveBytes, number: int) -> None:
-        """One step of the training loop but its update, over so many such batches or micro-batches.
+        """A step of the training loop without its update, over `number` such batches or micro-batches.
 
-        A second one finds the gradients of the first, and a third finds what the second did.
+        Only two are run: the second starts with the gradients of the first, as all later ones do.
         """
         group = [self._inputs(batch, live) for _ in range(min(number, 2))]
         waiting = torch.empty(max(0, number - 2) * storage_bytes(group[0].values()), dtype=torch.uint8)
@@ -258,8 +258,8 @@ class Probe:
                 sums = self.workload.loss_sums(self.model, inputs)
             terms = [weight * sums[name] / batch.counts[name] for name, weight in weights.items() if batch.counts[name]]
             loss = torch.stack(terms).sum()
-            # What torch.autograd.backward does, but that switches our function mode off, and recomputed activations
-            # (gradient checkpointing) would then be the CPU's.
+            # As torch.autograd.backward, which would disable our function mode: recomputed activations (gradient
+            # checkpointing) would then use the CPU's operations.
             _engine_run_backward(
                 (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
@@ -267,7 +267,7 @@ class Probe:
 
     @cached_property
     def _step(self) -> tuple[int, int]:
-        """Bytes of the optimizer's state, and at the peak of a step. Both are the same for every batch size."""
+        """(bytes of the optimizer's state, bytes at the peak of a step), the same for every batch size."""
         with self._counting() as live:
             live.add(self._resident)
             for parameter in self.model.parameters():
@@ -279,7 +279,7 @@ class Probe:
             state = storage_bytes(tensors_in([*optimizer.state.values()]))
             self.model.zero_grad()
         if isinstance(optimizer, Prodigy) and optimizer.use_kernels and self._has_kernels():
-            # They read and write in place; tensors without contents take the operations that stand in for them.
+            # The kernels work in place. Fake tensors took PyTorch's operations, whose temporary buffers do not count.
             peak = self.parameters + self.gradients + state
         return state, peak
 
@@ -290,7 +290,7 @@ class Probe:
 
     @cached_property
     def _evaluation_peak(self) -> int:
-        """At the peak of a validation, the optimizer's state aside."""
+        """At the peak of a validation, without the optimizer's state."""
         data, config = self.workload.val_data(), self.config
         batches = validation_batches(data.lengths, config.val_samples, seed=config.val_seed)
         largest = max(batches, key=lambda indices: len(indices) * int(data.lengths[indices].max()))
@@ -324,14 +324,14 @@ class Probe:
 
 
 def allowance(peak: int) -> int:
-    """Bytes that a CUDA device must have beyond those of the tensors: a rule of thumb, to be on the safe side."""
+    """Bytes that a CUDA device needs besides those of the tensors: a cautious rule of thumb."""
     return CUDA_CONTEXT + CUDA_WORKSPACES + int(CUDA_ROUNDING * peak)
 
 
 def read_samples(data: Dataset, indices: Sequence[int] | np.ndarray, number: int) -> tuple[list[Any], str]:
-    """The first `number` of these samples that can be read, and what is wrong with the last one that can't.
+    """Returns the first `number` readable samples, and the error of the last damaged one.
 
-    They are fewer where the indices end, or where 100 damaged ones came in a row.
+    They are fewer if the indices end, or after 100 damaged samples in a row.
     """
     samples: list[Any] = []
     damage, num_damaged = "", 0

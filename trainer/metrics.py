@@ -13,7 +13,9 @@ from trainer.units import format_bytes
 from trainer.workload import Batch
 
 
-def means(sums: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
+def compute_means(
+    sums: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]
+) -> dict[str, float]:
     """Mean of each loss, and their weighted sum as "loss"."""
     values = {name: sums[name] / counts[name] for name in sums if counts[name]}
     total = sum(weight * values[name] for name, weight in weights.items() if name in values)
@@ -38,11 +40,11 @@ class LossMeter:
             self._counts[name] = self._counts.get(name, 0) + counts[name]
 
     def read(self) -> dict[str, float]:
-        """Means so far. The one wait for the device."""
+        """Means so far. Waits for the device once."""
         if not self._sums:
             return {}
         values = torch.stack(list(self._sums.values())).tolist()
-        return means(dict(zip(self._sums, values, strict=True)), self._counts, self.weights)
+        return compute_means(dict(zip(self._sums, values, strict=True)), self._counts, self.weights)
 
 
 def log_line(step: int, values: Mapping[str, float], *, time: float) -> str:
@@ -50,7 +52,7 @@ def log_line(step: int, values: Mapping[str, float], *, time: float) -> str:
 
     Args:
         values: Metrics by name, such as `train/loss`; `train/lr` is the effective rate, d x lr for Prodigy.
-        time: Seconds since the line before.
+        time: Seconds since the previous line.
     """
     losses = [name for name in values if name.startswith("train/") and name.endswith("loss")]
     parts = [f"{name[6:].replace('_', ' ').title()}: {values[name]:.4f}" for name in losses]
@@ -68,7 +70,7 @@ def log_line(step: int, values: Mapping[str, float], *, time: float) -> str:
 
 
 class IntervalMeter:
-    """What one log interval gathers: losses, the last update's norm and rate, skipped updates, tokens, times."""
+    """Collects one log interval: losses, the last update's norm and rate, skipped updates, tokens, times."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.losses = LossMeter(weights)
@@ -94,20 +96,20 @@ class IntervalMeter:
         self._last = (norm, d, lr)
 
     def add_step(self, seconds: float, *, warm_up: bool) -> None:
-        """Count the time of a step; a step of the warm-up says nothing of the rates."""
+        """Count the time of a step; warm-up steps do not enter the rates."""
         self.seconds += seconds
         if not warm_up:
             self.timed_steps += 1
             self._timed_seconds += seconds
 
     def rates(self, steps: int, batch_size: int) -> dict[str, float]:
-        """Samples and tokens a second, and the share of the time that was spent waiting for data.
+        """Samples and tokens per second, and the share of the time that was spent waiting for data.
 
         Args:
-            steps: In the interval.
-            batch_size: Samples of a step.
+            steps: Steps in the interval.
+            batch_size: Samples per step.
         """
-        # An interval of nothing but warm-up has only that to go by.
+        # An interval of warm-up steps only is measured by these.
         pace = self.timed_steps / self._timed_seconds if self.timed_steps else steps / self.seconds
         return {
             "train/samples_per_second": pace * batch_size,
@@ -116,7 +118,7 @@ class IntervalMeter:
         }
 
     def read(self) -> dict[str, float]:
-        """The interval's figures by name. Waits for the device: everything launched so far is done after it."""
+        """The interval's figures by name. Waits for the device: all work launched so far is then finished."""
         norm, d, lr = self._last
         return {
             **{f"train/{name}": value for name, value in self.losses.read().items()},

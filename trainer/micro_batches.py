@@ -1,8 +1,7 @@
-"""How many samples of a batch go through the model at once: as set, or what the device's memory holds.
+"""Decides how many samples of a batch go through the model at once: as set, or as the device's memory allows.
 
-A batch that is cut into micro-batches gives the same update, so its size may be chosen for what it does to the loss
-and the micro-batches' for what the device holds. The memory estimate decides beforehand: nothing is cut in answer to
-an error in the middle of a run.
+Micro-batches do not change the update, so the batch size can be chosen for the loss, and the micro-batch size for the
+memory. The memory estimate decides beforehand: no batch is split in response to an error in the middle of a run.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
 
-# What the memory estimate reads of a configuration. Those that differ in nothing of it are judged once.
+# Settings that the memory estimate depends on. Configurations that agree in all of them are estimated once.
 SIZED_BY = {"batch_size", "micro_batch_size", "grad_accumulation", "optimizer", "slice_p", "max_grad_norm"}
 SIZED_BY |= {"use_bias_correction", "fused_optimizer", "precision", "sdpa", "val_samples", "val_seed"}
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How a run would go into a device's memory."""
+class MemoryFit:
+    """Whether a run fits into a device's memory, and in which micro-batches."""
 
     micro_batch_size: int
     """Samples of the largest micro-batch."""
     needs: int | None
-    """Bytes that the device must have; None where there is no estimate."""
+    """Bytes that the device must have; None without an estimate."""
     reason: str
 
     def fits(self, available: float) -> bool:
-        """Whether a device with so many bytes can train it, as far as is known."""
+        """Whether a device with `available` bytes can train it; True without an estimate."""
         return self.needs is None or self.needs <= available
 
 
-def split(workload: Workload, config: TrainConfig, capabilities: Capabilities) -> TrainConfig:
-    """The configuration with `micro_batch_size` "auto" decided for a device, and logged; any other as it is.
+def decide_micro_batch_size(workload: Workload, config: TrainConfig, capabilities: Capabilities) -> TrainConfig:
+    """Returns the configuration with `micro_batch_size` "auto" decided for a device, and logged; any other unchanged.
 
     Raises:
         UserError: The device can't hold one sample at a time.
@@ -52,49 +51,51 @@ def split(workload: Workload, config: TrainConfig, capabilities: Capabilities) -
     if config.micro_batch_size != "auto":
         return config
     available = available_memory(capabilities.kind)
-    found = fit(workload, config, capabilities, available)
-    if not found.fits(available):
+    memory_fit = estimate_fit(workload, config, capabilities, available)
+    if not memory_fit.fits(available):
         raise UserError(
-            f'train.micro_batch_size "auto": one sample at a time {shortage(found, available)}: use a smaller model, '
-            "a larger device, or what else saves memory (train.slice_p = 11, gradient checkpointing)."
+            f'train.micro_batch_size "auto": one sample at a time {describe_shortage(memory_fit, available)}: use a '
+            "smaller model or a larger device, or save memory (train.slice_p = 11, gradient checkpointing)."
         )
-    log.info("micro-batches: %d: %s", found.micro_batch_size, found.reason)
-    return config.model_copy(update={"micro_batch_size": found.micro_batch_size})
+    log.info("micro-batches: %d: %s", memory_fit.micro_batch_size, memory_fit.reason)
+    return config.model_copy(update={"micro_batch_size": memory_fit.micro_batch_size})
 
 
-def fit(
+def estimate_fit(
     workload: Workload,
     config: TrainConfig,
     capabilities: Capabilities,
     available: float,
     probes: dict[tuple[str, ...], Probe] | None = None,
-) -> Fit:
-    """What a run needs; with `micro_batch_size` "auto", cut into the fewest parts that fit into `available` bytes.
+) -> MemoryFit:
+    """Estimate a run; with `micro_batch_size` "auto", in the largest micro-batches that fit into `available` bytes.
 
-    Where not even one sample at a time fits, the result is that of one. A run that can't be estimated is not cut.
+    If not even one sample fits, the micro-batch size is 1. Without an estimate, batches are not split.
 
     Args:
-        probes: Kept by the caller from call to call: one probe serves all batch sizes of a model.
+        probes: Kept by the caller between calls: one probe serves all batch sizes of a model.
     """
     size = math.ceil(config.batch_size / config.num_micro_batches)
     try:
         probe = _probe(workload, config, capabilities, {} if probes is None else probes)
         if config.micro_batch_size != "auto":
-            return Fit(size, probe.estimate(config.batch_size).total, "as set")
+            return MemoryFit(size, probe.estimate(config.batch_size).total, "as set")
 
         def estimate(size: int) -> MemoryEstimate:
             return probe.estimate(config.batch_size, micro_batch_size=size)
 
-        return _largest(estimate, config.batch_size, available)
+        return _find_largest(estimate, config.batch_size, available)
     except Exception as error:
         if probes:
-            probes.clear()  # one that stumbled may hold half an estimate
-        # Code that trains may stumble in many ways over tensors without contents. A defect, of it or of the data,
-        # shows in the run itself, which comes next.
+            probes.clear()  # a failed one may hold half an estimate
+        # Code that trains well may fail under FakeTensorMode in many ways. A defect of the code or the data appears in
+        # the run itself, which comes next.
         reason = first_line(error)
         if not isinstance(error, NoEstimate | UserError):
-            log.warning("the memory estimate failed (%s: %s); the run goes on without it", type(error).__name__, reason)
-        return Fit(size, None, f"no estimate, so batches are not cut ({reason})")
+            log.warning(
+                "the memory estimate failed (%s: %s); the run continues without it", type(error).__name__, reason
+            )
+        return MemoryFit(size, None, f"no estimate, so batches are not split ({reason})")
 
 
 def _probe(
@@ -112,18 +113,18 @@ def _probe(
     return probes[key]
 
 
-def _largest(estimate: Callable[[int], MemoryEstimate], batch_size: int, available: float) -> Fit:
-    needs, there = cache(lambda size: estimate(size).total), format_bytes(available)
+def _find_largest(estimate: Callable[[int], MemoryEstimate], batch_size: int, available: float) -> MemoryFit:
+    needs, limit = cache(lambda size: estimate(size).total), format_bytes(available)
     whole = format_bytes(needs(batch_size))
     if needs(batch_size) <= available:
-        return Fit(batch_size, needs(batch_size), f"the whole batch needs {whole} of {there}")
-    # In parts as equal as can be: it is the largest that decides.
+        return MemoryFit(batch_size, needs(batch_size), f"the whole batch needs {whole} of {limit}")
+    # The parts are as equal as possible; the largest decides.
     sizes = sorted({math.ceil(batch_size / parts) for parts in range(1, batch_size + 1)})
     size = sizes[max(0, bisect_right(sizes, available, key=needs) - 1)]
     part = format_bytes(needs(size))
-    return Fit(size, needs(size), f"a batch of {batch_size} needs {whole} of {there}, cut like this {part}")
+    return MemoryFit(size, needs(size), f"a batch of {batch_size} needs {whole} of {limit}, a micro-batch {part}")
 
 
-def shortage(found: Fit, available: float) -> str:
-    """What a run that does not fit needs, and what there is."""
-    return f"needs {format_bytes(found.needs or 0)} and the device has {format_bytes(available)}"
+def describe_shortage(memory_fit: MemoryFit, available: float) -> str:
+    """The needed and the available memory of a run that does not fit."""
+    return f"needs {format_bytes(memory_fit.needs or 0)} and the device has {format_bytes(available)}"

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules, and the update: clip, check, step, with no wait for the device."""
+"""Optimizers, learning-rate schedules, and the update: clip, check and step without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.prodigy import Prodigy
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over the parameters that are trained."""
+    """Build the optimizer that `config` names, for the parameters that are trained."""
     params = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         betas = (config.beta1, config.beta2)
@@ -69,7 +69,7 @@ def update(optimizer: Any, *, lr: float, max_grad_norm: float | None) -> tuple[T
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
     skipped = (~torch.isfinite(norm)).float()
-    # torch's fused optimizers and our Prodigy read these two: a divisor for gradients, and whether to skip.
+    # torch's fused optimizers and our Prodigy read both: the divisor of the gradients, and whether to skip.
     optimizer.grad_scale = None if max_grad_norm is None else (norm / max_grad_norm).clamp(min=1.0)
     optimizer.found_inf = skipped
     optimizer.step()

@@ -1,4 +1,4 @@
-"""What is told of a run while it trains: to the log, to the tracker, and by way of warning."""
+"""Reports a run while it trains, to log and tracker, with warnings; detects divergence."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from trainer.tracking import Trackers
 log = logging.getLogger(__name__)
 
 
-RUIN = 5
-"""Whole log intervals of at least so many gradients in a row, none of them finite, end a run. A single one may be a
-bad batch: its update is skipped."""
+MAX_LOST_STEPS = 5
+"""A run ends after whole log intervals of at least this many steps in a row without a finite gradient. A single one may
+be a bad batch: its update is skipped."""
 
 
 class Diverged(RuntimeError):
-    """The run is past saving: no gradient is finite any more, or the validation loss is not."""
+    """The run can't recover: no gradient is finite any more, or the validation loss is not."""
 
 
 class Reporter:
-    """Tells log and tracker of a run's intervals, validations and checkpoints."""
+    """Reports a run's log intervals, validations and checkpoints to log and tracker."""
 
     def __init__(self, run: Run, tracker: Trackers, monitor: DeviceMonitor) -> None:
         self.run, self.tracker, self.monitor = run, tracker, monitor
         self._advice = Advice(run.progress.step)
         self._lost_steps = 0
-        """In whole log intervals without one finite gradient, up to now."""
+        """Steps of the latest log intervals in a row without a finite gradient."""
 
-    def interval(self, meter: IntervalMeter, values: dict[str, float]) -> None:
-        """A log interval has ended; `values` is what the meter read.
+    def report_interval(self, meter: IntervalMeter, values: dict[str, float]) -> None:
+        """Report a log interval that has ended; `values` is the meter's reading.
 
         Raises:
-            Diverged: None of its gradients was finite, nor of those just before.
+            Diverged: None of its gradients was finite, and none of the intervals just before.
         """
         progress, config = self.run.progress, self.run.config
         steps = progress.step - meter.first_step
         self._lost_steps = self._lost_steps + steps if values["train/skipped_updates"] == steps else 0
-        if self._lost_steps >= RUIN:
+        if self._lost_steps >= MAX_LOST_STEPS:
             raise Diverged(f"none of the last {self._lost_steps} gradients was finite, at step {progress.step}")
         values |= meter.rates(steps, config.effective_batch_size) | self.monitor.read()
         values["train/timed_steps"] = meter.timed_steps
@@ -54,11 +54,11 @@ class Reporter:
             values["train/seconds_left"] = max(0.0, config.seconds - progress.seconds)
         log.info("%s", log_line(progress.step, values, time=meter.seconds))
         self.tracker.track(values, step=progress.step, samples=self.run.samples)
-        for text in self._advice.interval(values, step=progress.step, seconds=meter.seconds):
+        for text in self._advice.check_interval(values, step=progress.step, seconds=meter.seconds):
             log.warning("[Step %d] %s", progress.step, text)
 
-    def evaluation(self, evaluation: Evaluation) -> None:
-        """A validation has ended. The tracker also gets the best values so far: `best/mel_loss`.
+    def report_evaluation(self, evaluation: Evaluation) -> None:
+        """Report a validation. The tracker also gets the best values so far: `best/mel_loss`.
 
         Raises:
             Diverged: The loss is not finite.
@@ -70,7 +70,7 @@ class Reporter:
         if not math.isfinite(evaluation.metrics["val/loss"]):
             raise Diverged(f"val/loss was {evaluation.metrics['val/loss']} after {evaluation.samples} samples")
 
-    def saved(self, names: Sequence[str]) -> None:
-        """Checkpoints of the run as it stands were taken; their writing may still be under way."""
+    def report_checkpoints(self, names: Sequence[str]) -> None:
+        """Report checkpoints of the current step, which may still be being written."""
         for name in names:
             self.tracker.checkpoint(name, step=self.run.progress.step)

@@ -1,4 +1,4 @@
-"""A run's whole state: what a checkpoint holds, and how a run starts, continues, or is refused."""
+"""A run's whole state: the content of a checkpoint, and how a run starts, continues, or is refused."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from trainer.workload import Workload
 log = logging.getLogger(__name__)
 
 FIRST_LOG_STEPS = 53
-"""A person who starts a run of days wants to see it run: the warm-up and 50 steps more."""
+"""An early log line, after the warm-up and 50 more steps, for the user who starts a run of days."""
 WARM_UP_STEPS = 3
-"""The first steps after a start or a continuation. In the first of them code is compiled and caches are cold; kernels
-that are chosen for a length, or compiled when they are first needed, follow in the next ones. Their time is left out of
-`Progress.seconds`, so that a run of so many seconds trains as long whether it compiles or not."""
+"""The first steps after a start or a continuation. In the first one code is compiled and caches are cold; in the next
+ones kernels are chosen for a length, or compiled on first use. Their time is left out of `Progress.seconds`, so that a
+budget in seconds trains equally long with and without compilation."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come. Plain values only, so that it goes into a checkpoint as it is."""
+    """Progress of a run, in plain values, stored in checkpoints as it is."""
 
     step: int = 0
     seconds: float = 0.0
@@ -40,9 +40,9 @@ class Progress:
     """The last point of the evaluation grid that was evaluated."""
     evaluated_step: int = -1
     metrics: dict[str, float] = field(default_factory=dict)
-    """The last validation's."""
+    """Of the last validation."""
     best: dict[str, float] = field(default_factory=dict)
-    """The best value so far of each metric that keeps a best checkpoint."""
+    """The best value so far of each metric with a best checkpoint."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def samples(self) -> int:
-        """Samples seen; a damaged one counts as the place it left empty."""
+        """Samples seen, damaged ones included."""
         return self.progress.step * self.config.effective_batch_size
 
     @property
@@ -71,23 +71,23 @@ class Run:
         return self.progress.seconds >= self.config.seconds
 
     def warms_up(self, steps_here: int) -> bool:
-        """Whether the next step is one of the warm-up, after so many steps since the start or continuation.
+        """Whether the next step belongs to the warm-up, after `steps_here` steps since the start or continuation.
 
-        A run that is stopped again and again within its warm-up would train for ever on no seconds at all: from the
-        second start on, at most as many steps are left out as were counted.
+        A run that is stopped within its warm-up again and again would never use up its seconds: from the second
+        start on, at most as many steps are left out as were timed.
         """
         left_out, timed = self.progress.step - self.progress.timed_steps, self.progress.timed_steps
         return steps_here < WARM_UP_STEPS and left_out < max(WARM_UP_STEPS, timed)
 
-    def first_log(self, steps_here: int) -> bool:
-        """Whether a log line is due after so many steps since the start, besides those of `log_every`.
+    def is_first_log(self, steps_here: int) -> bool:
+        """Whether a log line is due besides those of `log_every`, after `steps_here` steps since the start.
 
-        The first figures, and the speed under this run's own plan, then come early.
+        It shows the first figures, and the speed under this run's own plan, early.
         """
         return steps_here == FIRST_LOG_STEPS < self.config.log_every
 
     def size(self, *, compiled_before: bool = False) -> RunSize:
-        """The rest of the run, as `acceleration.plan` wants to know it."""
+        """The remaining run, as input of `acceleration.plan`."""
         config, steps, seconds = self.config, self.config.num_steps, self.config.seconds
         return RunSize.of(
             self.model,
@@ -98,8 +98,8 @@ class Run:
             compiled_before=compiled_before,
         )
 
-    def reached(self) -> float:
-        """How far the run has come, in the unit of the evaluation grid."""
+    def measure_progress(self) -> float:
+        """Progress in the unit of the evaluation grid."""
         amounts = {"samples": self.samples, "steps": self.progress.step, "seconds": self.progress.seconds}
         return float(amounts[self.config.eval_unit])
 
@@ -107,7 +107,7 @@ class Run:
         """The latest point of the grid that is reached and not yet evaluated, or None. The end is a point too."""
         if self.progress.evaluated_step == self.progress.step:
             return None
-        amount = self.reached()
+        amount = self.measure_progress()
         if every := self.config.eval_every:
             # The tolerance keeps a grid of fractions (16000 / 7 samples) from missing its own last point.
             point = (amount + 1e-6) // every * every
@@ -116,7 +116,7 @@ class Run:
         return amount if self.finished else None
 
     def identity(self) -> dict[str, Any]:
-        """What a continuation must agree on."""
+        """The values that must be equal in a continued run."""
         options = self.workload.model_dump(mode="json", include=set(identity_fields(type(self.workload))))
         return {
             "train": self.config.identity(),
@@ -125,7 +125,7 @@ class Run:
         }
 
     def weights(self) -> dict[str, Any]:
-        """What `best_*.pth` hold."""
+        """The content of `best_*.pth`."""
         return {
             "model": self.model.state_dict(),
             "step": self.progress.step,
@@ -179,14 +179,14 @@ class Run:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{source} does not fit the model ({reason}): use another run directory.") from error
-        # A full state beside the model would not fit twice: it is mapped, and copied out tensor by tensor.
+        # A second copy of the whole state may not fit into memory: it is mapped, and copied tensor by tensor.
         on_cpu = self.device.type == "cpu"
         self.optimizer.load_state_dict(snapshot(state["optimizer"]) if on_cpu else state["optimizer"])
-        # Before there was a warm-up, all steps were timed.
+        # Older checkpoints have no warm-up: all their steps were timed.
         self.progress = Progress(**{"timed_steps": state["step"], **state["progress"]})
         if state["config"]["eval_unit"] != self.config.eval_unit:
-            # A trial on a grid of seconds goes on as a full run on a grid of samples.
-            self.progress.evaluated = self.reached()
+            # A trial on a grid of seconds continues as a full run on a grid of samples.
+            self.progress.evaluated = self.measure_progress()
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"])
@@ -202,31 +202,31 @@ def prepare(
     init: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Build a run, and continue it where there is something to continue.
+    """Build a run, and continue it if there is a checkpoint.
 
     Args:
-        resume: "auto" continues what the run directory holds; "never" refuses a directory that holds something;
-            a path continues from that checkpoint.
-        init: Take the weights of this checkpoint for step 0.
+        resume: "auto" continues the run in the directory; "never" refuses a directory that holds a run; a path
+            continues from that checkpoint.
+        init: Load the weights of this checkpoint for step 0.
     """
-    found = checkpoints.find()
-    if found and resume == "never":
+    checkpoint = checkpoints.find()
+    if checkpoint and resume == "never":
         raise UserError(
-            f"{checkpoints.run_dir} holds a run at step {found[1].get('step')}, and --resume never is set: "
+            f"{checkpoints.run_dir} holds a run at step {checkpoint[1].get('step')}, and --resume never is set: "
             "choose another run directory, or continue with --resume auto."
         )
     if resume not in ("auto", "never"):
-        if found and found[1].get("lineage", {}).get("resumed_from") == str(resume):
+        if checkpoint and checkpoint[1].get("lineage", {}).get("resumed_from") == str(resume):
             resume = "auto"
-        elif found:
+        elif checkpoint:
             raise UserError(f"{checkpoints.run_dir} holds a run of its own: choose another run directory for {resume}.")
         else:
-            found = Path(resume), read_checkpoint(Path(resume), mmap=True)
+            checkpoint = Path(resume), read_checkpoint(Path(resume), mmap=True)
             lineage = {**(lineage or {}), "resumed_from": str(resume)}
 
     torch.manual_seed(config.seed)
     model = workload.build_model()
-    if init is not None and not found:
+    if init is not None and not checkpoint:
         workload.load_weights(model, init)
         log.info("weights from %s, new %s optimizer, step 0", init, config.optimizer)
     if device != "cpu":
@@ -240,15 +240,15 @@ def prepare(
         data_digest=workload.data_digest(),
         lineage={**(lineage or {}), **({"init": str(init)} if init else {})},
     )
-    # Building draws as many numbers as the model has weights; dropout starts from the seed again.
+    # Building the model draws as many numbers as it has weights; dropout starts from the seed again.
     torch.manual_seed(config.seed)
-    if found:
-        path, state = found
+    if checkpoint:
+        path, state = checkpoint
         run.load(state, path)
         run.lineage = {**state["lineage"], **run.lineage}
         if init is not None and state["lineage"].get("init") != str(init):
             raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")
-        # A best value counts only with its weights: continued from elsewhere, the next validation writes them anew.
+        # A best value counts only with its weights: in a new run directory, the next validation writes them again.
         names = workload.best_checkpoints()
         kept = {m: v for m, v in run.progress.best.items() if (checkpoints.run_dir / names[m]).is_file()}
         run.progress.best = kept

@@ -1,4 +1,4 @@
-"""Where a run's figures go. A tracker never stops or slows training: Aim works in a thread of its own."""
+"""Trackers receive a run's figures. They never stop or slow training: Aim has a thread of its own."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ class Tracker(Protocol):
 
 @runtime_checkable
 class CheckpointTracker(Protocol):
-    """A `Tracker` that is also told of checkpoints as they are taken; they may still be being written."""
+    """A `Tracker` that also receives checkpoints when they are taken, which may still be being written."""
 
     def checkpoint(self, name: str, *, step: int) -> None: ...
 
 
 class Trackers:
-    """Several trackers as one. One that fails is left out from then on: training goes on."""
+    """Several trackers as one. One that fails is removed, and training continues."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = list(trackers)
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
-        self._tell(lambda tracker: tracker.track(values, step=step, samples=samples))
+        self._notify(lambda tracker: tracker.track(values, step=step, samples=samples))
 
     def checkpoint(self, name: str, *, step: int) -> None:
-        self._tell(lambda tracker: tracker.checkpoint(name, step=step), to=CheckpointTracker)
+        self._notify(lambda tracker: tracker.checkpoint(name, step=step), kind=CheckpointTracker)
 
     def close(self) -> None:
-        self._tell(lambda tracker: tracker.close())
+        self._notify(lambda tracker: tracker.close())
 
-    def _tell(self, say: Callable[[Any], None], to: type = object) -> None:
-        for tracker in [tracker for tracker in self.trackers if isinstance(tracker, to)]:
+    def _notify(self, call: Callable[[Any], None], kind: type = object) -> None:
+        for tracker in [tracker for tracker in self.trackers if isinstance(tracker, kind)]:
             try:
-                say(tracker)
-            # Whatever it meets is no reason to lose a run of days. With its traceback: it may be a defect.
+                call(tracker)
+            # No failure of a tracker may end a run of days. With its traceback: it may be a defect.
             except Exception:
-                log.warning("%s failed; training goes on without it", type(tracker).__name__, exc_info=True)
+                log.warning("%s failed; training continues without it", type(tracker).__name__, exc_info=True)
                 self.trackers.remove(tracker)
                 with suppress(Exception):
                     tracker.close()
 
 
 class AimTracker:
-    """Writes to an Aim repository from a thread; if Aim fails, says so once and training goes on without it.
+    """Writes to an Aim repository from a thread. If Aim fails, it warns once, and training continues without it.
 
-    A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are the texts
-    `checkpoint`. A run directory remembers its Aim run, so that a resumed run continues the same curves.
+    A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are texts named
+    `checkpoint`. A run directory stores the hash of its Aim run, so that a resumed run continues the same curves.
 
     Args:
-        repo: Folder of the Aim repository; made where there is none.
+        repo: Folder of the Aim repository; created if missing.
         run_dir: The training run's directory.
-        experiment: What the run belongs to, such as the study's name.
+        experiment: The group of the run, such as the study's name.
         params: Hyperparameters and lineage shown with the run.
     """
 
@@ -79,7 +79,7 @@ class AimTracker:
     def __init__(self, repo: Path, *, run_dir: Path, experiment: str, params: Mapping[str, Any]) -> None:
         self._repo, self._run_dir, self._experiment, self._params = repo, run_dir, experiment, params
         self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(self.CAPACITY)
-        # A daemon: Aim's close can hang on a damaged repository, and must not keep the process.
+        # A daemon: Aim's close can hang on a damaged repository, and must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="aim", daemon=True)
         self._started = False
 
@@ -115,7 +115,7 @@ class AimTracker:
 
     def _put(self, write: Callable[[Any], None]) -> None:
         if not self._started:
-            # Not before there is something to write: a run that is refused leaves no trace in Aim.
+            # Started with the first write, so that a refused run leaves no trace in Aim.
             self._thread.start()
             self._started = True
         with suppress(queue.Full):
@@ -127,21 +127,20 @@ class AimTracker:
             while (write := self._queue.get()) is not None:
                 write(run)
             run.close()
-            _index(run)
-        # Whatever a tracker meets (a locked repository, a full disk, a version it can't read) is no reason to
-        # lose a run of days.
+            _index_run(run)
+        # No failure of Aim (a locked repository, a full disk, a version that it can't read) may end a run of days.
         except Exception as error:
-            log.warning("Aim stopped tracking (%s: %s); training goes on without it", type(error).__name__, error)
+            log.warning("Aim stopped tracking (%s: %s); training continues without it", type(error).__name__, error)
 
     def _open(self) -> Any:
-        """The run to write to: the one that the run directory remembers, else a new one."""
+        """The Aim run that the run directory names, else a new one."""
         self._repo.mkdir(parents=True, exist_ok=True)
-        remembered = aim_run(self._run_dir)
-        run = _continued(self._repo, remembered) if remembered else None
+        stored_hash = aim_run(self._run_dir)
+        run = _reopen_run(self._repo, stored_hash) if stored_hash else None
         if run is None:
             run = _new_run(self._repo)
-            if remembered:
-                run["continues"] = remembered
+            if stored_hash:
+                run["continues"] = stored_hash
         run.experiment, run.name = self._experiment, self._run_dir.name
         for key, value in self._params.items():
             run[key] = value
@@ -150,7 +149,7 @@ class AimTracker:
 
 
 def aim_run(run_dir: Path) -> str | None:
-    """Hash of the Aim run of a run directory; None where there is none (yet)."""
+    """Hash of the Aim run of a run directory; None if there is none (yet)."""
     try:
         return (run_dir / AIM_RUN).read_text().strip() or None
     except FileNotFoundError:
@@ -158,26 +157,26 @@ def aim_run(run_dir: Path) -> str | None:
 
 
 def aim_command(repo: Path) -> str:
-    """What opens the repository in a browser."""
+    """The command that opens the repository in a browser."""
     return f"aim up --repo {shlex.quote(str(repo))}"
 
 
-def _continued(repo: Path, run_hash: str) -> Any | None:
-    """The Aim run of that hash, open for more; None where it is gone, or still open elsewhere."""
+def _reopen_run(repo: Path, run_hash: str) -> Any | None:
+    """Open an Aim run to continue it; None if it is missing, or still open elsewhere."""
     from aim.sdk.errors import MissingRunError, RunLockingError
     from filelock import Timeout
 
     if not (repo / ".aim" / "meta" / "chunks" / run_hash).is_dir():
-        log.info("Aim run %s is not in %s: a new one begins, which names it", run_hash, repo)
+        log.info("Aim run %s is not in %s: a new Aim run starts, with a reference to it", run_hash, repo)
         return None
     try:
         return _new_run(repo, run_hash)
     except MissingRunError:
-        # Aim keeps its list of runs for half a second: a run that ended just now is not on it yet.
+        # Aim caches its list of runs for half a second: a run that has just ended is not in it yet.
         time.sleep(1)
         return _new_run(repo, run_hash)
     except (RunLockingError, Timeout):
-        log.warning("Aim run %s is still open elsewhere: a new one begins, which names it", run_hash)
+        log.warning("Aim run %s is still open elsewhere: a new Aim run starts, with a reference to it", run_hash)
         return None
 
 
@@ -193,13 +192,13 @@ def _new_run(repo: Path, run_hash: str | None = None) -> Any:
     )
 
 
-def _index(run: Any) -> None:
-    """Enter a closed run into the repository's index. `aim up` does it too, but until somebody opens it, Aim's own
-    API would not find the run."""
+def _index_run(run: Any) -> None:
+    """Add a closed run to the repository's index. `aim up` does so, too, but until it runs, Aim's own API would not
+    find the run."""
     from aim.sdk.index_manager import RepoIndexManager
 
     try:
         RepoIndexManager.get_index_manager(run.repo).index(run.hash)
-    # All is written; `aim up` or another run that ends just now has the index open, and `aim up` catches up by itself.
+    # The data is complete. `aim up`, or another run that is ending, holds the index; `aim up` adds the run later.
     except Exception as error:
-        log.info("Aim's index is busy (%s): the run is entered when aim up starts", type(error).__name__)
+        log.info("Aim's index is busy (%s): aim up adds the run when it starts", type(error).__name__)

@@ -1,4 +1,4 @@
-"""Numbers of bytes as a person reads them; `trainer.clock` does so with seconds."""
+"""Formats bytes; `trainer.clock` formats seconds."""
 
 from __future__ import annotations
 

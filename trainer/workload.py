@@ -1,7 +1,7 @@
-"""What a user brings: a model, its data, and the loss of a batch.
+"""Workload: the user's model, its data, and the loss of a batch.
 
 A workload is a pydantic model whose fields are the options of `[workload]` in a study.toml. Three laws
-hold for every workload; `check_workload` in `trainer.laws` puts any workload through them:
+hold for every workload; `check_workload` in `trainer.laws` checks any workload against them:
 
 1. a sample's loss does not depend on its neighbours in the batch, nor on padding;
 2. the validation loss is the mean over a fixed set and does not depend on the training batch size;
@@ -27,7 +27,7 @@ from trainer.export import WeightsFormat, write_weights
 
 
 def resolve_path(path: Path, info: ValidationInfo) -> Path:
-    """Make `path` absolute, relative to the folder of the study.toml that names it (else the current one)."""
+    """Make `path` absolute, relative to the folder of the study.toml that names it, else to the current folder."""
     base = (info.context or {}).get("base_dir", Path.cwd())
     return (Path(base) / path.expanduser()).resolve()
 
@@ -37,7 +37,7 @@ DataPath = Annotated[Path, AfterValidator(resolve_path)]
 
 
 class Dataset(Protocol):
-    """Samples by index, with their lengths known beforehand so that batches can be formed without reading."""
+    """Samples by index. Their lengths are known beforehand, so that batches are formed without reading samples."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -46,22 +46,22 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any:
-        """Read one sample. Raises `DamagedSample` where it can't be read; the message names it."""
+        """Read one sample. Raises `DamagedSample` if it can't be read; the message names it."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples, collated. Counts are known on the host, so that no step has to ask the device for them."""
+    """Some samples, collated. Counts are known on the host, so that no step has to wait for the device."""
 
     inputs: dict[str, Tensor]
-    """What `Workload.loss_sums` reads, by name."""
+    """Inputs of `Workload.loss_sums`, by name."""
     counts: dict[str, int]
-    """How many terms each loss is a mean of, by the name of the loss."""
+    """Number of terms in the mean of each loss, by the name of the loss."""
     num_samples: int
     num_tokens: int
     """Real tokens."""
     num_slots: int
-    """Tokens with padding: what the model computes on."""
+    """Tokens with padding, on which the model computes."""
     damaged: tuple[str, ...] = field(default=())
     """One line for each sample that was left out because it can't be read."""
 
@@ -105,7 +105,7 @@ class Workload(BaseModel, ABC):
         terms. Entries without a weight are metrics only, such as an accuracy."""
 
     def load_weights(self, model: nn.Module, path: Path) -> None:
-        """Take the weights of a checkpoint for step 0 (`--init`). Override it to read other forms.
+        """Load the weights of a checkpoint for step 0 (`--init`). Override it to read other formats.
 
         Raises:
             UserError: The checkpoint can't be read or is of another model.
@@ -118,46 +118,46 @@ class Workload(BaseModel, ABC):
             raise UserError(f"{path} does not fit the model: {reason}") from error
 
     def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
-        """Write the weights of a checkpoint for use elsewhere (`tuner export`). Override it to write the form
-        that the model is published in.
+        """Write the weights of a checkpoint for use elsewhere (`tuner export`). Override it to write the
+        format in which the model is published.
 
         Args:
             state: The model's state dict, mapped from the checkpoint.
 
         Raises:
-            UserError: `path` can't be written, or what the options name besides does not fit.
+            UserError: `path` can't be written, or another file that the options name does not fit.
         """
         write_weights(state, path, format=format)
 
     def input_files(self) -> Sequence[tuple[str, Path]]:
-        """(option, file) for each file that has to be there before a run. `tuner doctor` and the quick checks refuse
-        one that is missing or empty; of other options that are paths they only warn, for the workload may make them.
+        """(option, file) for each file that must exist before a run. `tuner doctor` and the quick checks refuse a
+        missing or empty one. For other options that are paths they only warn: the workload may create them.
         """
         return ()
 
     def unpacked(self) -> Workload:
-        """The same workload, reading its original files: itself where it packs nothing, else another in which one
-        option, a mode of `trainer.data.packed`, is false. `tuner doctor` looks at data without copying it, and `tuner
-        bench` measures what packing gives."""
+        """The same workload without packing: itself if it packs nothing, else another in which one option, a mode of
+        `trainer.data.packed`, is false. `tuner doctor` reads data without copying it, and `tuner bench` measures the
+        gain of packing."""
         return self
 
     def memory_savers(self) -> Sequence[str]:
         """Assignments in `[workload]` that trade time for memory and are not yet in use, such as
-        "gradient_checkpointing = true", the best first. `tuner doctor` names them where the memory does not suffice.
+        "gradient_checkpointing = true", the best first. `tuner doctor` names them if memory is short.
         """
         return ()
 
     def without_initial_weights(self) -> Workload:
-        """The same workload, whose `build_model` reads no weights. `tuner evaluate` replaces them at once, and files
-        of weights may have gigabytes."""
+        """The same workload, whose `build_model` reads no weights. `tuner evaluate` replaces them at once, and
+        weight files may have gigabytes."""
         return self
 
     def data_digest(self) -> str:
-        """Identifies the contents of what the options' paths name, wherever it lies: the data, and the model's
-        size where a file says it. A run continues, and a study goes on, only where it is the same."""
+        """Digest of the files' contents, not of their place: the data, and the model's size if a file determines it.
+        A run or a study continues only if the digest is the same."""
         return ""
 
     def best_checkpoints(self) -> Mapping[str, str]:
-        """Which validation metric (the lower, the better) keeps its best weights in which file. The first entry's is
-        what `tuner export` and `tuner evaluate` take of a run directory."""
+        """Validation metric (lower is better) -> file of its best weights. `tuner export` and `tuner evaluate` read the
+        first entry's file from a run directory."""
         return {"val/loss": "best_model.pth"}

@@ -34,7 +34,7 @@ from studies.indextts2 import IndexTTS2
 from studies.indextts2.dataset import Utterance
 from trainer.data.batching import BatchOrder
 from trainer.data.loader import train_batches
-from trainer.data.packed import packed
+from trainer.data.packed import open_packed
 from trainer.errors import UserError
 
 BATCH_SIZE = 8
@@ -73,7 +73,7 @@ def measure_packing(work: IndexTTS2) -> float:
     data = work.train_data()
     with tempfile.TemporaryDirectory(dir=ROOT / "data") as folder:
         started = time.perf_counter()
-        packed(data, Path(folder) / "store", digest="", build=Utterance._make, mode=True)
+        open_packed(data, Path(folder) / "store", digest="", build=Utterance._make, mode=True)
         return len(data) / (time.perf_counter() - started)
 
 

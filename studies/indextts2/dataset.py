@@ -20,7 +20,7 @@ import numpy as np
 
 from studies.indextts2.manifest import Manifest, open_manifest, sample_paths
 from studies.indextts2.model import NUM_CONDITION, PREFIX, GPTConfig
-from trainer.data.packed import Mode, packed
+from trainer.data.packed import Mode, open_packed
 from trainer.errors import DamagedSample, UserError, first_line
 from trainer.workload import Dataset
 
@@ -107,7 +107,7 @@ class PairedUtterances:
             read.vectors(emo_vec, (width,)),
         )
 
-    def packed(self, mode: Mode) -> Dataset:
+    def open_packed(self, mode: Mode) -> Dataset:
         """These utterances from a packed store, which lies where the first manifest's index does; see
         `trainer.data.packed`. Another model's checks and another list of manifests have a store of their own."""
         if mode is False:
@@ -121,7 +121,7 @@ class PairedUtterances:
             for contents in (paths, self.digests)
         )
         path = _place(self._manifests[0].path, f"{self._manifests[0].path.name}-{unique[:12]}.packed")
-        return packed(self, path, digest=digest, build=Utterance._make, mode=mode)
+        return open_packed(self, path, digest=digest, build=Utterance._make, mode=mode)
 
     def _usable_rows(self, manifest: Manifest) -> np.ndarray | None:
         """Numbers of the lines that fit into the position tables; None where all do."""

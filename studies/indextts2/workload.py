@@ -115,11 +115,11 @@ class IndexTTS2(Workload):
 
     @cached_property
     def _train(self) -> Dataset:
-        return self._train_files.packed(self.pack)
+        return self._train_files.open_packed(self.pack)
 
     @cached_property
     def _val(self) -> Dataset:
-        return self._val_files.packed(self.pack)
+        return self._val_files.open_packed(self.pack)
 
     def train_data(self) -> Dataset:
         return self._train

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from tests.integration.test_losses import losses
 from tests.toy import Toy
 from trainer import TrainConfig, UserError, cross_entropy, train
-from trainer.compilation import compiled_before
+from trainer.compilation import was_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +56,10 @@ def test_what_was_compiled_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     workload = Toy(dropout=0.0)
     model = workload.build_model()
-    assert not compiled_before(workload, model)
+    assert not was_compiled(workload, model)
     train(workload, TrainConfig(steps=2, batch_size=4, compile="on"), run_dir=tmp_path / "run")
-    assert compiled_before(workload, model)
-    assert not compiled_before(Toy(dropout=0.5), model)
+    assert was_compiled(workload, model)
+    assert not was_compiled(Toy(dropout=0.5), model)
 
 
 def test_neither_few_targets_nor_many_compile_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

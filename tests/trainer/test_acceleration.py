@@ -148,7 +148,7 @@ def test_reasons_are_by_topic_without_the_choice() -> None:
 def test_more_workers_than_cores_are_not_started() -> None:
     chosen = decide("RTX 2080", num_workers=32)
     assert chosen.num_workers == 8
-    assert "loader workers: 8: 32 set, but no more cores" in chosen.log_lines().values()
+    assert "loader workers: 8: 32 set, limited by the cores" in chosen.log_lines().values()
 
 
 def test_this_machine_is_described() -> None:

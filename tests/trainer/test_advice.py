@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.toy import Toy
 from trainer import TrainConfig, train
-from trainer.advice import Advice, not_falling, why_idle
+from trainer.advice import Advice, check_loss_falls, check_utilization
 
 
 def figures(loss: float = 1.0, busy: float | None = None, data_wait: float = 0.0) -> dict[str, float]:
@@ -32,14 +32,14 @@ def figures(loss: float = 1.0, busy: float | None = None, data_wait: float = 0.0
     ],
 )
 def test_an_idle_gpu_has_a_likely_cause(busy: float, data_wait: float, said: str | None) -> None:
-    text = why_idle(busy, data_wait)
+    text = check_utilization(busy, data_wait)
     assert text is None if said is None else text is not None and said in text
 
 
 def idle(advice: Advice, intervals: int, busy: float, step: int = 0) -> list[str]:
     said = []
     for number in range(intervals):
-        said += advice.interval(figures(loss=-number, busy=busy, data_wait=0.5), step=step + number, seconds=60)
+        said += advice.check_interval(figures(loss=-number, busy=busy, data_wait=0.5), step=step + number, seconds=60)
     return said
 
 
@@ -57,7 +57,7 @@ def test_a_busy_gpu_and_a_cpu_say_nothing_and_a_pause_does_not_count_for_ever() 
     assert idle(advice, 10, 0.99) == []
     assert len(idle(advice, 6, 0.5, step=10)) == 1
     cpu = Advice()
-    assert [cpu.interval(figures(loss=-step), step=step, seconds=600) for step in range(9)] == [[]] * 9
+    assert [cpu.check_interval(figures(loss=-step), step=step, seconds=600) for step in range(9)] == [[]] * 9
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,16 @@ def test_a_busy_gpu_and_a_cpu_say_nothing_and_a_pause_does_not_count_for_ever() 
     ],
 )
 def test_a_loss_that_has_not_fallen(losses: list[float], falls: bool) -> None:
-    assert (not_falling(losses, 100) is None) == falls
+    assert (check_loss_falls(losses, 100) is None) == falls
 
 
 def test_it_is_judged_once_after_five_intervals_and_a_hundred_steps() -> None:
     for every, judged_at in ((5, 100), (100, 500)):
         advice = Advice()
-        said = [step for step in range(every, 2000, every) if advice.interval(figures(7.0), step=step, seconds=1)]
+        said = [step for step in range(every, 2000, every) if advice.check_interval(figures(7.0), step=step, seconds=1)]
         assert said == [judged_at]
     resumed = Advice(step=1000)
-    assert not any(resumed.interval(figures(7.0), step=step, seconds=1) for step in range(1100, 3000, 100))
+    assert not any(resumed.check_interval(figures(7.0), step=step, seconds=1) for step in range(1100, 3000, 100))
 
 
 class Flat(Toy):

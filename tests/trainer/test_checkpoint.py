@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer import UserError
-from trainer.checkpoint import Checkpoints, is_locked, locked, read_checkpoint, write_checkpoint
+from trainer.checkpoint import Checkpoints, is_locked, lock_folder, read_checkpoint, write_checkpoint
 
 
 def state(step: int) -> dict[str, object]:
@@ -127,9 +127,9 @@ def test_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_run_directory_is_held_by_one(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert is_locked(tmp_path)
-        with pytest.raises(UserError, match="in use"), locked(tmp_path):
+        with pytest.raises(UserError, match="in use"), lock_folder(tmp_path):
             pass
     assert not is_locked(tmp_path)
 

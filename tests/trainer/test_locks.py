@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trainer.locks import is_locked, locked
+from trainer.locks import is_locked, lock_folder
 
 
 class Readers:
@@ -32,14 +32,14 @@ def test_who_looks_does_not_keep_others_out(tmp_path: Path) -> None:
     readers, held = Readers(tmp_path), 0
     for _ in range(100):
         # Raises where it is kept out.
-        with locked(tmp_path):
+        with lock_folder(tmp_path):
             held += 1
     readers.end()
     assert held == 100
 
 
 def test_two_who_look_do_not_take_each_other_for_the_holder(tmp_path: Path) -> None:
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
     readers = Readers(tmp_path)
     time.sleep(0.5)

@@ -18,9 +18,9 @@ from trainer import TrainConfig, UserError, train
 from trainer.acceleration import Capabilities
 from trainer.checkpoint import read_checkpoint
 from trainer.data.batching import BatchOrder
-from trainer.data.loader import micro_batches, train_batches
+from trainer.data.loader import split_batch, train_batches
 from trainer.memory import Probe
-from trainer.micro_batches import fit
+from trainer.micro_batches import estimate_fit
 from trainer.units import format_bytes
 
 CPU = Capabilities("cpu", "CPU", cores=1, memory=8_000_000_000)
@@ -91,7 +91,7 @@ def test_each_batch_comes_as_micro_batches_of_its_own_samples(number: int, num_w
 
 def test_samples_of_like_length_are_together_the_longest_first() -> None:
     lengths = np.array([5, 90, 7, 60, 6, 80])
-    parts = micro_batches(np.arange(100, 106), lengths, 2)
+    parts = split_batch(np.arange(100, 106), lengths, 2)
     assert [part.tolist() for part in parts] == [[101, 105, 103], [102, 104, 100]]
 
 
@@ -140,22 +140,22 @@ def needed(batch_size: int, **values: Any) -> int:
 @pytest.mark.parametrize(("size", "next_larger"), [(64, None), (32, 64), (22, 32), (10, 11)])
 def test_auto_takes_the_most_that_fits(size: int, next_larger: int | None) -> None:
     available = needed(64, micro_batch_size=size)
-    found = fit(Toy(width=64), config(batch_size=64, micro_batch_size="auto"), CPU, available)
-    assert (found.micro_batch_size, found.needs) == (size, available)
-    assert found.fits(available) and not found.fits(available - 1)
+    memory_fit = estimate_fit(Toy(width=64), config(batch_size=64, micro_batch_size="auto"), CPU, available)
+    assert (memory_fit.micro_batch_size, memory_fit.needs) == (size, available)
+    assert memory_fit.fits(available) and not memory_fit.fits(available - 1)
     if next_larger:
         assert needed(64, micro_batch_size=next_larger) > available
-        assert f"a batch of 64 needs {format_bytes(needed(64))} of {format_bytes(available)}" in found.reason
+        assert f"a batch of 64 needs {format_bytes(needed(64))} of {format_bytes(available)}" in memory_fit.reason
 
 
 def test_auto_cuts_nothing_where_the_memory_is_ample() -> None:
-    found = fit(Toy(), config(micro_batch_size="auto"), CPU, 1e12)
-    assert found.micro_batch_size == 8 and "the whole batch needs" in found.reason
+    memory_fit = estimate_fit(Toy(), config(micro_batch_size="auto"), CPU, 1e12)
+    assert memory_fit.micro_batch_size == 8 and "the whole batch needs" in memory_fit.reason
 
 
 def test_where_one_sample_does_not_fit_it_is_said() -> None:
-    found = fit(Toy(width=64), config(micro_batch_size="auto"), CPU, 1000)
-    assert found.micro_batch_size == 1 and not found.fits(1000)
+    memory_fit = estimate_fit(Toy(width=64), config(micro_batch_size="auto"), CPU, 1000)
+    assert memory_fit.micro_batch_size == 1 and not memory_fit.fits(1000)
 
 
 def test_auto_is_decided_before_a_run_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -180,9 +180,9 @@ class Reading(Toy):
 
 
 def test_a_model_without_an_estimate_is_not_cut() -> None:
-    found = fit(Reading(), config(micro_batch_size="auto"), CPU, 1000)
-    assert (found.micro_batch_size, found.needs) == (8, None) and found.fits(1000)
-    assert found.reason.startswith("no estimate, so batches are not cut (the model reads the values")
+    memory_fit = estimate_fit(Reading(), config(micro_batch_size="auto"), CPU, 1000)
+    assert (memory_fit.micro_batch_size, memory_fit.needs) == (8, None) and memory_fit.fits(1000)
+    assert memory_fit.reason.startswith("no estimate, so batches are not split (the model reads the values")
 
 
 def test_less_goes_through_the_model_at_once() -> None:

@@ -164,7 +164,7 @@ def test_a_tracker_that_fails_says_so_once_and_training_goes_on(
         result = train(Toy(), TrainConfig(steps=20, **CONFIG), run_dir=tmp_path / "run", tracker=tracker(tmp_path))
     assert result.finished
     said = [record.message for record in caplog.records if "Aim" in record.message]
-    assert said == ["Aim stopped tracking (OSError: too many open files); training goes on without it"]
+    assert said == ["Aim stopped tracking (OSError: too many open files); training continues without it"]
     assert aim_run(tmp_path / "run") is None
 
 

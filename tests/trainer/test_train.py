@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.toy import Toy
 from trainer import Diverged, Evaluation, TrainConfig, UserError, train
-from trainer.checkpoint import locked, read_checkpoint
+from trainer.checkpoint import lock_folder, read_checkpoint
 from trainer.tracking import Trackers
 
 CONFIG = {"batch_size": 4, "eval_every": 40, "log_every": 5, "save_every": 10, "precision": "fp32"}
@@ -215,7 +215,7 @@ def test_resume_never_refuses_a_used_directory(tmp_path: Path) -> None:
 
 
 def test_a_used_directory_is_locked(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(UserError, match="in use"):
+    with lock_folder(tmp_path), pytest.raises(UserError, match="in use"):
         train(Toy(), config(), run_dir=tmp_path)
 
 
@@ -244,7 +244,7 @@ def test_what_on_eval_raises_closes_everything_and_goes_on(tmp_path: Path) -> No
     with pytest.raises(Stop):
         train(Toy(), config(), run_dir=tmp_path, tracker=recorder, on_eval=on_eval)
     assert recorder.closed
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -311,7 +311,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, ca
     assert train(Toy(), config(), run_dir=tmp_path, tracker=Trackers([broken, whole])).finished
     assert len(broken.values) == 3 < len(whole.values)
     (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert said.getMessage() == "Broken failed; training goes on without it" and said.exc_info
+    assert said.getMessage() == "Broken failed; training continues without it" and said.exc_info
 
 
 def test_a_tracker_that_fails_is_closed_all_the_same(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from tests.toy import Toy
 from tests.tuner.studies_for_tests import build
 from trainer import TrainConfig, train
-from trainer.data.packed import PackedDataset, packed
+from trainer.data.packed import PackedDataset, open_packed
 from tuner import Runtime, launch, promote
 
 SIGNALS = [number for number in signal.Signals if number not in (signal.SIGKILL, signal.SIGSTOP)]
@@ -141,7 +141,7 @@ def test_packing_in_another_thread_leaves_the_handlers_alone(tmp_path: Path) -> 
     before, during = handlers(), []
     data = Arrays(lambda: during.append(handlers()))
     with ThreadPoolExecutor(1) as pool:
-        store = pool.submit(packed, data, tmp_path / "store", digest="d", mode=True).result()
+        store = pool.submit(open_packed, data, tmp_path / "store", digest="d", mode=True).result()
     assert isinstance(store, PackedDataset) and len(store) == 40
     assert len(during) >= 40 and all(one == before for one in [*during, handlers()])
 
@@ -149,7 +149,7 @@ def test_packing_in_another_thread_leaves_the_handlers_alone(tmp_path: Path) -> 
 def test_packing_in_the_main_thread_holds_signals_back_and_gives_the_handlers_back(tmp_path: Path) -> None:
     before, during = handlers(), []
     data = Arrays(lambda: during.append(signal.getsignal(signal.SIGINT)))
-    assert isinstance(packed(data, tmp_path / "store", digest="d", mode=True), PackedDataset)
+    assert isinstance(open_packed(data, tmp_path / "store", digest="d", mode=True), PackedDataset)
     assert any(handler is not note for handler in during), "it holds no signal back"
     assert handlers() == before
 
@@ -164,5 +164,5 @@ def test_a_packing_that_fails_gives_the_handlers_back(tmp_path: Path) -> None:
             raise RuntimeError("a defect of the dataset")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        packed(Arrays(fail), tmp_path / "store", digest="d", mode=True)
+        open_packed(Arrays(fail), tmp_path / "store", digest="d", mode=True)
     assert handlers() == before

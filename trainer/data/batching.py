@@ -1,9 +1,9 @@
-"""Which samples make up which batch: a pure function of (seed, epoch, position).
+"""Decides which samples form which batch: a pure function of (seed, epoch, position).
 
-Padding is paid for like real tokens, so batches are formed of samples of like length. Each epoch is shuffled
-and cut into pools of `bucket_samples`; a pool is sorted by length, give or take 2% by chance, cut into batches,
-and the epoch's batches are shuffled. What is given up: the samples of one batch are no longer independent
-draws, they are alike in length. Which samples meet still changes from epoch to epoch.
+Padding costs as much as real tokens, so a batch has samples of similar length. Each epoch is shuffled and split into
+pools of `bucket_samples`. A pool is sorted by length, with a random jitter of 2%, and split into batches, and the
+epoch's batches are shuffled. The cost: the samples of a batch are not independent draws, but similar in length. Which
+samples share a batch still changes from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.errors import UserError
 
-# Of a length. In a set smaller than one pool, sorting alone would make the same batches in every epoch.
+# Relative to a length. In a set smaller than one pool, sorting alone would give the same batches in every epoch.
 JITTER = 0.02
 
 
@@ -49,7 +49,7 @@ class BatchOrder:
         """[batches_per_epoch, batch_size] sample indices of one epoch."""
         random = np.random.default_rng((self.seed, epoch))
         samples = random.permutation(len(self.lengths))[: self.batches_per_epoch * self.batch_size]
-        # Pool by pool and in place: for millions of samples each further array would be tens of megabytes.
+        # Pool by pool and in place: for millions of samples each further array would take tens of megabytes.
         for start in range(0, len(samples), self.pool):
             pool = samples[start : start + self.pool]
             jitter = random.uniform(1 - JITTER, 1 + JITTER, len(pool)).astype(np.float32)
@@ -67,9 +67,9 @@ class BatchOrder:
 def validation_batches(
     lengths: np.ndarray, num_samples: int | None, *, seed: int, batch_size: int = 16
 ) -> list[np.ndarray]:
-    """The fixed validation set: `num_samples` drawn once by `seed`, in batches of like length.
+    """The fixed validation set: `num_samples` drawn once with `seed`, in batches of similar length.
 
-    Nothing of the training configuration enters, so every trial is measured on the same batches.
+    It does not depend on the training configuration, so every trial is measured on the same batches.
     """
     if len(lengths) == 0:
         raise UserError("the validation split has no samples: name data for it in [workload].")

@@ -1,4 +1,4 @@
-"""From sample indices to batches on the device: workers, pinning, and what to do with damaged samples."""
+"""From sample indices to batches on the device: workers, pinning, and damaged samples."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainer.workload import Batch, Dataset, Workload
 log = logging.getLogger(__name__)
 
 MAX_DAMAGED = 0.01
-# Standard deviations above MAX_DAMAGED of the samples read so far: more than that is no chance, and there is no need
-# to read millions before saying so.
+# In standard deviations. A count of damaged samples so far above MAX_DAMAGED of the samples read is no chance: the run
+# stops without reading millions first.
 CERTAIN = 5.0
 
 
@@ -44,10 +44,11 @@ class BatchReader(torch.utils.data.Dataset[Batch]):
 
 
 def check_lengths(data: Dataset) -> None:
-    """Hold a dataset's lengths against it: with fewer, some samples would never be drawn; with more, none is there.
+    """Check that a dataset has one length per sample. With fewer, some samples would never be drawn; with more, some
+    indices would have no sample.
 
     Raises:
-        UserError: They are not as many as its samples.
+        UserError: The numbers differ.
     """
     if len(data.lengths) != len(data):
         raise UserError(
@@ -57,14 +58,14 @@ def check_lengths(data: Dataset) -> None:
 
 
 def check_losses(workload: Workload, batch: Batch) -> None:
-    """Hold a workload's loss weights against what a batch counts.
+    """Check a workload's loss weights against the counts of a batch.
 
     Raises:
-        UserError: There is no weight, or one of a loss that the batch does not count.
+        UserError: There is no weight, or a weight of a loss that the batch does not count.
     """
     name, weights = type(workload).__name__, workload.loss_weights
     if not weights:
-        raise UserError(f"{name}.loss_weights is empty: name the losses that are to be minimized, and their weights.")
+        raise UserError(f"{name}.loss_weights is empty: name the losses to minimize, and their weights.")
     if unknown := sorted(weights.keys() - batch.counts.keys()):
         raise UserError(
             f"{name}.loss_weights names {', '.join(unknown)}, and its batches count {', '.join(sorted(batch.counts))}: "
@@ -73,7 +74,7 @@ def check_losses(workload: Workload, batch: Batch) -> None:
 
 
 class DamageCount:
-    """Names each damaged sample once, and stops the run when they are more than 1% of the data."""
+    """Logs each damaged sample once, and stops the run if they are more than 1% of the data."""
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples, self.num_reads = num_samples, 0
@@ -101,13 +102,13 @@ class _EndlessOrder(Sampler[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for indices in self.order.from_position(*self.start):
-            yield from micro_batches(indices, self.order.lengths[indices], self.num_micro_batches)
+            yield from split_batch(indices, self.order.lengths[indices], self.num_micro_batches)
 
 
-def micro_batches(indices: np.ndarray, lengths: np.ndarray, number: int) -> list[np.ndarray]:
-    """Cut a batch into `number` parts that differ by one sample at most, each of like length.
+def split_batch(indices: np.ndarray, lengths: np.ndarray, number: int) -> list[np.ndarray]:
+    """Split a batch into `number` parts that differ by at most one sample, each of similar length.
 
-    The longest come first: gradients, which the first forward pass need not share the memory with, are there later.
+    The longest come first: in the first forward pass there are no gradients yet, which leaves it more memory.
     """
     if number == 1:
         return [indices]
@@ -129,11 +130,11 @@ def train_batches(
     """Batches without end from `start` = (epoch, position) on; the same ones whatever `num_workers`.
 
     Args:
-        num_micro_batches: Each batch comes as so many in a row, which hold its samples.
+        num_micro_batches: Each batch is yielded as this number of micro-batches, one after the other.
 
     Raises:
-        UserError: At once where the data's lengths are not as many as its samples. With the first batch, where
-            `loss_weights` does not fit it; with any, where more than 1% of the samples are damaged.
+        UserError: At once, if the data has not one length per sample. With the first batch, if `loss_weights` does
+            not fit it. With any batch, if more than 1% of the samples are damaged.
     """
     loader = DataLoader(
         BatchReader(workload, data, pad_multiple),
@@ -144,38 +145,40 @@ def train_batches(
         # Its own generator: the loader must not draw from the random state that a checkpoint restores.
         generator=torch.Generator(),
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_reset_signals,
     )
-    return _checked(workload, loader, DamageCount(len(data)), device)
+    return _check_batches(workload, loader, DamageCount(len(data)), device)
 
 
-def _checked(workload: Workload, loader: Iterable[Batch], damage: DamageCount, device: torch.device) -> Iterator[Batch]:
+def _check_batches(
+    workload: Workload, loader: Iterable[Batch], damage: DamageCount, device: torch.device
+) -> Iterator[Batch]:
     unchecked = True
     for batch in loader:
         damage.add(batch.num_samples + len(batch.damaged), batch.damaged)
-        # The first batch stands for all. Here and not where it is read: a worker's exception comes with its traceback.
+        # The first batch represents all. Checked here, because an exception in a worker would carry its traceback.
         if unchecked and batch.num_samples:
             check_losses(workload, batch)
             unchecked = False
         yield batch.to(device)
 
 
-def _leave_signals(_: int) -> None:
-    """A worker inherits the handlers of its parent, which alone answers Ctrl-C and then ends its workers."""
+def _reset_signals(_: int) -> None:
+    """A worker inherits its parent's handlers. Only the parent handles Ctrl-C, and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fixed_batches(workload: Workload, data: Dataset, batches: Sequence[np.ndarray]) -> list[Batch]:
-    """The batches of the validation set in host memory: read once, used at every evaluation."""
+    """Read the batches of the validation set into host memory, once for all evaluations."""
     reader = BatchReader(workload, data)
     damage = DamageCount(sum(map(len, batches)))
-    kept: list[Batch] = []
+    fixed: list[Batch] = []
     for indices in batches:
         batch = reader[indices]
         damage.add(len(indices), batch.damaged)
         if batch.num_samples:
-            if not kept:
+            if not fixed:
                 check_losses(workload, batch)
-            kept.append(batch)
-    return kept
+            fixed.append(batch)
+    return fixed

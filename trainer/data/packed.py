@@ -1,6 +1,6 @@
-"""Thousands of small files as one store that is mapped into memory, made on first use.
+"""Thousands of small files as one memory-mapped store, created on first use.
 
-    data = packed(data, path, digest=..., build=MySample._make)
+    data = open_packed(data, path, digest=..., build=MySample._make)
 
 Reading a sample from a store opens no file, copies nothing and checks nothing: its arrays are read-only views of the
 mapped files, and the operating system's page cache is shared by all processes. `trainer.data.packing` writes the stores.
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from trainer.errors import DamagedSample, UserError
 from trainer.data.packed_store import Header, map_field, map_places
-from trainer.data.packing import CannotPack, Estimate, between_samples, duration, estimate, pack
+from trainer.data.packing import CannotPack, Estimate, defer_signals, duration, estimate, pack
 from trainer.units import format_bytes
 from trainer.workload import Dataset
 
@@ -32,20 +32,20 @@ Mode = Literal["auto"] | bool
 
 AUTO_BYTES = 20e9
 AUTO_SHARE = 1 / 4
-"""Of the free disk: checkpoints need some too."""
+"""Of the free disk: checkpoints need some, too."""
 NUM_COMPARED = 16
 
 
 class PackedDataset:
     """The samples of `data`, read from the store at `path`. A sample that was damaged when it was packed is read from
-    `data`: it raises `DamagedSample`, or is there if it was mended since.
+    `data`, which raises `DamagedSample`, or returns the sample if it was repaired since.
 
     Raises:
         UserError: The store is not that of `digest`.
     """
 
     mapped = True
-    """Reading costs no more than the memory's pages: no loader worker would be faster."""
+    """Samples are views of mapped pages: loader workers would not read them faster."""
 
     def __init__(self, data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]], Any]) -> None:
         self._data, self._path, self._digest, self._build = data, path, digest, build
@@ -72,11 +72,11 @@ class PackedDataset:
         if places[0] < 0:
             return self._data[index]
         ends = places[len(self._fields) :]
-        # The ends are as many as the fields, and so bound the zip.
+        # `places` holds all starts and then all ends; `zip` stops after the last field.
         return self._build([field[start:end] for field, start, end in zip(self._fields, places, ends, strict=False)])
 
 
-def packed(
+def open_packed(
     data: Dataset,
     path: Path,
     *,
@@ -84,24 +84,24 @@ def packed(
     build: Callable[[Iterable[Any]], Any] = tuple,
     mode: Mode = "auto",
 ) -> Dataset:
-    """`data` from a packed store at `path`, which is made first where there is none of this digest.
+    """Open the packed store of `data` at `path`; create it first if there is none with this digest.
 
     Args:
         data: Samples that are tuples of arrays, each field of one dtype and one shape but for the first dimension.
-        path: The store's folder. Beside it lie `.partial` while it is made, and a lock.
+        path: The store's folder. Beside it are a lock and, while the store is written, `.partial`.
         digest: Identifies the contents of `data`, and how they are checked; a store of another one is replaced.
-        build: Makes a sample of its arrays: `MySample._make` for a NamedTuple.
-        mode: "auto" packs what needs no more than 20 GB and a quarter of the free disk, else returns `data` as it is
-            and says why. True packs whatever the disk can hold. False returns `data`.
+        build: Builds a sample from its arrays: `MySample._make` for a NamedTuple.
+        mode: "auto" packs data that needs at most 20 GB and a quarter of the free disk; otherwise it logs the reason
+            and returns `data`. True packs all that fits on the disk. False returns `data`.
 
     Raises:
         UserError: `mode` is True, and the data can't be packed.
-        KeyboardInterrupt: A stop signal came; the next call goes on with the packing.
+        KeyboardInterrupt: A stop signal came; the next call continues the packing.
     """
     if mode is False:
         return data
     try:
-        return _open(data, path, digest, build) or _make(data, path, digest, build, mode)
+        return _open(data, path, digest, build) or _create(data, path, digest, build, mode)
     except CannotPack as reason:
         if mode is True:
             remedy = "free some space and start again, or read the files as they are with pack = false"
@@ -111,97 +111,98 @@ def packed(
 
 
 def _open(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]], Any]) -> PackedDataset | None:
-    """The store, or None where there is none, or it is not what the files hold."""
+    """Open the store; None if it is missing or incomplete, or differs from the files."""
     header = Header.read(path, digest, len(data))
     if header is None or header.num_done < header.num_samples:
         return None
     store = PackedDataset(data, path, digest, build)
     if not _equals(store, data):
-        log.warning("%s holds other arrays than the files do, which have changed: it is packed again", path)
+        log.warning("%s holds other arrays than the files do: they have changed and are packed again", path)
         return None
-    log.info("%s, mapped into memory: %s", path, contents(header))
+    log.info("%s, mapped into memory: %s", path, describe_store(header))
     return store
 
 
-def contents(header: Header) -> str:
+def describe_store(header: Header) -> str:
     damaged = f", {header.num_damaged:,} of them damaged and read from their files" if header.num_damaged else ""
     return f"{header.num_samples:,} samples{damaged}, {format_bytes(header.num_bytes)}"
 
 
 def _equals(store: PackedDataset, data: Dataset) -> bool:
-    """Compare a few samples: the digest is that of a list of files, and they may be made anew under their names."""
+    """Compare a few samples: the digest covers a list of files, which may have new contents under the same names."""
     for index in np.linspace(0, len(data) - 1, min(NUM_COMPARED, len(data))).astype(int).tolist():
         try:
             original = data[index]
         except DamagedSample:
             continue
-        # By their bytes: NaN equals itself there.
+        # Compared as bytes, where NaN equals itself.
         if [(a.shape, a.tobytes()) for a in original] != [(a.shape, a.tobytes()) for a in store[index]]:
             return False
     return True
 
 
-def _make(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]], Any], mode: Mode) -> PackedDataset:
+def _create(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]], Any], mode: Mode) -> PackedDataset:
     partial = path.with_name(path.name + ".partial")
-    with _locked(path):
+    with _lock_store(path):
         if store := _open(data, path, digest, build):
             return store
         needed = estimate(data)
-        # What an interrupted packing has written is part of what is needed.
+        # The files of an interrupted packing are part of the needed space.
         written = sum(file.stat().st_size for file in partial.glob("*"))
         free = shutil.disk_usage(path.parent).free + written
         try:
-            ceiling = _ceiling(needed, free, path.parent, mode)
-            found = Header.read(partial, digest, len(data))
-            left = len(data) - (found.num_done if found else 0)
-            took = duration(needed.seconds * left / len(data))
-            log.info("packing into %s: %s, of %s free, and about %s", path, needs(needed), format_bytes(free), took)
+            ceiling = _choose_ceiling(needed, free, path.parent, mode)
+            interrupted = Header.read(partial, digest, len(data))
+            left = len(data) - (interrupted.num_done if interrupted else 0)
+            time_left = duration(needed.seconds * left / len(data))
+            space = describe_needs(needed)
+            log.info("packing into %s: %s, of %s free, and about %s", path, space, format_bytes(free), time_left)
             started = time.perf_counter()
             header = pack(data, partial, digest, needed.fields, ceiling=ceiling)
         except CannotPack:
-            # What is in the way of "auto" must not fill the disk; for True it is where the next start goes on.
+            # With "auto", an unfinished store must not fill the disk; with True, the next start continues it.
             if mode == "auto":
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        _put(partial, path)
+        _replace(partial, path)
     seconds = time.perf_counter() - started
-    log.info("packed in %.1fs (%.0f samples/s): %s", seconds, left / seconds, contents(header))
+    log.info("packed in %.1fs (%.0f samples/s): %s", seconds, left / seconds, describe_store(header))
     return PackedDataset(data, path, digest, build)
 
 
-def needs(needed: Estimate) -> str:
+def describe_needs(needed: Estimate) -> str:
     return f"it needs about {format_bytes(needed.num_bytes)} of disk ({needed.details})"
 
 
-def _ceiling(needed: Estimate, free: float, folder: Path, mode: Mode) -> float:
-    """The bytes which the store must not exceed. Raises `CannotPack` where it needs too much."""
+def _choose_ceiling(needed: Estimate, free: float, folder: Path, mode: Mode) -> float:
+    """Returns the limit on the store's bytes. Raises `CannotPack` if it needs too much."""
     if mode is True:
         if needed.num_bytes > free:
-            raise CannotPack(f"{needs(needed)}, and {format_bytes(free)} are free in {folder}")
+            raise CannotPack(f"{describe_needs(needed)}, and {format_bytes(free)} are free in {folder}")
         return math.inf
     limit = min(AUTO_BYTES, AUTO_SHARE * free)
     if needed.num_bytes > limit:
         bound = format_bytes(AUTO_BYTES) if limit == AUTO_BYTES else f"a quarter of the {format_bytes(free)} free"
-        raise CannotPack(f"{needs(needed)}, more than {bound} (pack = true packs it all the same)")
+        raise CannotPack(f"{describe_needs(needed)}, more than {bound} (pack = true packs it anyway)")
     return 2 * limit
 
 
-def _put(partial: Path, path: Path) -> None:
-    """Make the partial store the store; whoever still reads the one before keeps its files until then."""
-    before = path.with_name(path.name + ".old")
+def _replace(partial: Path, path: Path) -> None:
+    """Move the partial store to `path`. Processes that read the previous store keep its files while they are open."""
+    previous = path.with_name(path.name + ".old")
     try:
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
         if path.exists():
-            path.rename(before)
+            path.rename(previous)
         partial.rename(path)
     except OSError as error:
         raise CannotPack(f"{path} can't be replaced: {error.strerror}") from error
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the right to make the store; waits for another process that is making it."""
+def _lock_store(path: Path) -> Iterator[None]:
+    """Lock the store for writing; waits while another process writes it."""
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +210,8 @@ def _locked(path: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("another process is packing %s: waiting for it", path)
-            with between_samples() as asked:
-                while not lock.is_locked and not asked:
+            with defer_signals() as signals:
+                while not lock.is_locked and not signals:
                     try:
                         lock.acquire(timeout=0.5)
                     except Timeout:

@@ -1,8 +1,8 @@
-"""The form of a packed store: a folder that `trainer.data.packing` writes and `trainer.data.packed` reads.
+"""The file format of a packed store: a folder that `trainer.data.packing` writes and `trainer.data.packed` reads.
 
-    header.json    version, digest, how many samples there are and how many are done, and each field's form
-    places.bin     [samples, 2 x fields] int64: where each array begins in its field's file, and then where it
-                   ends, in rows; -1 for a sample that could not be read
+    header.json    version, digest, number of all and of packed samples, dtype and shape of each field
+    places.bin     [samples, 2 x fields] int64: the rows in the fields' files at which the sample's arrays
+                   begin, and then those at which they end; -1 for a sample that could not be read
     field-0.bin    the arrays of the first field, raw, one after the other; and so on
 
 Equal arrays of 1 KB and more (a speaker's vectors, named by thousands of samples) are stored once.
@@ -25,13 +25,13 @@ HEADER, PLACES = "header.json", "places.bin"
 
 @dataclass(frozen=True)
 class Field:
-    """One entry of the samples' tuples, in all samples: arrays [rows, *shape] of one dtype."""
+    """One field of all samples: arrays [rows, *shape] of one dtype."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     rows: int = 0
-    """How many are stored."""
+    """Number of rows stored."""
 
     @property
     def row_bytes(self) -> int:
@@ -44,7 +44,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Header:
-    """What is in a store, whole or in the making."""
+    """The content of a store, complete or not."""
 
     digest: str
     num_samples: int
@@ -70,7 +70,7 @@ class Header:
 
     @classmethod
     def read(cls, folder: Path, digest: str, num_samples: int) -> Header | None:
-        """The header of the store of `digest`, or None where `folder` does not hold what it says."""
+        """Read the header of the store of `digest`; None if `folder` does not hold that store, or files are too short."""
         try:
             values = json.loads((folder / HEADER).read_text(encoding="utf-8"))
             if (values.pop("version"), values["digest"], values["num_samples"]) != (VERSION, digest, num_samples):
@@ -90,7 +90,7 @@ def field_path(folder: Path, number: int) -> Path:
 
 
 def map_file(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The file's beginning as a read-only array, mapped into memory. A plain one: views of np.memmap are slow."""
+    """Map the beginning of a file as a read-only array. A plain array, because views of np.memmap are slow."""
     num_bytes = np.dtype(dtype).itemsize * math.prod(shape)
     if not num_bytes:
         return np.empty(shape, dtype)
@@ -100,10 +100,10 @@ def map_file(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def map_field(folder: Path, number: int, field: Field) -> np.ndarray:
-    """[rows, *shape]: all rows of a field."""
+    """Map all rows of a field: [rows, *shape]."""
     return map_file(field_path(folder, number), field.dtype, (field.rows, *field.shape))
 
 
 def map_places(folder: Path, header: Header) -> np.ndarray:
-    """[samples done, 2 x fields] int64."""
+    """Map the places: [packed samples, 2 x fields] int64."""
     return map_file(folder / PLACES, "i8", (header.num_done, 2 * len(header.fields)))

@@ -1,7 +1,7 @@
-"""Writing a packed store: what it will need, and then its samples one after the other.
+"""Writes a packed store: estimates its size, then writes its samples one after the other.
 
-The header is written every 10 s and at the end, after the files were flushed: a packing that was killed goes on from
-there, whatever else its files hold.
+The header is written every 10 s and at the end, after the files were flushed. A packing that was killed continues from
+the header, and drops later bytes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from trainer.workload import Dataset
 log = logging.getLogger(__name__)
 
 DEDUPLICATED = 1024
-"""Bytes from which on an array is looked for among those stored. Each distinct one costs 0.1 KB of memory."""
+"""Equal arrays of at least this many bytes are stored once. Each distinct one costs 0.1 KB of memory."""
 RECORD_EVERY = 10.0
 NUM_PROBED = 512
 PROBE_SECONDS = 1.0
-# Of the samples probed. The loader stops a run at 1%, so packing them would be for nothing.
+# Share of the samples probed. The loader stops a run at 1%, so packing more would be useless.
 MAX_DAMAGED = 0.05
 
 
 class CannotPack(Exception):
-    """Why this data, on this disk, is not packed."""
+    """This data can't be packed on this disk; the message gives the reason."""
 
 
-def form(sample: Any) -> tuple[Field, ...]:
-    """The fields of a sample. Raises `CannotPack` where it is no tuple of arrays."""
+def read_fields(sample: Any) -> tuple[Field, ...]:
+    """Returns the fields of a sample. Raises `CannotPack` if it is no tuple of arrays."""
     arrays = isinstance(sample, tuple) and all(isinstance(a, np.ndarray) and a.ndim for a in sample)
     if not arrays or not sample or any(a.dtype.kind in "OV" for a in sample):
         raise CannotPack("its samples are no tuples of numpy arrays")
@@ -53,20 +53,20 @@ def form(sample: Any) -> tuple[Field, ...]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What packing needs, from some samples drawn at random."""
+    """Space and time of a packing, estimated from random samples."""
 
     fields: tuple[Field, ...]
     num_bytes: int
     seconds: float
     details: str
-    """The bytes of each field, and how many distinct arrays of it there are about."""
+    """The bytes of each field, and its approximate number of distinct arrays."""
 
 
 def estimate(data: Dataset) -> Estimate:
     """Read `NUM_PROBED` samples, or as many as `PROBE_SECONDS` allow, and project their sizes to all.
 
     Raises:
-        CannotPack: The samples are of different forms, or too many of them are damaged.
+        CannotPack: The samples differ in their fields, or too many of them are damaged.
     """
     started, total = time.perf_counter(), len(data)
     if not total:
@@ -84,15 +84,15 @@ def estimate(data: Dataset) -> Estimate:
             num_damaged += 1
             continue
         if not fields:
-            fields = form(sample)
+            fields = read_fields(sample)
             small, large = [0] * len(fields), [Counter() for _ in fields]
-        if form(sample) != fields:
+        if read_fields(sample) != fields:
             raise CannotPack("its samples differ in dtype or shape")
         for number, values in enumerate(sample):
             if values.nbytes < DEDUPLICATED:
                 small[number] += values.nbytes
             else:
-                key = digest_of(values)
+                key = compute_digest(values)
                 large[number][key] += 1
                 sizes[key] = values.nbytes
         if time.perf_counter() - started > PROBE_SECONDS and num_read >= 32:
@@ -101,7 +101,7 @@ def estimate(data: Dataset) -> Estimate:
         raise CannotPack(f"{num_damaged} of {num_read} samples probed are missing or damaged")
     share, parts, num_bytes = total / num_read, [], 16 * len(fields) * total
     for field, in_small, counts in zip(fields, small, large, strict=True):
-        distinct = num_distinct(counts, round(share * counts.total()))
+        distinct = estimate_distinct(counts, round(share * counts.total()))
         mean = sum(sizes[key] for key in counts) / max(1, len(counts))
         needed = round(share * in_small + distinct * mean)
         parts.append(f"{field.name} {format_bytes(needed)}" + (f" (about {distinct:,} distinct)" if distinct else ""))
@@ -110,9 +110,9 @@ def estimate(data: Dataset) -> Estimate:
     return Estimate(fields, num_bytes, seconds, ", ".join(parts))
 
 
-def num_distinct(counts: Mapping[bytes, int], total: int) -> int:
-    """How many kinds there are among `total`, from how often each kind was drawn: Chao's estimate of 1984. It is
-    a lower bound; where no kind was drawn twice, every one is taken to be distinct."""
+def estimate_distinct(counts: Mapping[bytes, int], total: int) -> int:
+    """Estimate the number of kinds among `total` from how often each kind was drawn (Chao 1984). The estimate is a
+    lower bound; if no kind was drawn twice, all are taken as distinct."""
     drawn, once = sum(counts.values()), sum(count == 1 for count in counts.values())
     if once == drawn:
         return total
@@ -121,13 +121,13 @@ def num_distinct(counts: Mapping[bytes, int], total: int) -> int:
     return len(counts) + min(unseen, max(0, total - drawn))
 
 
-def raw(values: np.ndarray) -> memoryview:
-    """The array's bytes, without a copy where they lie one after the other."""
+def view_bytes(values: np.ndarray) -> memoryview:
+    """The array's bytes, without a copy if they are contiguous."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
-def digest_of(values: np.ndarray) -> bytes:
-    return hashlib.sha256(raw(values)).digest()[:16]
+def compute_digest(values: np.ndarray) -> bytes:
+    return hashlib.sha256(view_bytes(values)).digest()[:16]
 
 
 def duration(seconds: float) -> str:
@@ -135,45 +135,46 @@ def duration(seconds: float) -> str:
 
 
 def pack(data: Dataset, folder: Path, digest: str, fields: tuple[Field, ...], *, ceiling: float) -> Header:
-    """Write the samples into `folder`; goes on where an earlier packing of the same digest was interrupted.
+    """Write the samples into `folder`; continues an interrupted packing of the same digest.
 
-    A stop signal ends it after a sample, with all that was done recorded, as KeyboardInterrupt.
+    A stop signal ends it after the current sample: all finished samples are recorded, and KeyboardInterrupt is raised.
 
     Args:
-        fields: The form of all samples, from `estimate`.
-        ceiling: Bytes which the store must not exceed.
+        fields: The fields of all samples, from `estimate`.
+        ceiling: Limit on the store's bytes.
 
     Raises:
-        CannotPack: The disk can't hold it, it grows past `ceiling`, or a sample is of another form.
+        CannotPack: The disk can't hold it, it grows past `ceiling`, or a sample has other fields.
     """
-    begun = Header(digest, len(data), 0, 0, fields)
-    found = Header.read(folder, digest, len(data))
-    if found and form_of(found) == form_of(begun):
-        begun = found
-        log.info("going on after %s samples that an earlier packing left", f"{begun.num_done:,}")
-    started = said = time.monotonic()
-    with between_samples() as asked, _Writer(folder, begun) as writer:
-        while writer.num_done < len(data) and not asked:
+    header = Header(digest, len(data), 0, 0, fields)
+    interrupted = Header.read(folder, digest, len(data))
+    if interrupted and _drop_rows(interrupted) == _drop_rows(header):
+        header = interrupted
+        log.info("continuing an earlier packing after %s samples", f"{header.num_done:,}")
+    num_before = header.num_done
+    started = recorded = time.monotonic()
+    with defer_signals() as signals, _Writer(folder, header) as writer:
+        while writer.num_done < len(data) and not signals:
             try:
                 sample = data[writer.num_done]
             except DamagedSample:
                 writer.add_damaged()
             else:
                 writer.add(sample)
-            if (now := time.monotonic()) - said >= RECORD_EVERY:
-                header, said = writer.record(), now
-                _say_progress(header, begun.num_done, now - started)
+            if (now := time.monotonic()) - recorded >= RECORD_EVERY:
+                header, recorded = writer.record(), now
+                _log_progress(header, num_before, now - started)
                 if header.num_bytes > ceiling:
                     raise CannotPack(f"it grew to {format_bytes(header.num_bytes)}, far more than was estimated")
     return writer.header
 
 
-def form_of(header: Header) -> list[Field]:
+def _drop_rows(header: Header) -> list[Field]:
     return [replace(field, rows=0) for field in header.fields]
 
 
-def _say_progress(header: Header, before: int, seconds: float) -> None:
-    speed = (header.num_done - before) / seconds
+def _log_progress(header: Header, num_before: int, seconds: float) -> None:
+    speed = (header.num_done - num_before) / seconds
     log.info(
         "packing: %s of %s samples, %s, %.0f samples/s, about %s left",
         f"{header.num_done:,}",
@@ -185,28 +186,29 @@ def _say_progress(header: Header, before: int, seconds: float) -> None:
 
 
 @contextmanager
-def between_samples() -> Iterator[list[int]]:
-    """Hold stop signals back: they are listed, and on leaving the first is handed to its handler and KeyboardInterrupt
-    raised. What is being written is then never torn, and a handler that only takes note is no reason to go on."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
+def defer_signals() -> Iterator[list[int]]:
+    """Defer stop signals: they are listed, and at the exit the first one is passed to its handler, and
+    KeyboardInterrupt is raised. So no write is torn, and packing stops even if the handler only sets a flag."""
+    received: list[int] = []
+    deferred: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in before:
-        signal.signal(number, lambda number, _: asked.append(number))
+        deferred = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in deferred:
+        signal.signal(number, lambda number, _: received.append(number))
     try:
-        yield asked
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in deferred.items():
             signal.signal(number, handler)
-        if asked:
-            before[asked[0]](asked[0], None)
+        if received:
+            deferred[received[0]](received[0], None)
             raise KeyboardInterrupt
 
 
 class _Writer:
-    """Appends samples to a store's files. Left by an exception, it records what it has, so that it can go on."""
+    """Appends samples to a store's files. At the exit it records them, unless by `CannotPack`, so that a packing can
+    continue."""
 
     def __init__(self, folder: Path, header: Header) -> None:
         self.folder, self.header = folder, header
@@ -218,7 +220,7 @@ class _Writer:
             ends = [header.places_bytes, *(field.num_bytes for field in header.fields)]
             paths = [folder / PLACES, *(field_path(folder, n) for n in range(len(header.fields)))]
             self._files = [opened.enter_context(_append(path, end)) for path, end in zip(paths, ends, strict=True)]
-            self._stored = [self._known(number) for number in range(len(header.fields))]
+            self._stored = [self._find_stored(number) for number in range(len(header.fields))]
             self._open = opened.pop_all()
 
     def __enter__(self) -> _Writer:
@@ -229,7 +231,7 @@ class _Writer:
             if kind is None or not issubclass(kind, CannotPack):
                 self.record()
         finally:
-            # After a failed write the buffers hold what could not be written, and closing fails again.
+            # After a failed write the buffers still hold unwritten bytes, so closing fails again.
             with suppress(OSError):
                 self._open.close()
 
@@ -253,7 +255,7 @@ class _Writer:
         self.num_damaged += 1
 
     def record(self) -> Header:
-        """Make what was added so far last."""
+        """Write all samples so far to disk, then the header that counts them."""
         with self._writing():
             self._files[0].write(self._places)
             self._places = array("q")
@@ -268,20 +270,20 @@ class _Writer:
         return self.header
 
     def _place(self, number: int, values: np.ndarray) -> int:
-        """The row at which the array stands in its field's file; written there if it is new."""
+        """Returns the array's row in its field's file; writes it there if it is new."""
         start = self._rows[number]
         if values.nbytes >= DEDUPLICATED:
-            # setdefault: one look-up whether it is new or not.
-            stored = self._stored[number].setdefault(digest_of(values), start)
+            # setdefault: one look-up for new and stored arrays.
+            stored = self._stored[number].setdefault(compute_digest(values), start)
             if stored != start:
                 return stored
         with self._writing():
-            self._files[1 + number].write(raw(values))
+            self._files[1 + number].write(view_bytes(values))
         self._rows[number] += len(values)
         return start
 
-    def _known(self, number: int) -> dict[bytes, int]:
-        """Where the large arrays of a field stand that an earlier packing stored."""
+    def _find_stored(self, number: int) -> dict[bytes, int]:
+        """Digest -> row of a field's large arrays that an earlier packing stored."""
         if not self.header.num_done:
             return {}
         field, count = self.header.fields[number], len(self.header.fields)
@@ -290,7 +292,7 @@ class _Writer:
         first, index = np.unique(starts[large], return_index=True)
         rows = map_field(self.folder, number, field)
         both = zip(first.tolist(), ends[large][index].tolist(), strict=True)
-        return {digest_of(rows[start:end]): start for start, end in both}
+        return {compute_digest(rows[start:end]): start for start, end in both}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -301,7 +303,7 @@ class _Writer:
 
 
 def _append(path: Path, end: int) -> IO[bytes]:
-    """Open a file to write on at `end`; what lies behind was never recorded."""
+    """Open a file to write at `end`, and drop later bytes, which were never recorded."""
     file = open(path, "r+b" if end else "wb", buffering=1 << 20)  # noqa: SIM115
     file.truncate(end)
     file.seek(end)

@@ -1,3 +1,3 @@
-"""Prodigy at memory speed: the optimizer, and its kernels for CPU and CUDA."""
+"""Prodigy at memory speed: the optimizer, and its kernels in C for CPU and in Triton for CUDA."""
 
 from trainer.prodigy.optimizer import Prodigy as Prodigy

@@ -1,6 +1,6 @@
-"""Prodigy's kernels for the CPU, in C: compiled by the system's compiler in half a second, called through ctypes.
+"""Prodigy's kernels for the CPU, in C.
 
-They use PyTorch's own OpenMP threads.
+The system's compiler builds them in half a second, and ctypes calls them. They run on PyTorch's own OpenMP threads.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Elements a kernel works on at a time. Its sums are float32 within a chunk and float64 across chunks, so they
+# Elements in a chunk, the unit of work of a thread. Sums are float32 within a chunk and float64 across chunks, so they
 # depend on neither the number of threads nor the order in which they run.
 CHUNK_SIZE = 8192
 
@@ -142,13 +142,13 @@ void squares(const int64_t *table, const int32_t *owner, int64_t chunks, int thr
 
 
 @functools.cache
-def c_kernels() -> ctypes.CDLL | None:
-    """The C kernels, compiled for this machine (about 0.5 s, once a process); None without a compiler."""
-    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if found is None:
+def load_c_kernels() -> ctypes.CDLL | None:
+    """Compile the C kernels for this machine (about 0.5 s, once per process); None without a compiler."""
+    command = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if command is None:
         logger.warning("prodigy: no C compiler (cc, gcc or clang); the optimizer runs as slowly as prodigyopt")
         return None
-    compiler = shlex.split(found)
+    compiler = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
         source, objects, library = (str(Path(folder, f"prodigy.{end}")) for end in ("c", "o", "so"))
         Path(source).write_text(_C_SOURCE)
@@ -165,16 +165,16 @@ def c_kernels() -> ctypes.CDLL | None:
             subprocess.run([*compiler, *flags, "-c", source, "-o", objects], check=True, capture_output=True)
             # Linked without an OpenMP library: the symbols are PyTorch's own, so there is one thread pool.
             subprocess.run([*compiler, "-shared", objects, "-o", library], check=True, capture_output=True)
-            return _with_signatures(ctypes.CDLL(library))
+            return _set_signatures(ctypes.CDLL(library))
         except subprocess.CalledProcessError as error:
             reason = error.stderr.decode(errors="replace").strip()[-500:]
         except OSError as error:
             reason = str(error)
-    logger.warning("prodigy: %s made no kernel; the optimizer runs as slowly as prodigyopt: %s", found, reason)
+    logger.warning("prodigy: %s compiled no kernels; the optimizer runs as slowly as prodigyopt: %s", command, reason)
     return None
 
 
-def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+def _set_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     chunks: list[Any] = [pointer, pointer, size]
     library.first_pass.argtypes = [*chunks, size, pointer, *[real] * 4, threads, pointer]

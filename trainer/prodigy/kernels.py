@@ -1,7 +1,7 @@
-"""Prodigy's kernels: one step's work on many tensors in two passes over memory.
+"""Prodigy's kernels: one step on many tensors in two passes over memory.
 
-On CPU they are C (`c_kernels.py`), on CUDA Triton (`triton_kernels.py`). Both read a table of addresses, so no tensor
-has to move.
+On CPU they are in C (`c_kernels.py`), on CUDA in Triton (`triton_kernels.py`). Both read a table of addresses, so no
+tensor has to move.
 """
 
 import ctypes
@@ -12,30 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.prodigy.c_kernels import CHUNK_SIZE, c_kernels
-from trainer.prodigy.triton_kernels import triton_kernels
+from trainer.prodigy.c_kernels import CHUNK_SIZE, load_c_kernels
+from trainer.prodigy.triton_kernels import load_triton_kernels
 
-# The coefficients a kernel reads, decided on the device. The mode of the first pass: 0 nothing, 1 moments,
-# 2 moments and update; of the second: 0 nothing, 1 update, 2 correct an update made with the old d.
+# The order of the coefficients that a kernel reads, in C and Triton too. They are computed on the device. Mode of the
+# first pass: 0 nothing, 1 moments, 2 moments and update. Of the second: 0 nothing, 1 update, 2 correct an update made
+# with the old d.
 MODE, SCALE, RATE1, RATE2, RATE3, DLR, SHRINK, OLD_EPS, NEW_EPS, DLR_D = range(10)
 
 
 @functools.lru_cache(maxsize=16)
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Which tensor each chunk belongs to (int32, on the device), and each tensor's first chunk."""
+    """The tensor of each chunk (int32, on the device), and the first chunk of each tensor."""
     counts = torch.tensor([-(-size // CHUNK_SIZE) for size in sizes])
     owner = torch.repeat_interleave(torch.arange(len(sizes)), counts).int()
     return _upload(owner, device), (counts.cumsum(0) - counts).tolist()
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it; a pageable copy would wait."""
+    """Copy to the device without waiting for it; a pageable copy would wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)
 class Constants:
-    """A group's numbers that the host knows."""
+    """A parameter group's values that are known on the host."""
 
     beta1: float
     beta2: float
@@ -47,8 +48,8 @@ class Constants:
 
 
 class Kernel:
-    """Tensors as a table of addresses, made anew each step: gradients stay where autograd puts them, and a
-    parameter or its state may be replaced at any time.
+    """Tensors as a table of addresses, built for each step: gradients stay where autograd puts them, and a
+    parameter or its state may be replaced between steps.
 
     Each row is (gradient, parameter, p0, exp_avg, exp_avg_sq, s).
     """
@@ -59,7 +60,7 @@ class Kernel:
         sizes = tuple(row[0].numel() for row in rows)
         self.owner, first = _chunks(sizes, self.device)
         table = [
-            # A 0-dimensional p0 stands for zeros, which a kernel knows as the address 0.
+            # A 0-dimensional p0 means zeros; for the kernels that is the address 0.
             [g.data_ptr(), p.data_ptr(), p0.data_ptr() if p0.dim() else 0, *(t.data_ptr() for t in state), n, k]
             for (g, p, p0, *state), n, k in zip(rows, sizes, first, strict=True)
         ]
@@ -93,7 +94,7 @@ class Kernel:
         return out.sum().sqrt().float()
 
     def _launch(self, which: int, *arguments: Any, **constants: int) -> None:
-        kernels = triton_kernels()
+        kernels = load_triton_kernels()
         assert kernels is not None
         if len(self.owner):
             with torch.cuda.device(self.device):
@@ -103,7 +104,7 @@ class Kernel:
 
 
 def _c_library() -> ctypes.CDLL:
-    library = c_kernels()
+    library = load_c_kernels()
     assert library is not None
     return library
 
@@ -115,13 +116,14 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels for this kind of device can be loaded."""
     if device.type == "cuda":
-        return triton_kernels() is not None
-    return device.type == "cpu" and c_kernels() is not None
+        return load_triton_kernels() is not None
+    return device.type == "cpu" and load_c_kernels() is not None
 
 
-def check_fit(row: tuple[Tensor, ...], slice_p: int) -> None:
-    """A kernel goes by addresses: with state of another size, type or device it would write elsewhere."""
+def check_state(row: tuple[Tensor, ...], slice_p: int) -> None:
+    """Refuse state of another size, type or device: a kernel uses addresses only, and would write elsewhere."""
     grad, param, p0, exp_avg, exp_avg_sq, s = row
     whole, sliced = param.nbytes, 4 * -(-param.numel() // slice_p)
     fits = grad.nbytes == exp_avg.nbytes == exp_avg_sq.nbytes == whole and s.nbytes == sliced

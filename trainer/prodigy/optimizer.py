@@ -1,10 +1,9 @@
 """Prodigy at memory speed: prodigyopt's optimizer with the same numbers and the same state dict.
 
-prodigyopt waits for two `.item()` per parameter and passes over its memory some twenty times. Here one
-kernel a step reads and writes every number once, and every scalar (d, its numerator, the step counters)
-stays on the device. On CPU the kernel is C, compiled by the system's compiler in half a second and called
-through ctypes; on CUDA it is Triton; without a compiler, and for anything that is not contiguous float32,
-it is PyTorch's own operations: the same numbers, as slow as prodigyopt.
+prodigyopt waits for two `.item()` per parameter, and reads its memory about twenty times. Here one kernel per
+step reads and writes every number once, and every scalar (d, its numerator, the step counters) stays on the
+device. The kernel is in C on CPU and in Triton on CUDA (`kernels.py`). Without a compiler, and for tensors that
+are not contiguous float32, PyTorch's own operations compute the same numbers, as slowly as prodigyopt.
 
     optimizer = Prodigy(model.parameters(), weight_decay=0.01)
     norm = optimizer.grad_norm()                                # one pass, on the device
@@ -12,15 +11,14 @@ it is PyTorch's own operations: the same numbers, as slow as prodigyopt.
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)     # clip without another pass
     optimizer.step()
 
-The bytes: 36 a parameter for the moments and the sums that d comes from, 16 for the update. But an update
-uses the d from before the step, and the new one only in `d * eps`. So once d has come to rest, which is most of
-a training run, the first kernel updates the parameters too (40 bytes in all), and the second does nothing,
-unless d has risen after all: then it corrects them.
+Memory traffic: 36 bytes per parameter for the moments and the sums that give d, 16 for the update. But an update
+uses the d from before the step, and the new one only in `d * eps`. So once d no longer rises, which is most of a
+training run, the first pass updates the parameters, too (40 bytes in all). The second pass does nothing, unless
+d has risen: then it corrects the update.
 """
 
 import contextlib
 import io
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,19 +39,17 @@ from trainer.prodigy.kernels import (
     SHRINK,
     Constants,
     Kernel,
-    check_fit,
+    check_state,
     has_kernels,
     is_plain,
 )
 
-logger = logging.getLogger(__name__)
-
-# What prodigyopt keeps in every parameter group and changes in step().
+# Values that prodigyopt keeps in every parameter group and changes in step().
 _SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
 
 
 class _Operations:
-    """One parameter by PyTorch's own operations: any layout, any float type, any device.
+    """One parameter, updated by PyTorch's own operations: any layout, any float type, any device.
 
     A skipped update multiplies by one and adds zeros that were selected (NaN x 0 would be NaN).
     """
@@ -93,25 +89,25 @@ class _Operations:
 
 
 class _Part:
-    """One group's share of a step: its parameters that have a gradient, by kernel where possible."""
+    """One group's part of a step: its parameters with a gradient, by kernel where possible."""
 
     def __init__(
         self, group: dict[str, Any], const: Constants, rows: Sequence[tuple[Tensor, ...]], use_kernels: bool
     ) -> None:
         self.group, self.const, self.rows = group, const, rows
-        # The kernels know no beta1 of 0, for which there is no exp_avg. State has its parameter's layout.
+        # The kernels don't support a beta1 of 0, for which there is no exp_avg. State has its parameter's layout.
         use_kernels = use_kernels and const.beta1 > 0 and bool(rows)
         plain = [use_kernels and is_plain(row[1]) and is_plain(row[0]) for row in rows]
         if any(plain) and not has_kernels(rows[0][1].device):
             plain = [False] * len(rows)
         by_kernel = [row for row, yes in zip(rows, plain, strict=True) if yes]
         for row in by_kernel:
-            check_fit(row, const.slice_p)
+            check_state(row, const.slice_p)
         self.kernel = Kernel(by_kernel) if by_kernel else None
         self.operations = [_Operations(row) for row, yes in zip(rows, plain, strict=True) if not yes]
 
     def coefficients(self, mode: Tensor, scale: Tensor, d: Tensor, dlr: Tensor, new_d: Tensor) -> Tensor:
-        """What the passes read, in the order of MODE to DLR_D; float64."""
+        """The coefficients of the passes, in the order of MODE to DLR_D; float64."""
         group, const = self.group, self.const
         rate3 = d / group["d0"] * (d if group["safeguard_warmup"] else dlr)
         rates = (d * (1 - const.beta1), d * d * (1 - const.beta2), rate3, dlr, const.decay * dlr)
@@ -135,16 +131,16 @@ class _Part:
 class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
     """Prodigy (Mishchenko and Defazio 2023, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner").
 
-    Arguments, numbers and state dict are those of `prodigyopt.Prodigy` 1.1.2, which documents them; a
-    checkpoint of either continues with the other. What differs:
+    Arguments, numbers and state dict are those of `prodigyopt.Prodigy` 1.1.2, which documents them. A
+    checkpoint of either can be continued with the other. Differences:
 
     - Nothing in `step()` waits for the device. After the first step `param_groups[i]["d"]` (and d_max,
       d_numerator, d_denom, d_hat, k) hold 0-dimensional float64 tensors on the device, new ones each step, so
-      that one that was kept doesn't change. `d_on_device()` returns d. Only `state_dict()` reads them on the
+      that a stored one doesn't change. `d_on_device()` returns d. Only `state_dict()` reads them on the
       host, all at once, and gives floats and ints. Setting one to a float works.
     - `found_inf` (float tensor; None or unset: 0): 1 skips the update: parameters, state and d stay as they
       are, whatever the gradients hold. `grad_scale` (tensor; None or unset: 1): gradients are divided by it. As
-      with PyTorch's fused optimizers they hold until changed, and `torch.amp.GradScaler` sets them.
+      with PyTorch's fused optimizers they are valid until changed, and `torch.amp.GradScaler` sets them.
     - Gradients are never written to. (prodigyopt adds coupled weight decay to `p.grad`.)
     - `p0` is kept whole until the first `state_dict()`, which replaces it by a 0-dimensional zero for parameters
       that began as zeros; prodigyopt does so at once, and waits for the device.
@@ -154,10 +150,10 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
     """
 
     _step_supports_amp_scaling = True
-    # Set or not, as in PyTorch's fused optimizers: GradScaler multiplies what it finds and deletes it afterwards.
+    # May be unset, as in PyTorch's fused optimizers: GradScaler multiplies a set value and deletes it afterwards.
     found_inf: Tensor | None
     grad_scale: Tensor | None
-    # False: PyTorch's own operations only, as a reference for the kernels and a way around them.
+    # False: PyTorch's own operations only, as a reference for the kernels and as a workaround.
     use_kernels = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +161,7 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
             super().__init__(*args, **kwargs)
         if any(group["fsdp_in_use"] for group in self.param_groups):
             raise ValueError("fsdp_in_use=True: sharded parameters are not supported; use prodigyopt.Prodigy")
-        # Whether a parameter began as something else than zeros: asked on the device, read by state_dict().
+        # Parameter -> whether it began with a value other than zeros; computed on the device, read by state_dict().
         self._began_nonzero: dict[Tensor, Tensor] = {}
         self._last_learning: list[int] | None = None
 
@@ -229,10 +225,10 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
             group.update(scalars, k=_on_device(group["k"], d.device) + go)
 
     def _may_update_at_once(self, parts: list[_Part], old: dict[str, Tensor]) -> Tensor:
-        """1 where the first pass should update the parameters, else 0: where d has risen, and then come to rest.
+        """1 if the first pass should update the parameters, else 0. It should once d has risen, and rises no longer.
 
-        A correction costs more than it saves while d rises at every step. It also rounds once more, which early
-        on, when d is below a rounding error of the parameters, would be felt in d.
+        While d rises at every step, a correction costs more than it saves. It also rounds once more, which early
+        on, when d is below a rounding error of the parameters, would change d.
         With a d_denom of 0 prodigyopt leaves the parameters alone; d_denom can't become 0 where it was not and
         the same parameters learn, for s only decays.
         """
@@ -246,7 +242,7 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
         return torch.logical_and(at_rest, old["d_denom"] != 0).double()
 
     def _next_scalars(self, old: dict[str, Tensor], numerator: Tensor, denominator: Tensor) -> dict[str, Tensor]:
-        """d and its kin after the step; comparisons as Python's max and min make them, where NaN loses."""
+        """The scalars after the step. Comparisons follow Python's max and min: a NaN d_hat is never chosen."""
         head, d = self.param_groups[0], old["d"]
         d_hat = head["d_coef"] * numerator / denominator
         started = torch.where((d == self.param_groups[-1]["d0"]) & (d_hat > d), d_hat, d)
@@ -284,9 +280,9 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """As prodigyopt's: d and its kin are floats, step and k ints. The only place that waits for the device."""
-        asked = list(self._began_nonzero.items())
-        for (p, _), nonzero in zip(asked, _read([flag for _, flag in asked]), strict=True):
+        """As prodigyopt's: step and k are ints, the other scalars floats. The only method that waits for the device."""
+        flags = list(self._began_nonzero.items())
+        for (p, _), nonzero in zip(flags, _read([flag for _, flag in flags]), strict=True):
             if not nonzero:
                 self.state[p]["p0"] = torch.zeros((), dtype=p.dtype, device=p.device)
         self._began_nonzero.clear()
@@ -307,7 +303,7 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
         self._last_learning = None
         for p, state in self.state.items():
             state["step"] = _on_device(state["step"], p.device)
-            if p.is_contiguous():  # so must its state be, for the kernels
+            if p.is_contiguous():  # then the kernels need contiguous state
                 state.update({key: t.contiguous() for key, t in state.items() if isinstance(t, Tensor)})
 
 

@@ -10,8 +10,8 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def triton_kernels() -> tuple[Any, Any] | None:
-    """The same first and second pass in Triton; None where it is not installed."""
+def load_triton_kernels() -> tuple[Any, Any] | None:
+    """(first pass, second pass), which compute the same as those in C; None if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         logger.warning("prodigy: Triton is not installed; the optimizer runs as slowly as prodigyopt")
         return None

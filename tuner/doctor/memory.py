@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from trainer.errors import UserError
 from trainer.memory import MemoryEstimate, Probe, available_memory
-from trainer.micro_batches import fit, shortage
+from trainer.micro_batches import describe_shortage, estimate_fit
 from trainer.units import format_bytes
 from tuner.doctor.check import Check, State
 from tuner.doctor.device import Machine
@@ -45,18 +45,18 @@ def check_micro_batches(
     """What a launch would decide of a batch size where `train.micro_batch_size` is "auto".
 
     Args:
-        probes: As `trainer.micro_batches.fit` takes them.
+        probes: As `trainer.micro_batches.estimate_fit` takes them.
     """
     config = probe.config.model_copy(update={"batch_size": batch_size})
-    found = fit(probe.workload, config, machine.capabilities, machine.memory, probes)
+    memory_fit = estimate_fit(probe.workload, config, machine.capabilities, machine.memory, probes)
     name = f"memory, batch {batch_size}"
-    if found.needs is None:
-        return Check(name, "warn", found.reason, "watch the first steps of a run with this batch size")
-    message = f"micro-batches of {found.micro_batch_size}: {found.reason}"
-    if found.fits(machine.memory):
+    if memory_fit.needs is None:
+        return Check(name, "warn", memory_fit.reason, "watch the first steps of a run with this batch size")
+    message = f"micro-batches of {memory_fit.micro_batch_size}: {memory_fit.reason}"
+    if memory_fit.fits(machine.memory):
         return Check(name, "ok", message)
-    message = f"one sample at a time {shortage(found, machine.memory)}"
-    if found.fits(machine.limit):
+    message = f"one sample at a time {describe_shortage(memory_fit, machine.memory)}"
+    if memory_fit.fits(machine.limit):
         return _crowded(name, message)
     return Check(name, "fail", message, _remedy(probe, 0))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 from filelock import FileLock
 
-from trainer.locks import is_locked, locked
+from trainer.locks import is_locked, lock_folder
 from tuner.spec.setups import baseline_params
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
@@ -37,7 +37,7 @@ def claim_trial(
         record = StudyRecord.read(study)
         for trial in record.trials:
             if _is_free(trial, study_dir):
-                claim.enter_context(locked(study_dir / trial_name(trial.number), CLAIM))
+                claim.enter_context(lock_folder(study_dir / trial_name(trial.number), CLAIM))
                 return optuna_internals.open_trial(study, trial.number), True
         if not needs_more_trials(record, spec, total):
             return None
@@ -50,7 +50,7 @@ def claim_trial(
         else:
             write_unopened_trial(study, number, host=platform.node())
         run_dir = study_dir / trial_name(number)
-        claim.enter_context(locked(run_dir, CLAIM))
+        claim.enter_context(lock_folder(run_dir, CLAIM))
         write_unopened_trial(study, number, run_dir=str(run_dir))
         return optuna_internals.open_trial(study, number), False
 

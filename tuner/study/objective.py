@@ -20,7 +20,7 @@ from trainer.checkpoint import newest_step, step_file
 from trainer.config import TrainConfig
 from trainer.errors import first_line
 from trainer.memory import Probe, available_memory
-from trainer.micro_batches import SIZED_BY, Fit, fit, shortage
+from trainer.micro_batches import SIZED_BY, MemoryFit, describe_shortage, estimate_fit
 from trainer.tracking import Tracker
 from tuner.spec.setups import Setup, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
@@ -43,7 +43,7 @@ OUT_OF_MEMORY = (
 )
 """Texts of out-of-memory errors that have no type of their own."""
 
-_memory_fits: dict[tuple[str, ...], Fit] = {}
+_memory_fits: dict[tuple[str, ...], MemoryFit] = {}
 """Memory estimates of this process by all that they depend on: one takes about a second."""
 
 
@@ -214,7 +214,7 @@ def _decide_micro_batches(
         # Other programs may free their memory: only what the whole machine can't hold is infeasible.
         available = capabilities.memory
     if not memory_fit.fits(available):
-        raise Infeasible("memory", shortage(memory_fit, available))
+        raise Infeasible("memory", describe_shortage(memory_fit, available))
     write_trial(trial, micro_batch_size=memory_fit.micro_batch_size)
     if setup.config.micro_batch_size != "auto":
         return setup
@@ -225,7 +225,7 @@ def _decide_micro_batches(
 
 def _estimate_memory(
     setup: Setup, capabilities: Capabilities, available: int, probes: dict[tuple[str, ...], Probe] | None
-) -> Fit:
+) -> MemoryFit:
     """The memory estimate of a trial, made once for each size."""
     workload, config = setup.workload, setup.config
     key = (
@@ -235,7 +235,7 @@ def _estimate_memory(
         capabilities.kind,
     )
     if key not in _memory_fits or (config.micro_batch_size == "auto" and not _memory_fits[key].fits(available)):
-        _memory_fits[key] = fit(workload, config, capabilities, available, probes)
+        _memory_fits[key] = estimate_fit(workload, config, capabilities, available, probes)
     return _memory_fits[key]
 
 

@@ -12,7 +12,7 @@ from trainer import TrainConfig, UserError, train
 from trainer.data.batching import BatchOrder
 from trainer.data.loader import DamageCount, fixed_batches, train_batches
 from trainer.laws import check_workload
-from trainer.metrics import means
+from trainer.metrics import compute_means
 
 CPU = torch.device("cpu")
 
@@ -132,4 +132,4 @@ def test_loss_weights_that_fit_no_batch_end_a_run_with_one_line(
 
 
 def test_the_weighted_sum_is_the_loss_even_where_a_part_bears_its_name() -> None:
-    assert means({"loss": 2.0, "aux": 20.0}, {"loss": 2, "aux": 2}, {"loss": 1.0, "aux": 0.5})["loss"] == 6.0
+    assert compute_means({"loss": 2.0, "aux": 20.0}, {"loss": 2, "aux": 2}, {"loss": 1.0, "aux": 0.5})["loss"] == 6.0

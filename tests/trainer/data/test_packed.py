@@ -24,8 +24,8 @@ import torch
 from trainer import DamagedSample, UserError
 from trainer.data import packed_store, packing
 from trainer.data import packed as packed_module
-from trainer.data.packed import Mode, PackedDataset, packed
-from trainer.data.packing import num_distinct
+from trainer.data.packed import Mode, PackedDataset, open_packed
+from trainer.data.packing import estimate_distinct
 
 NUM_SAMPLES = 40
 
@@ -66,7 +66,7 @@ def _few_probes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
 
 
 def pack(data: Any, folder: Path, digest: str = "d1", mode: Mode = "auto") -> Any:
-    return packed(data, folder / "data.packed", digest=digest, build=Sample._make, mode=mode)
+    return open_packed(data, folder / "data.packed", digest=digest, build=Sample._make, mode=mode)
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -297,8 +297,8 @@ TOO_LITTLE = 2 * 8 * 128 * 4
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [
-        ("free", "more than a quarter of the 20 kB free (pack = true packs it all the same)"),
-        ("AUTO_BYTES", "more than 8 kB (pack = true packs it all the same)"),
+        ("free", "more than a quarter of the 20 kB free (pack = true packs it anyway)"),
+        ("AUTO_BYTES", "more than 8 kB (pack = true packs it anyway)"),
     ],
 )
 def test_auto_leaves_alone_what_is_too_large_and_says_why(
@@ -448,4 +448,4 @@ def test_arrays_go_into_tensors_by_a_copy_only(tmp_path: Path) -> None:
 def test_the_number_of_distinct_arrays_is_estimated_from_those_drawn(
     drawn: list[int], total: int, expected: int
 ) -> None:
-    assert num_distinct(Counter({bytes([kind]): count for kind, count in enumerate(drawn)}), total) == expected
+    assert estimate_distinct(Counter({bytes([kind]): count for kind, count in enumerate(drawn)}), total) == expected

@@ -471,11 +471,11 @@ def test_the_kernel_is_used_and_big_tensors_span_chunks() -> None:
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, caplog) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert c_kernels.c_kernels.__wrapped__() is None
+    assert c_kernels.load_c_kernels.__wrapped__() is None
     monkeypatch.setenv("CC", "false")
-    assert c_kernels.c_kernels.__wrapped__() is None
+    assert c_kernels.load_c_kernels.__wrapped__() is None
     assert [record.message.split(":")[0] for record in caplog.records] == ["prodigy", "prodigy"]
-    monkeypatch.setattr(kernels, "c_kernels", lambda: None)
+    monkeypatch.setattr(kernels, "load_c_kernels", lambda: None)
     params = list(tiny_gpt().parameters())
     feed(Prodigy(params), params, [torch.ones_like(p) for p in params])
 

@@ -13,7 +13,7 @@ import optuna
 import pytest
 from sqlalchemy import make_url
 
-from trainer.locks import locked
+from trainer.locks import lock_folder
 from tuner.doctor import storage as module
 from tuner.doctor.storage import (
     OpenTrial,
@@ -182,7 +182,7 @@ def test_a_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: P
     (found,) = check_interrupted([trial], tmp_path / "runs")
     assert found.state == "warn" and "trial 1 of toy" in found.message and "tuner launch" in found.remedy
     assert trial.run_dir is not None
-    with locked(trial.run_dir, CLAIM):
+    with lock_folder(trial.run_dir, CLAIM):
         (found,) = check_interrupted([trial], tmp_path / "elsewhere")
     assert (found.state, found.message) == ("ok", "trial 1 of toy")
 
@@ -190,7 +190,7 @@ def test_a_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: P
 def test_a_trial_that_has_not_said_where_it_runs_is_looked_for_by_its_number(tmp_path: Path) -> None:
     trial = OpenTrial("toy", 3, datetime.now())
     assert interrupted([trial], tmp_path) == [trial]
-    with locked(tmp_path / "toy" / "trial-00003", CLAIM):
+    with lock_folder(tmp_path / "toy" / "trial-00003", CLAIM):
         assert interrupted([trial], tmp_path) == []
 
 
@@ -198,7 +198,7 @@ def test_a_full_runs_curve_is_held_by_the_trainers_lock(tmp_path: Path) -> None:
     trial = OpenTrial("toy.full", 0, datetime.now(), platform.node(), tmp_path / "full-trial-00001")
     (found,) = check_interrupted([trial], tmp_path)
     assert "tuner promote toy to go on" in found.remedy
-    with locked(tmp_path / "full-trial-00001"):
+    with lock_folder(tmp_path / "full-trial-00001"):
         assert interrupted([trial], tmp_path) == []
 
 

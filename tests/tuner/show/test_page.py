@@ -19,7 +19,7 @@ from optuna_dashboard import get_note
 from tests.tuner.show.made_studies import add_five_trials, add_trial, new_study, read
 from tests.tuner.show.test_server import Client
 from tests.tuner.studies_for_tests import build
-from trainer.locks import locked
+from trainer.locks import lock_folder
 from tuner import launch, promote
 from tuner.show import page as study_page
 from tuner.show.files import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec
@@ -142,7 +142,7 @@ def test_updates_take_one_hundredth_of_the_time(
 
 
 def test_second_of_two_writers_leaves_the_page_to_the_first(study: optuna.Study, tmp_path: Path) -> None:
-    with locked(artifact_dir(storage_of(study), tmp_path), ".toy.lock"):
+    with lock_folder(artifact_dir(storage_of(study), tmp_path), ".toy.lock"):
         StudyPage(study, tmp_path).update(now=True)
     assert get_note(study) == ""
     StudyPage(study, tmp_path).update(now=True)

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
-from trainer.checkpoint import locked, read_checkpoint
+from trainer.checkpoint import lock_folder, read_checkpoint
 from tuner import launch
 from tuner.promotion.promote import rerun
 from tuner.show.status import status
@@ -149,7 +149,7 @@ def test_a_timeout_stops_the_study_with_its_trial_open(runtime: Runtime, url: st
 
 def test_a_trial_held_by_another_process_is_left_to_it(runtime: Runtime, url: str) -> None:
     launch(build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=stop_after(6)))
-    with locked(runtime.run_dir("toy", "trial-00000"), ".claim"):
+    with lock_folder(runtime.run_dir("toy", "trial-00000"), ".claim"):
         study = launch(build(), storage=url, runtime=runtime, num_trials=3)
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE", "COMPLETE"]
 
