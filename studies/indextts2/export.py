@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from studies.indextts2.weights import TEXT_ROWS, CheckpointWeights, check_keys, few, published_name, read_weights
+from studies.indextts2.weights import TEXT_ROWS, CheckpointWeights, check_keys, join_few, published_name, read_weights
 from trainer.errors import UserError
 from trainer.export import WeightsFormat, write_weights
 
@@ -45,21 +45,22 @@ def export_gpt(
     base = read_weights(base_checkpoint)
     check_keys(base, trained, TEXT_ROWS)
     tensors = {
-        name: _replaced(tensor, trained[name]) if name in trained else tensor for name, tensor in base.published.items()
+        name: _choose_tensor(tensor, trained[name]) if name in trained else tensor
+        for name, tensor in base.published.items()
     }
     # safetensors knows no wrapping.
     write_weights({"model": tensors} if base.is_wrapped and format == "pth" else tensors, path, format=format)
     _report(base, trained)
 
 
-def _replaced(base: Tensor, trained: Tensor) -> Tensor:
+def _choose_tensor(base: Tensor, trained: Tensor) -> Tensor:
     """The trained tensor; the base's own, in its dtype, where the values are the same."""
     return base if base.shape == trained.shape and torch.equal(base.to(trained.dtype), trained) else trained
 
 
 def _report(base: CheckpointWeights, trained: Mapping[str, Tensor]) -> None:
     if base.dropped:
-        logger.info("%s: dropped %d keys: %s", base.path, len(base.dropped), few(base.dropped))
+        logger.info("%s: dropped %d keys: %s", base.path, len(base.dropped), join_few(base.dropped))
     if base.encoders:
         logger.info("%d encoder keys of %s as they are, %d trained keys", len(base.encoders), base.path, len(trained))
     else:

@@ -105,7 +105,7 @@ def published_name(key: str) -> str | None:
     return None if dropped else name
 
 
-def few(names: Sequence[str]) -> str:
+def join_few(names: Sequence[str]) -> str:
     """The first of many names, for one line."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
@@ -121,7 +121,7 @@ def load_base_checkpoint(
     """
     weights = read_weights(path)
     state = model.state_dict()
-    moves = _row_moves(model, weights, tokenizer, base_tokenizer)
+    moves = _find_row_moves(model, weights, tokenizer, base_tokenizer)
     check_keys(weights, state, () if moves is None else TEXT_ROWS)
     with torch.no_grad():
         for name, target in state.items():
@@ -131,7 +131,7 @@ def load_base_checkpoint(
             else:
                 target[moves.rows] = source[moves.base_rows].to(target.dtype)
     if weights.dropped:
-        logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), few(weights.dropped))
+        logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), join_few(weights.dropped))
     if moves is not None:
         logger.info(
             "%s: %s of %s text pieces are the base tokenizer's too and took its rows; the others start fresh",
@@ -142,7 +142,7 @@ def load_base_checkpoint(
     return LoadReport(weights.dropped, None if moves is None else moves.num_shared)
 
 
-def num_pieces(tokenizer: Path) -> int:
+def count_pieces(tokenizer: Path) -> int:
     """Size of a SentencePiece model. Raises UserError where it can't be read."""
     return len(_pieces(tokenizer))
 
@@ -151,7 +151,7 @@ def _is_weight(key: Any, value: Any) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor)
 
 
-def _row_moves(
+def _find_row_moves(
     model: IndexTTS2GPT, weights: CheckpointWeights, tokenizer: Path | None, base_tokenizer: Path | None
 ) -> _RowMoves | None:
     """Which text rows to take from where; None where they stay as they are in the checkpoint."""

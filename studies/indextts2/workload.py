@@ -17,7 +17,7 @@ from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_len
 from studies.indextts2.export import export_gpt
 from studies.indextts2.manifest import split_language
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
-from studies.indextts2.weights import load_base_checkpoint, num_pieces
+from studies.indextts2.weights import count_pieces, load_base_checkpoint
 from trainer.config import Role
 from trainer.errors import UserError
 from trainer.export import WeightsFormat
@@ -77,7 +77,7 @@ class IndexTTS2(Workload):
         """The model's configuration, its text vocabulary that of the tokenizer if there is one."""
         config = self.gpt or _read_config(self.config or Path())
         if self.tokenizer:
-            config = config.model_copy(update={"number_text_tokens": num_pieces(self.tokenizer)})
+            config = config.model_copy(update={"number_text_tokens": count_pieces(self.tokenizer)})
         return config
 
     @property
@@ -206,8 +206,8 @@ def collate(samples: Sequence[Utterance], config: GPTConfig, pad_multiple: int =
     for kind in ("text", "mel"):
         num_targets[kind] = sum(map(len, targets[kind]))
         num_padded = _round_up(num_targets[kind], pad_multiple * len(samples))
-        arrays[f"{kind}_index"] = _filled(places[kind], num_padded, 0)
-        arrays[f"{kind}_targets"] = _filled(targets[kind], num_padded, NO_TARGET)
+        arrays[f"{kind}_index"] = _join_padded(places[kind], num_padded, 0)
+        arrays[f"{kind}_targets"] = _join_padded(targets[kind], num_padded, NO_TARGET)
     return Batch(
         inputs={name: torch.from_numpy(values) for name, values in arrays.items()},
         counts={
@@ -240,7 +240,7 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _filled(parts: Sequence[np.ndarray], length: int, filling: int) -> np.ndarray:
+def _join_padded(parts: Sequence[np.ndarray], length: int, filling: int) -> np.ndarray:
     """The parts, one after the other, with `filling` up to `length`: int64."""
     values = np.full(length, filling, np.int64)
     joined = np.concatenate(parts)

@@ -217,7 +217,7 @@ def _check(folder: Path, width: int, num_sentences: int | None, num_workers: int
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """Holds the right to make `folder` against other processes; waits for it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ def make_corpus(
             f"the Korean demo corpus needs {', '.join(missing)}; install with: pip install 'prodigy-tuner[demo]'"
         )
     making, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("making", "replaced"))
-    with _locked(folder):
+    with _lock_folder(folder):
         if replaced.exists() and not folder.exists():  # interrupted between the two renames below
             replaced.rename(folder)
         if about := _read_whole(folder, parameters):  # another process made it while this one waited

@@ -47,7 +47,7 @@ ADDED = {
 """What this project adds to them."""
 
 
-def why_not(name: str, capabilities: Capabilities, workload: Workload) -> str:
+def find_obstacle(name: str, capabilities: Capabilities, workload: Workload) -> str:
     """Why this optimization can't be measured here; empty where it can."""
     cuda = capabilities.kind == "cuda"
     if name in ("cudnn", "tf32") and not cuda:
@@ -199,7 +199,7 @@ class BaselineLoop:
 
 
 @contextlib.contextmanager
-def switched(on: frozenset[str]) -> Iterator[None]:
+def apply_switches(on: frozenset[str]) -> Iterator[None]:
     """torch's own switches for this process; and all logits at once, for chunks of them are the trainer's."""
     torch.backends.cudnn.benchmark = "cudnn" in on
     if torch.cuda.is_available():

@@ -19,7 +19,7 @@ from typing import Any
 from trainer import TrainConfig, UserError, Workload, train
 from trainer.acceleration import detect
 from trainer.errors import first_line
-from tuner.bench.baseline import BaselineLoop, switched
+from tuner.bench.baseline import BaselineLoop, apply_switches
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.objective import is_out_of_memory
@@ -55,11 +55,11 @@ def measure(
     """Time `steps` steps of the baseline under some optimizations, after a warm-up."""
     loop = BaselineLoop(workload, config, on)
     note, num_graphs = "", 0
-    with switched(on):
+    with apply_switches(on):
         if "compile" in on:
             started = time.perf_counter()
             _compile(loop)
-            num_graphs = graphs()
+            num_graphs = count_graphs()
             note = f"{num_graphs} graphs compiled in {time.perf_counter() - started:.0f} s before the warm-up"
         for _ in range(warmup):
             loop.step()
@@ -79,7 +79,7 @@ def measure(
         real_token_share=loop.tokens / max(1, loop.slots),
         loss=sum(losses[:steps]) / max(1, len(losses[:steps])),
         peak_memory_bytes=peak_memory(loop.device.type) or 0,
-        note=note + _late(graphs() - num_graphs),
+        note=note + _describe_late_graphs(count_graphs() - num_graphs),
         losses=losses,
     )
 
@@ -93,9 +93,9 @@ def _compile(loop: BaselineLoop) -> None:
     for _ in range(MAX_COMPILE_STEPS):
         if quiet >= QUIET_STEPS or time.perf_counter() - started > MAX_COMPILE_SECONDS:
             break
-        before = graphs()
+        before = count_graphs()
         loop.backward([next(batches)])
-        quiet = quiet + 1 if graphs() == before else 0
+        quiet = quiet + 1 if count_graphs() == before else 0
     loop.reset()
 
 
@@ -113,7 +113,7 @@ class _Intervals:
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         if "train/tokens_per_second" in values:
             self.values.append(dict(values))
-            self.graphs.append(graphs())
+            self.graphs.append(count_graphs())
 
     def close(self) -> None:
         """Nothing to write at the end."""
@@ -154,7 +154,7 @@ def measure_trainer(workload: Workload, config: TrainConfig, *, steps: int) -> M
     seconds = steps * config.effective_batch_size / values["train/samples_per_second"]
     if intervals.graphs[-1]:
         late = intervals.graphs[-1] - intervals.graphs[-2]
-        reasons.lines.append(f"{intervals.graphs[-2]} graphs compiled{_late(late)}")
+        reasons.lines.append(f"{intervals.graphs[-2]} graphs compiled{_describe_late_graphs(late)}")
     return Measurement(
         steps=steps,
         seconds=seconds,
@@ -178,13 +178,13 @@ class _Reasons(logging.Handler):
             self.lines.append(record.getMessage())
 
 
-def graphs() -> int:
+def count_graphs() -> int:
     """How many graphs torch.compile has made in this process. Asking imports nothing."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
-def _late(num_graphs: int) -> str:
+def _describe_late_graphs(num_graphs: int) -> str:
     return f", {num_graphs} more in the timed steps" if num_graphs else ""
 
 

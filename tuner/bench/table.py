@@ -28,8 +28,8 @@ from trainer.acceleration import Capabilities, detect
 from trainer.errors import UserError
 from trainer.metrics import clock
 from trainer.workload import Workload
-from tuner.bench.baseline import ADDED, REQUESTED, why_not
-from tuner.spec.mistakes import unknown_key
+from tuner.bench.baseline import ADDED, REQUESTED, find_obstacle
+from tuner.spec.mistakes import describe_unknown_key
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.tracked_run import code_version
@@ -93,7 +93,7 @@ class Row:
 
 def build_rows(capabilities: Capabilities, workload: Workload) -> list[Row]:
     """All rows in their order. What has no effect here is left out, of the cumulative sets too."""
-    reasons = {name: why_not(name, capabilities, workload) for name in (*REQUESTED, *ADDED)}
+    reasons = {name: find_obstacle(name, capabilities, workload) for name in (*REQUESTED, *ADDED)}
     rows = [Row("baseline", "baseline", ())]
     rows += [Row(name, "alone", (name,)) for name in REQUESTED]
     together: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ def select(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
     names = {row.name for row in rows} | {row.group for row in rows}
     wanted = {name if name in names else name.replace("-", " ") for name in only}
     for name in sorted(wanted - names):
-        raise UserError(f"--only: {unknown_key(name, sorted(names)).replace('key', 'row', 1)}")
+        raise UserError(f"--only: {describe_unknown_key(name, sorted(names)).replace('key', 'row', 1)}")
     return [row for row in rows if not wanted or row.group == "baseline" or {row.name, row.group} & wanted]
 
 
@@ -154,7 +154,7 @@ class Bench:
         """
         # Alone and at first in the row of all: the same thing, measured once.
         sets = list(dict.fromkeys(row.optimizations for row in self.rows if not row.left_out))
-        jobs = [(number, each) for number in range(self.rounds) for each in rotated(sets, number, self.rounds)]
+        jobs = [(number, each) for number in range(self.rounds) for each in rotate(sets, number, self.rounds)]
         for done, (number, each) in enumerate(jobs):
             rows = [row for row in self.rows if row.optimizations == each and not row.left_out]
             if not rows:
@@ -220,7 +220,7 @@ class Bench:
         }
 
 
-def rotated(items: Sequence[Any], number: int, rounds: int) -> list[Any]:
+def rotate(items: Sequence[Any], number: int, rounds: int) -> list[Any]:
     """The items, beginning elsewhere in each round, over the rounds evenly."""
     start = number * len(items) // rounds
     return [*items[start:], *items[:start]]

@@ -33,7 +33,7 @@ REMEDIES = {
 """What to do about errors of the operating system that are no defect of this program."""
 
 
-def _say_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"prodigy-tuner {version_of('prodigy-tuner')}")
         raise typer.Exit
@@ -42,7 +42,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
     """What may stand before a command."""

@@ -18,14 +18,14 @@ from tuner.cli.terminal import (
     Spec,
     Storage,
     Track,
-    explained,
     finish,
     follow_run,
     follow_study,
     parse_duration,
     show_log,
-    shown_log,
-    stoppable,
+    stop_on_signals,
+    temporary_log,
+    user_errors,
 )
 
 
@@ -48,16 +48,16 @@ def launch(
 
     from trainer.tracking import aim_command
     from tuner import Runtime, StudySpec, api, open_study
-    from tuner.doctor.quick import before_spec, check_first
+    from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.study.storage import storage_url
 
     console = Console(stderr=log_format == Format.json)
     study_spec = StudySpec.load(spec)
-    check_first(before_spec(study_spec, run_root, storage=storage_url(storage)))
-    with shown_log(log_format):
+    report_checks(run_spec_checks(study_spec, run_root, storage=storage_url(storage)))
+    with temporary_log(log_format):
         # The first use of the data may index and pack it, and logs its progress.
         study = open_study(study_spec, storage)
-    with stoppable(console.print) as stop, shown_log(log_format, logging.WARNING):
+    with stop_on_signals(console.print) as stop, temporary_log(log_format, logging.WARNING):
         total = trials or study_spec.trial.num_trials
         with follow_study(study, study_spec, total=total, log_format=log_format) as display:
             api.launch(
@@ -165,19 +165,19 @@ def promote(
 
     from tuner import Runtime, api
     from tuner.doctor.data import check_paths
-    from tuner.doctor.quick import check_first, quick
+    from tuner.doctor.quick import report_checks, run_quick_checks
     from tuner.show.json_events import confirmation_ended
     from tuner.show.table import confirmation_table
     from tuner.study.objective import Interrupted
     from tuner.study.record import read_spec
     from tuner.study.storage import load_study, open_storage, storage_url
 
-    check_first(quick(run_root, study=study, storage=storage_url(storage)))
+    report_checks(run_quick_checks(run_root, study=study, storage=storage_url(storage)))
     show_log(log_format)
     opened = load_study(study, open_storage(storage, must_exist=True))
-    check_first(check_paths(read_spec(opened).build_workload()))
+    report_checks(check_paths(read_spec(opened).build_workload()))
     console = Console(stderr=log_format == Format.json)
-    with stoppable(console.print) as stop, explained():
+    with stop_on_signals(console.print) as stop, user_errors():
         runtime, confirmation = Runtime(run_root, track, stop), None
         if confirm is not None:
             follow = partial(follow_run, log_format=log_format)

@@ -94,7 +94,7 @@ def show_log(log_format: Format = Format.auto) -> None:
 
 
 @contextmanager
-def shown_log(log_format: Format = Format.auto, level: int = logging.INFO) -> Iterator[None]:
+def temporary_log(log_format: Format = Format.auto, level: int = logging.INFO) -> Iterator[None]:
     """The same for a while, from a level on: trials have a display of their own."""
     handlers = _log_handlers(log_format, level)
     for handler in handlers:
@@ -131,7 +131,7 @@ def follow_run(name: str, log_format: Format) -> RunDisplay | RunEvents:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """A run that can't go on with these settings ends with one line, not with a traceback."""
     from trainer import Diverged
     from tuner.study.objective import is_out_of_memory
@@ -149,7 +149,7 @@ def explained() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
+def stop_on_signals(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
     """Ctrl-C, SIGTERM or a terminal that closes asks the run to stop at the next step with a checkpoint, and so does a
     pipe that nobody reads any more; a second signal stops at once."""
     asked: list[int] = []
@@ -166,14 +166,14 @@ def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        with outlived(lambda: lost.append(True)):
+        with survive_lost_output(lambda: lost.append(True)):
             yield lambda: bool(asked or lost)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class Outlived:
+class LossyStream:
     """A stream that may lose its reader: what can't be written any more is dropped.
 
     Args:
@@ -210,11 +210,11 @@ class Outlived:
 
 
 @contextmanager
-def outlived(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
+def survive_lost_output(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
     """Standard output and errors may lose their readers meanwhile."""
     streams: Any = (sys.stdout, sys.stderr)
     # A program may be started without one.
-    sys.stdout, sys.stderr = (stream and cast(TextIO, Outlived(stream, on_broken_pipe)) for stream in streams)
+    sys.stdout, sys.stderr = (stream and cast(TextIO, LossyStream(stream, on_broken_pipe)) for stream in streams)
     try:
         yield
     finally:

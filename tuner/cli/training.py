@@ -15,11 +15,11 @@ from tuner.cli.terminal import (
     RunRoot,
     Spec,
     Track,
-    explained,
     finish,
     follow_run,
     show_log,
-    stoppable,
+    stop_on_signals,
+    user_errors,
 )
 
 
@@ -39,17 +39,22 @@ def train(
     """
     from rich.console import Console
 
-    from tuner.doctor.quick import before_spec, check_first
+    from tuner.doctor.quick import report_checks, run_spec_checks
+    from tuner.spec.overrides import parse_overrides
     from tuner.spec.setups import full_setup
-    from tuner.spec.study_toml import StudySpec, parse_override
+    from tuner.spec.study_toml import StudySpec
     from tuner.study.tracked_run import Runtime, tracked_train
 
     show_log(log_format)
     say = Console(stderr=log_format == Format.json).print
-    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
-    check_first(before_spec(study_spec, run_dir or run_root))
+    study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
+    report_checks(run_spec_checks(study_spec, run_dir or run_root))
     name = study_spec.study.name
-    with stoppable(say) as stop, explained(), follow_run(f"{name}, full run without a study", log_format) as run:
+    with (
+        stop_on_signals(say) as stop,
+        user_errors(),
+        follow_run(f"{name}, full run without a study", log_format) as run,
+    ):
         runtime = Runtime(run_root, track, stop)
         result = tracked_train(
             full_setup(study_spec, {}),
@@ -77,12 +82,13 @@ def evaluate(
     """
     from tuner.promotion.evaluate import evaluate_checkpoint
     from tuner.show.json_events import to_json
-    from tuner.spec.study_toml import StudySpec, parse_override
+    from tuner.spec.overrides import parse_overrides
+    from tuner.spec.study_toml import StudySpec
 
     if not as_json:
         show_log()
-    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
-    with explained():
+    study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
+    with user_errors():
         found = evaluate_checkpoint(study_spec, checkpoint, samples=samples)
     values = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
     print(to_json(found.to_dict()) if as_json else f"{found.checkpoint}, {found.samples:,} samples: {values}")
@@ -130,11 +136,12 @@ def bench(
 
     from tuner.bench.report import check_chart_path, print_table, write_chart
     from tuner.bench.table import Bench
-    from tuner.spec.study_toml import StudySpec, parse_override
+    from tuner.spec.overrides import parse_overrides
+    from tuner.spec.study_toml import StudySpec
 
     if chart:
         check_chart_path(chart)
-    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
+    study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
     say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     measurement = Bench(study_spec, rounds=rounds, steps=steps, only=only or [], say=say)
     measurement.run()

@@ -27,7 +27,7 @@ from trainer.data.batching import BatchOrder
 from tuner.bench.baseline import ADDED, REQUESTED
 from tuner.bench.measurement import Measurement, answer, measure, measure_trainer
 from tuner.bench.report import COLOURS, check_chart_path, print_table, write_chart
-from tuner.bench.table import Bench, Row, build_rows, error_line, rotated, run_child, select
+from tuner.bench.table import Bench, Row, build_rows, error_line, rotate, run_child, select
 from tuner.cli import main
 from tuner.spec.study_toml import StudySpec
 
@@ -229,8 +229,8 @@ def test_rounds_are_interleaved_and_each_begins_elsewhere() -> None:
     bench(rounds=3, say=lines.append).run()
     jobs = [line.partition("] ")[2].partition(": ")[0] for line in lines]
     one = ["baseline", "sdpa", "loader", "... + sdpa", "... + loader", "trainer"]
-    assert jobs == [f"round {n + 1}, {name}" for n in range(3) for name in rotated(one, n, 3)]
-    assert rotated(one, 1, 3)[0] == "loader"
+    assert jobs == [f"round {n + 1}, {name}" for n in range(3) for name in rotate(one, n, 3)]
+    assert rotate(one, 1, 3)[0] == "loader"
     assert lines[0].startswith("[1/18]") and " left" in lines[0] and " left" not in lines[-1]
 
 
