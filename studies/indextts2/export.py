@@ -1,4 +1,4 @@
-"""A trained GPT out again as a `gpt.pth`: the base checkpoint with its trained part replaced."""
+"""Writes a trained GPT as a `gpt.pth`: the base checkpoint with its trained part replaced."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def export_gpt(
 ) -> None:
     """Write `state` to `path` in the published form: names, order and wrapping of `base_checkpoint`.
 
-    What training did not change goes out as it came in, byte for byte and in its dtype: the encoders always, and
-    each trained tensor that still has its base values. The text tables have the rows of the trained vocabulary.
-    Without a base checkpoint, and from one without encoders, only the trained keys are written, and the log says so.
+    Unchanged tensors keep their bytes and dtype: the encoders, and each trained tensor with its base values. The text
+    tables have the rows of the trained vocabulary. Without a base checkpoint, or if it has no encoders, only the
+    trained keys are written, with a log line.
 
     Args:
         state: The model's state dict.
@@ -48,7 +48,7 @@ def export_gpt(
         name: _choose_tensor(tensor, trained[name]) if name in trained else tensor
         for name, tensor in base.published.items()
     }
-    # safetensors knows no wrapping.
+    # safetensors has no wrapping.
     write_weights({"model": tensors} if base.is_wrapped and format == "pth" else tensors, path, format=format)
     _report(base, trained)
 

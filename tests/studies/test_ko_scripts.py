@@ -150,9 +150,9 @@ def test_names_may_hold_blanks_and_quotes(folder: Path) -> None:
         ("train", {"SEED": "08"}, "SEED=08: give a whole number from 0 on"),
         ("train", {"AMP": "yes"}, "AMP=yes: give 1"),
         ("train", {"RESUME": "auto"}, "take scripts/resume_ko_prodigy.sh"),
-        ("resume", {}, "out holds no checkpoint to go on from: start with scripts/train_ko_prodigy.sh"),
+        ("resume", {}, "out has no checkpoint to continue from: start with scripts/train_ko_prodigy.sh"),
         ("resume", {"RESUME": "none.pth"}, "RESUME=none.pth: no such checkpoint"),
-        ("resume", {"OPTIMIZER": "adamw"}, "only a Prodigy run is resumed here"),
+        ("resume", {"OPTIMIZER": "adamw"}, "this script resumes only Prodigy runs"),
         ("resume", {"RESUME": "adamw.pth"}, "adamw.pth is a checkpoint of adamw and this run uses prodigy"),
     ],
 )

@@ -175,4 +175,4 @@ def test_watching_and_json_exclude_each_other(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "tuner: --watch is for people: leave it or --json out.\n"
+    assert capsys.readouterr().err == "tuner: --watch and --json exclude each other: leave one out.\n"

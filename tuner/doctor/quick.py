@@ -62,10 +62,8 @@ def _check_gpus() -> Iterator[Check]:
 
 def run_spec_checks(spec: StudySpec, run_root: Path, *, storage: str | None = None) -> Iterator[Check]:
     """The quick checks for a run of this spec."""
-    device = spec.baseline.device
-    return run_quick_checks(
-        run_root, study=spec.study.name, workload=spec.build_workload(), storage=storage, device=device
-    )
+    name, workload, device = spec.study.name, spec.build_workload(), spec.baseline.device
+    return run_quick_checks(run_root, study=name, workload=workload, storage=storage, device=device)
 
 
 def report_checks(checks: Iterable[Check], stream: TextIO | None = None) -> None:

@@ -13,10 +13,8 @@ ENDINGS = ("num_trials", "patience", "min_delta")
 
 def compare_specs(spec: StudySpec, stored: StudySpec) -> list[str]:
     """The settings of `spec` that make its trials incomparable with those of `stored`; the data is not compared."""
-    old = _list_comparable(stored)
-    return [
-        phrase for part, values in _list_comparable(spec).items() for phrase in differences(part, old[part], values)
-    ]
+    new, old = _list_comparable(spec), _list_comparable(stored)
+    return [phrase for part in new for phrase in differences(part, old[part], new[part])]
 
 
 def _list_comparable(spec: StudySpec) -> dict[str, dict[str, Any]]:

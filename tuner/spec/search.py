@@ -1,4 +1,4 @@
-"""The [search] section: its dimensions, its keys, and budgets that are fair to all batch sizes."""
+"""The [search] section: its dimensions, then its keys, then budgets that are fair to all batch sizes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ class Section(BaseModel):
     """A table of the study.toml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-# Dimensions.
 
 
 class Choices(Section):
@@ -104,11 +101,9 @@ class Range(Section):
 
     @property
     def corners(self) -> tuple[Any, ...]:
-        """As those of `Choices`."""
         return (self.low, self.high)
 
     def find_misfit(self, annotation: Any) -> str | None:
-        """As that of `Choices`."""
         types = list_types(annotation)
         if types <= {bool, NoneType}:
             return "it is true or false, which no range is: use choices = [true, false]"
@@ -121,7 +116,6 @@ class Range(Section):
         return None
 
     def list_whole_numbers(self) -> range:
-        """As that of `Choices`."""
         return range(int(self.low), int(self.high) + 1, int(self.step or 1))
 
 
@@ -149,9 +143,6 @@ def is_whole(annotation: Any) -> bool:
     return int in types and float not in types
 
 
-# Keys.
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """[search] by dotted keys. TOML nests an unquoted `train.d_coef`; both spellings mean the same."""
     flat: dict[str, Any] = {}
@@ -168,9 +159,6 @@ def split_key(key: str) -> tuple[str, str]:
     """A searched field's section and name: ("train", "d_coef") of "train.d_coef"."""
     section, _, name = key.partition(".")
     return section, name
-
-
-# Budgets.
 
 
 def find_unevenness(

@@ -131,7 +131,7 @@ def test_a_spec_survives_being_stored() -> None:
         ({"study.name": "a" * 101}, r"study\.name \"aaa.*\.\.\.: string should have at most 100 characters"),
         (
             {"study.name": "toy.full"},
-            r"study\.name \"toy\.full\": .*reserved for the full runs of a study; choose another",
+            r"study\.name \"toy\.full\": .*reserved for the full runs of a study",
         ),
     ],
 )
