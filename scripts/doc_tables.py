@@ -107,7 +107,7 @@ def format_search(record: Record) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     yield f"`{record['command']}`: mean of {record['seeds']} seeds; {versions}."
     yield ""
-    yield "| mean regret after so many full runs' compute | " + " | ".join(f"{at:g}" for at in shown) + " | to 1% |"
+    yield "| mean regret after the compute of N full runs | " + " | ".join(f"{at:g}" for at in shown) + " | to 1% |"
     yield "|---|" + "---:|" * (len(shown) + 1)
     for row in record["rows"]:
         values = " | ".join(f"{row['mean'][record['compute'].index(at)]:.2%}" for at in shown)

@@ -17,7 +17,7 @@ from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
 from trainer.clock import clock
 from tuner import launch, open_study, promote
-from tuner.cli.terminal import stoppable
+from tuner.cli.terminal import stop_on_signals
 from tuner.promotion.promote import rerun
 from tuner.show.live import StudyDisplay
 from tuner.show.run import RunDisplay
@@ -48,7 +48,7 @@ def main() -> None:
     spec = StudySpec.load(SPEC)
     total = arguments.trials or spec.trial.num_trials
     study = open_study(spec, f"sqlite:///{arguments.run_root / 'tuner.db'}")
-    with stoppable(console.print) as stop:
+    with stop_on_signals(console.print) as stop:
         runtime = Runtime(arguments.run_root, stop=stop)
         heading(console, 2, f"the study: {total} trials of {spec.trial.samples:,} samples")
         before = len(study.get_trials(deepcopy=False))

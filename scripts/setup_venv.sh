@@ -11,7 +11,7 @@ if [ -f "$constraints" ]; then
     files+=("$constraints")
     options=(--constraint "$constraints")
 fi
-# The stamp holds the checksum of the files: an edit or another checkout installs again.
+# The stamp is the checksum of the files: an edit or another checkout installs again.
 checksum=$(cat "${files[@]}" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$checksum" ]; then
     echo "installing prodigy-tuner[$1] into .venv (once, a few minutes)"

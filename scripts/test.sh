@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Style, types and tests. Arguments go to pytest: scripts/test.sh -m slow
+# Style, types and tests. Arguments are passed to pytest: scripts/test.sh -m slow
 source "$(dirname "$0")/setup_venv.sh" dev
 ruff check .
 ruff format --check .
 mypy
-# Two at a time: most tests wait for processes of their own, and the models are tiny.
+# Two at a time: most tests wait for child processes, and the models are tiny.
 exec python -m pytest --numprocesses 2 "$@"

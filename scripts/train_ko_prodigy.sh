@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A fresh fine-tuning of IndexTTS-2's GPT in Korean with Prodigy: `tuner train`, its settings from the environment.
+# Starts a fine-tuning of IndexTTS-2's GPT in Korean with Prodigy: `tuner train` with settings from the environment.
 #
 #   TRAIN_MANIFEST=data/train.jsonl::ko VAL_MANIFEST=data/val.jsonl::ko bash scripts/train_ko_prodigy.sh
 #
-# Relative paths start where it is called. A path that is not set is that of studies/indextts2/study.toml. Several
-# manifests stand apart by commas or blanks. Arguments go to `tuner train`: --no-track, --set train.d_coef=0.5.
+# Paths are relative to the current folder; unset ones are those of studies/indextts2/study.toml. Separate several
+# manifests with commas or blanks. Arguments are passed to `tuner train`: --no-track, --set train.d_coef=0.5.
 set -euo pipefail
 here=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -34,7 +34,7 @@ quoted() { # a TOML string
 
 manifests() { # a TOML list
     local list="" manifest path=$1 names=("$1")
-    # A name with a blank in it is one name where there is such a file.
+    # If a file with this whole name exists, it is one name with blanks.
     if [[ $1 =~ ^(.*)::[A-Za-z_-]+$ ]]; then path=${BASH_REMATCH[1]}; fi
     [ -f "$path" ] || IFS=$', \t\n' read -r -d '' -a names <<<"$1" || true
     for manifest in "${names[@]}"; do list+=$(quoted "$(absolute "$manifest")"),; done
@@ -42,7 +42,7 @@ manifests() { # a TOML list
 }
 
 if [ -n "${RESUME:-}" ] && [ "$RESUME" != never ]; then
-    die "RESUME=$RESUME: this script starts anew; to go on with a run take scripts/resume_ko_prodigy.sh."
+    die "RESUME=$RESUME: this script starts a new run; to continue one, use scripts/resume_ko_prodigy.sh."
 fi
 case ${AMP:-1} in
 1) precision=auto ;;
@@ -54,7 +54,7 @@ grad_accumulation=$(number GRAD_ACC 1)
 steps=$(number MAX_STEPS 240000)
 val_interval=$(number VAL_INTERVAL 10000)
 log_every=$(number LOG_INTERVAL 200)
-# Packed data is read by none as fast as by many: NUM_WORKERS=0 frees the cores then.
+# Packed data needs no loader workers: NUM_WORKERS=0 then frees the cores.
 num_workers=$(number NUM_WORKERS 32 0)
 seed=$(number SEED 1234 0)
 
@@ -67,7 +67,7 @@ settings=(
     --set "train.precision=$precision"
     --set "train.seed=$seed"
     --set "full.steps=$steps"
-    # The evaluation grid is one of samples, the same for every batch size.
+    # The evaluation grid is in samples, equal for every batch size.
     --set "full.eval_every=$((val_interval * batch_size * grad_accumulation))"
 )
 if [ -n "${TRAIN_MANIFEST:-}" ]; then settings+=(--set "workload.train_manifests=$(manifests "$TRAIN_MANIFEST")"); fi
@@ -82,6 +82,6 @@ if ! command -v tuner >/dev/null; then
     source "$root/scripts/setup_venv.sh" indextts2
     cd "$here"
 fi
-# `--resume` may come again among the arguments, and then the last one counts.
+# The arguments may contain `--resume` again: the last one counts.
 exec tuner train "$root/studies/indextts2/study.toml" \
     --run-dir "$(absolute "${OUTPUT_DIR:-runs/ko_prodigy}")" --resume never "${settings[@]}" "$@"

@@ -1,7 +1,4 @@
-"""`tuner new`: a folder with a small study that runs as it is, to put one's own model into.
-
-The files are those in `tuner/template/`, with the study's name in them.
-"""
+"""`tuner new`: copies `tuner/template/`, a small study that runs at once, under the study's name."""
 
 from __future__ import annotations
 
@@ -15,19 +12,19 @@ from trainer.errors import UserError
 TEMPLATE = Path(__file__).parent / "template"
 FILES = {
     "workload.py": "the model, its data and its loss",
-    "study.toml": "what is tuned, and for how long",
+    "study.toml": "the search space, and the length of the trials",
 }
 NAME = "my-study"
 """The study's name in the template."""
 
 
 def new(folder: Path) -> str:
-    """Write the template into `folder`, which must not exist yet; returns what there is now and what to do next.
+    """Write the template into the new folder `folder`. Returns a text: its files and the next command.
 
     The folder's name becomes the study's.
 
     Raises:
-        UserError: The name can't be a study's, the folder exists, or it can't be made.
+        UserError: The name can't be a study's, or the folder exists or can't be created.
     """
     name = folder.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -40,7 +37,7 @@ def new(folder: Path) -> str:
     except FileExistsError:
         raise UserError(f"{folder} exists already: choose another name.") from None
     except OSError as error:
-        raise UserError(f"{folder} can't be made ({error.strerror}): choose another place.") from None
+        raise UserError(f"{folder} can't be created ({error.strerror}): choose another place.") from None
     try:
         for file in FILES:
             text = (TEMPLATE / file).read_text(encoding="utf-8")
@@ -48,5 +45,5 @@ def new(folder: Path) -> str:
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"{folder} can't be written to ({error.strerror}): choose another place.") from None
-    described = "\n".join(f"{folder / file}: {what}" for file, what in FILES.items())
-    return f"{described}\nNext: cd {shlex.quote(str(folder))} && tuner launch study.toml && tuner promote {name}"
+    files = "\n".join(f"{folder / file}: {content}" for file, content in FILES.items())
+    return f"{files}\nNext: cd {shlex.quote(str(folder))} && tuner launch study.toml && tuner promote {name}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `tuner bench` at the larger size of the records: width 256, 6 layers, 8,194 codes. Arguments go to `tuner bench`.
+# `tuner bench` at the larger size of the records: width 256, 6 layers, 8,194 codes. Arguments are passed to `tuner bench`.
 # `python -m scripts.bench.training --sizes large` makes the corpus.
 #
 #   bash scripts/bench/large.sh --rounds 2 --steps 6 --json > scripts/records/bench_cpu.json

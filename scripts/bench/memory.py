@@ -216,7 +216,7 @@ def measure(arguments: argparse.Namespace) -> Record:
 
 def main() -> None:
     parser = build_parser(__doc__)
-    parser.add_argument("--cases", type=int, help="only so many of the measured ones")
+    parser.add_argument("--cases", type=int, help="measure only the first N cases")
     run_benchmark(parser, measure, packages=("torch", "prodigyopt"))
 
 

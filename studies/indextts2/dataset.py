@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Utterance(NamedTuple):
-    """One sample, checked."""
+    """One checked sample."""
 
     text: np.ndarray
     """[text length] int32: pieces of the tokenizer."""
@@ -108,8 +108,8 @@ class PairedUtterances:
         )
 
     def open_packed(self, mode: Mode) -> Dataset:
-        """These utterances from a packed store, which lies where the first manifest's index does; see
-        `trainer.data.packed`. Another model's checks and another list of manifests have a store of their own."""
+        """These utterances from a packed store in the folder of the first manifest's index; see `trainer.data.packed`.
+        Each list of manifests and each model size has its own store."""
         if mode is False:
             return self
         config = self._config
@@ -140,7 +140,7 @@ class PairedUtterances:
 
 
 def _place(manifest: Path, name: str) -> Path:
-    """Where a packed store lies, or is to lie: beside the manifest, or under data/index where that folder is closed."""
+    """Path of a packed store: beside the manifest, or under data/index if that folder is not writable."""
     places = [folder / name for folder in (manifest.parent / ".tuner-index", Path("data/index").resolve())]
     for place in places:
         if place.exists():
@@ -156,7 +156,7 @@ def _place(manifest: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class _SampleReader:
-    """Reads one sample's arrays; what is wrong with them is said with the sample's id and the file."""
+    """Reads one sample's arrays. Errors name the sample's id and the file."""
 
     id: str
     folder: str
@@ -168,7 +168,7 @@ class _SampleReader:
         if not len(values):
             self._refuse(path, "is empty")
         if len(values) != length:
-            self._refuse(path, f"has {len(values)} entries and the manifest says {length}")
+            self._refuse(path, f"has {len(values)} entries, the manifest expects {length}")
         low, high = values.min(), values.max()
         if low < 0 or high >= limit:
             self._refuse(path, f"has the id {low if low < 0 else high}, beyond {table} of {limit}")
@@ -198,12 +198,12 @@ class _SampleReader:
             self._refuse(path, "is an archive, not one array")
         return values
 
-    def _refuse(self, path: str, what: str) -> NoReturn:
-        raise DamagedSample(f"{self.id}: {os.path.join(self.folder, path)} {what}")
+    def _refuse(self, path: str, problem: str) -> NoReturn:
+        raise DamagedSample(f"{self.id}: {os.path.join(self.folder, path)} {problem}")
 
 
 def _plain_array(content: bytes) -> np.ndarray | None:
-    """The array of an .npy file as nearly all of them are, three times as fast as `np.load`; None for others."""
+    """The array of a common .npy file, three times as fast as `np.load`; None for uncommon ones."""
     if content[:8] != b"\x93NUMPY\x01\x00":
         return None
     start = 10 + int.from_bytes(content[8:10], "little")

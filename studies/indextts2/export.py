@@ -1,4 +1,4 @@
-"""A trained GPT out again as a `gpt.pth`: the base checkpoint with its trained part replaced."""
+"""Writes a trained GPT as a `gpt.pth`: the base checkpoint with its trained part replaced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from studies.indextts2.weights import TEXT_ROWS, CheckpointWeights, check_keys, few, published_name, read_weights
+from studies.indextts2.weights import TEXT_ROWS, CheckpointWeights, check_keys, join_few, published_name, read_weights
 from trainer.errors import UserError
 from trainer.export import WeightsFormat, write_weights
 
@@ -21,9 +21,9 @@ def export_gpt(
 ) -> None:
     """Write `state` to `path` in the published form: names, order and wrapping of `base_checkpoint`.
 
-    What training did not change goes out as it came in, byte for byte and in its dtype: the encoders always, and
-    each trained tensor that still has its base values. The text tables have the rows of the trained vocabulary.
-    Without a base checkpoint, and from one without encoders, only the trained keys are written, and the log says so.
+    Unchanged tensors keep their bytes and dtype: the encoders, and each trained tensor with its base values. The text
+    tables have the rows of the trained vocabulary. Without a base checkpoint, or if it has no encoders, only the
+    trained keys are written, with a log line.
 
     Args:
         state: The model's state dict.
@@ -45,21 +45,22 @@ def export_gpt(
     base = read_weights(base_checkpoint)
     check_keys(base, trained, TEXT_ROWS)
     tensors = {
-        name: _replaced(tensor, trained[name]) if name in trained else tensor for name, tensor in base.published.items()
+        name: _choose_tensor(tensor, trained[name]) if name in trained else tensor
+        for name, tensor in base.published.items()
     }
-    # safetensors knows no wrapping.
+    # safetensors has no wrapping.
     write_weights({"model": tensors} if base.is_wrapped and format == "pth" else tensors, path, format=format)
     _report(base, trained)
 
 
-def _replaced(base: Tensor, trained: Tensor) -> Tensor:
+def _choose_tensor(base: Tensor, trained: Tensor) -> Tensor:
     """The trained tensor; the base's own, in its dtype, where the values are the same."""
     return base if base.shape == trained.shape and torch.equal(base.to(trained.dtype), trained) else trained
 
 
 def _report(base: CheckpointWeights, trained: Mapping[str, Tensor]) -> None:
     if base.dropped:
-        logger.info("%s: dropped %d keys: %s", base.path, len(base.dropped), few(base.dropped))
+        logger.info("%s: dropped %d keys: %s", base.path, len(base.dropped), join_few(base.dropped))
     if base.encoders:
         logger.info("%d encoder keys of %s as they are, %d trained keys", len(base.encoders), base.path, len(trained))
     else:

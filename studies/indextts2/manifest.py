@@ -1,8 +1,8 @@
 """Paired manifests: JSON lines that name four .npy files an utterance, millions of lines.
 
 A manifest is read once, line by line, into an index: a file of columns (where each line starts, how long its
-text and its codes are) that later starts map into memory. It lies in `.tuner-index/` beside the manifest, or
-under `data/index/` where that folder can't be written. The files that the lines name are not looked at here.
+text and its codes are) that later starts map into memory. It is stored in `.tuner-index/` beside the manifest, or
+under `data/index/` if that folder is not writable. The files that the lines name are not opened here.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _LANGUAGE = re.compile(r"(.+)::([A-Za-z]{2,3}(?:[-_]\w+)?)")
 
 
 def split_language(spec: str) -> tuple[str, str | None]:
-    """Split "PATH::ko" into its path and language. The language only labels the manifest in the log: the
-    model has no input for it, and every line is used whatever its own `language` says."""
+    """Split "PATH::ko" into its path and language. The language is only a label in the log: the model has
+    no input for it, and the `language` of the lines is ignored."""
     match = _LANGUAGE.fullmatch(spec)
     return (match[1], match[2]) if match else (spec, None)
 
@@ -73,8 +73,8 @@ class Manifest:
 
 
 def check_record(record: Any, folder: str) -> tuple[int, int]:
-    """The (text, code) lengths of a manifest line. Raises ValueError, in words, where a key is missing or
-    has the wrong type, and where a path leaves `folder`."""
+    """The (text, code) lengths of a manifest line. Raises ValueError if a key is missing or has the
+    wrong type, or if a path leaves `folder`."""
     try:
         text_len, code_len = record["target_text_len"], record["target_code_len"]
         paths = sample_paths(record)
@@ -96,12 +96,12 @@ def check_record(record: Any, folder: str) -> tuple[int, int]:
 
 
 def sample_paths(record: dict[str, str]) -> tuple[str, str, str, str]:
-    """Where text, codes, condition and emotion lie, relative to the manifest."""
+    """Paths of text, codes, condition and emotion, relative to the manifest."""
     return (
         record["target_text_ids_path"],
         record["target_codes_path"],
         record["prompt_condition_path"],
-        # Preprocessing leaves the one that it has not made out, or empty.
+        # Preprocessing omits the one that it has not made, or leaves it empty.
         record.get("prompt_emo_vec_path") or record.get("target_emo_vec_path") or record["prompt_emo_vec_path"],
     )
 

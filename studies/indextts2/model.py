@@ -1,12 +1,12 @@
 """The IndexTTS-2 GPT, in the form that its training needs.
 
-A sample stands in its row without a gap, and padding follows only at the end:
+Each row contains one sample without gaps, with padding only at the end:
 
     32 condition vectors + emo_vec | 2 duration vectors | start_text text stop_text | start_mel codes | ...
 
-so a causal model needs no mask, keeps the flash kernel, and gives every sample the loss that it has alone.
-`collate` in `workload.py` makes this layout. The parameters bear the names and shapes of the published
-`gpt.pth`; its encoders are not trained, so they are not here.
+so a causal model needs no mask, can use the flash kernel, and the loss of a sample does not depend on its batch.
+`collate` in `workload.py` makes this layout. The parameters have the names and shapes of the published `gpt.pth`,
+without its encoders, which are not trained.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ NUM_DURATION = 2
 PREFIX = NUM_CONDITION + NUM_DURATION
 """Positions of a row before its start_text token."""
 NO_TARGET = -100
-"""In the targets: this entry only fills up the shape and has no loss."""
+"""A target that only fills up the shape. It has no loss."""
 EVAL_ROWS = 1024
-"""Targets whose logits exist at a time where only the first-ranked code is asked for."""
+"""Targets per chunk of logits when only the first-ranked code is needed."""
 
 
 class GPTConfig(BaseModel):
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """GPT-2's blocks and last norm. Its own token and position embeddings are not used, so not made."""
+    """GPT-2's blocks and last norm. Its own token and position embeddings are unused and left out."""
 
     def __init__(self, config: GPTConfig, dropout: float) -> None:
         super().__init__()
@@ -147,10 +147,10 @@ class LearnedPositions(nn.Module):
 class IndexTTS2GPT(nn.Module):
     """Text and speech codes under one causal transformer, each with its own embedding, positions and head.
 
-    `dropout` acts on embeddings, attention and residuals. `duration` says what the first of the two duration
-    vectors is (the second is `speed_emb[0]`, "free", in both): "binary" `speed_emb[1]`, "length" the mel
-    position embedding at the number of codes + 1, which tells the model how long the utterance will be.
-    `gradient_checkpointing` keeps one activation a block and computes the rest again in the backward pass.
+    `dropout` acts on embeddings, attention and residuals. `duration` is the first of the two duration vectors
+    (the second is always `speed_emb[0]`, "free"): "binary" is `speed_emb[1]`, "length" the mel position embedding at
+    the number of codes + 1, from which the model learns the utterance's length. `gradient_checkpointing` keeps one
+    activation per block and computes the others again in the backward pass.
     """
 
     def __init__(
@@ -189,10 +189,10 @@ class IndexTTS2GPT(nn.Module):
         For B rows of `length` positions, of which `length - PREFIX` hold tokens:
           condition [B, 32, width], emo_vec [B, width]: float32
           ids, positions, is_mel [B, length - PREFIX]: both vocabularies share one layout; `is_mel` (bool)
-            says from which tables a position's rows come
+            selects the tables of a position
           code_lengths [B]: number of codes of each row
-          text_index, mel_index [N]: places in the flattened [B * length] at which the heads are computed
-          text_targets, mel_targets [N]: what stands there next; NO_TARGET fills up the shape
+          text_index, mel_index [N]: positions in the flattened [B * length] at which the heads are computed
+          text_targets, mel_targets [N]: the next token there; NO_TARGET fills up the shape
         All shapes depend on the padded sizes alone, and no value is read on the host.
         """
         x = F.dropout(self._embed(inputs), self.dropout, self.training)

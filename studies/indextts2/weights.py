@@ -1,7 +1,7 @@
 """Weights to start from: a published or fine-tuned `gpt.pth`, or a checkpoint of this trainer.
 
 Files differ in their wrapping (`model`, `_orig_mod.`, LoRA, inference aliases) and in their text vocabulary.
-All of that is undone here; what remains must fit the model key for key.
+This module removes the differences; the rest must fit the model key for key.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class CheckpointWeights:
 
     path: Path
     published: dict[str, Tensor]
-    """All that is kept, encoders too: by the published name, in the file's order."""
+    """All tensors that are kept, with the encoders: by published name, in the file's order."""
     tensors: dict[str, Tensor]
-    """The trained ones of them; shapes as in the file."""
+    """The trained tensors; shapes as in the file."""
     encoders: tuple[str, ...]
-    """Keys of the untouched encoders, which are left in the file."""
+    """Keys of the encoders, which are not read."""
     dropped: tuple[str, ...]
-    """Keys that have no place in the model: LoRA's additions, inference aliases, `gpt.wte`."""
+    """Keys that the model does not have: LoRA's additions, inference aliases, `gpt.wte`."""
     is_wrapped: bool
     """The file holds them under "model"."""
     is_training_checkpoint: bool
@@ -56,11 +56,11 @@ class CheckpointWeights:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading a checkpoint did."""
+    """The result of loading a checkpoint."""
 
     dropped: tuple[str, ...]
     shared_pieces: int | None
-    """Pieces that both tokenizers know; None where no row had to move."""
+    """Pieces of both tokenizers; None if no row had to move."""
 
 
 class _RowMoves(NamedTuple):
@@ -99,14 +99,14 @@ def read_weights(path: Path) -> CheckpointWeights:
 
 
 def published_name(key: str) -> str | None:
-    """The name that a key of a checkpoint has in the published file; None where it has no place there."""
+    """The name that a key of a checkpoint has in the published file; None if it is not in that file."""
     name = key.replace("_orig_mod.", "").replace(".base_layer.", ".")
     dropped = name.startswith("inference_model.") or ".lora_" in name or name == "gpt.wte.weight"
     return None if dropped else name
 
 
-def few(names: Sequence[str]) -> str:
-    """The first of many names, for one line."""
+def join_few(names: Sequence[str]) -> str:
+    """The first five names, as text."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
@@ -121,7 +121,7 @@ def load_base_checkpoint(
     """
     weights = read_weights(path)
     state = model.state_dict()
-    moves = _row_moves(model, weights, tokenizer, base_tokenizer)
+    moves = _find_row_moves(model, weights, tokenizer, base_tokenizer)
     check_keys(weights, state, () if moves is None else TEXT_ROWS)
     with torch.no_grad():
         for name, target in state.items():
@@ -131,7 +131,7 @@ def load_base_checkpoint(
             else:
                 target[moves.rows] = source[moves.base_rows].to(target.dtype)
     if weights.dropped:
-        logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), few(weights.dropped))
+        logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), join_few(weights.dropped))
     if moves is not None:
         logger.info(
             "%s: %s of %s text pieces are the base tokenizer's too and took its rows; the others start fresh",
@@ -142,7 +142,7 @@ def load_base_checkpoint(
     return LoadReport(weights.dropped, None if moves is None else moves.num_shared)
 
 
-def num_pieces(tokenizer: Path) -> int:
+def count_pieces(tokenizer: Path) -> int:
     """Size of a SentencePiece model. Raises UserError where it can't be read."""
     return len(_pieces(tokenizer))
 
@@ -151,10 +151,10 @@ def _is_weight(key: Any, value: Any) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor)
 
 
-def _row_moves(
+def _find_row_moves(
     model: IndexTTS2GPT, weights: CheckpointWeights, tokenizer: Path | None, base_tokenizer: Path | None
 ) -> _RowMoves | None:
-    """Which text rows to take from where; None where they stay as they are in the checkpoint."""
+    """The text rows to copy, and their sources; None if the rows of the checkpoint stay."""
     if tokenizer is None or base_tokenizer is None or TEXT_ROWS[0] not in weights.tensors:
         return None
     num_new = model.config.number_text_tokens + 1
@@ -172,7 +172,7 @@ def _row_moves(
     row_of = {piece: row for row, piece in enumerate(base)}
     moves = {row: row_of[piece] for row, piece in enumerate(new) if piece in row_of}
     num_shared = len(moves)
-    # These tokens are numbers, not pieces: what their rows learned stays with the number.
+    # These tokens are numbers, not pieces: they keep the rows of their numbers.
     for token in (model.config.start_text_token, model.config.stop_text_token):
         if token < num_base:
             moves[token] = token
@@ -191,19 +191,19 @@ def check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: S
         )
     wrong = []
     for name, target in state.items():
-        found = weights.tensors.get(name)
+        tensor = weights.tensors.get(name)
         # Moved rows need not agree in number, only in width.
         skip = 1 if name in moved else 0
-        if found is not None and (found.ndim != target.ndim or found.shape[skip:] != target.shape[skip:]):
-            wrong.append(f"{name} is {_shape(found)}, the model's {_shape(target)}")
+        if tensor is not None and (tensor.ndim != target.ndim or tensor.shape[skip:] != target.shape[skip:]):
+            wrong.append(f"{name} is {_format_shape(tensor)}, the model's {_format_shape(target)}")
     complaints = []
-    for what, names in (
+    for problem, names in (
         ("missing", [name for name in state if name not in weights.tensors]),
         ("unknown", [name for name in weights.tensors if name not in state]),
         ("mis-shaped", wrong),
     ):
         if names:
-            complaints.append(f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})")
+            complaints.append(f"{len(names)} {problem} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})")
     if complaints:
         remedy = "use the config that belongs to it"
         if any(entry.startswith(TEXT_ROWS) for entry in wrong):
@@ -211,7 +211,7 @@ def check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: S
         raise UserError(f"checkpoint {weights.path} does not fit: {'; '.join(complaints)}: {remedy}")
 
 
-def _shape(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 

@@ -17,7 +17,7 @@ from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_len
 from studies.indextts2.export import export_gpt
 from studies.indextts2.manifest import split_language
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
-from studies.indextts2.weights import load_base_checkpoint, num_pieces
+from studies.indextts2.weights import count_pieces, load_base_checkpoint
 from trainer.config import Role
 from trainer.errors import UserError
 from trainer.export import WeightsFormat
@@ -34,9 +34,9 @@ ManifestPath = Annotated[str, AfterValidator(_resolve_manifest)]
 
 
 class IndexTTS2(Workload):
-    """The options of `[workload]`. Exactly one of `config` and `gpt` says how large the model is."""
+    """The options of `[workload]`. One of `config` and `gpt` gives the size of the model."""
 
-    # Paths may change between a run and its continuation; `data_digest` holds what they contain.
+    # Paths may change between a run and its continuation; `data_digest` covers their contents.
     train_manifests: Annotated[list[ManifestPath], Role.FREE] = Field(min_length=1)
     """Mixed: an epoch goes over all of them."""
     val_manifests: Annotated[list[ManifestPath], Role.FREE] = Field(min_length=1)
@@ -49,16 +49,16 @@ class IndexTTS2(Workload):
     tokenizer: Annotated[DataPath | None, Role.FREE] = None
     """The SentencePiece model that made the text ids; its size is the model's `number_text_tokens`."""
     base_tokenizer: Annotated[DataPath | None, Role.FREE] = None
-    """The SentencePiece model of `base_checkpoint` or of other weights to start from, where it is another one."""
+    """The SentencePiece model of `base_checkpoint` or of other initial weights, if it is another one."""
     text_loss_weight: Annotated[NonNegativeFloat, Role.MEASURE] = 0.2
     mel_loss_weight: Annotated[NonNegativeFloat, Role.MEASURE] = 0.8
     duration: Literal["binary", "length"] = "binary"
-    """What the model is told of the utterance's duration; see `IndexTTS2GPT`."""
+    """The model's input about the utterance's duration; see `IndexTTS2GPT`."""
     freeze: tuple[str, ...] = ()
-    """Parameters whose names start so are not trained: "gpt.h.0.", "text_embedding"."""
+    """Prefixes of the names of parameters that are not trained: "gpt.h.0.", "text_embedding"."""
     pack: Annotated[Literal["auto"] | bool, Role.FREE] = "auto"
-    """Make one memory-mapped store of the utterances' files on first use. "auto": where it needs no more than 20 GB
-    and a quarter of the free disk; true: wherever the disk holds it; false: never."""
+    """Pack the utterances' files into one memory-mapped store on first use. "auto": if it needs at most 20 GB and a
+    quarter of the free disk; true: if the disk has room; false: never."""
     gradient_checkpointing: Annotated[bool, Role.FREE] = False
     dropout: float = Field(0.1, ge=0, lt=1)
 
@@ -77,7 +77,7 @@ class IndexTTS2(Workload):
         """The model's configuration, its text vocabulary that of the tokenizer if there is one."""
         config = self.gpt or _read_config(self.config or Path())
         if self.tokenizer:
-            config = config.model_copy(update={"number_text_tokens": num_pieces(self.tokenizer)})
+            config = config.model_copy(update={"number_text_tokens": count_pieces(self.tokenizer)})
         return config
 
     @property
@@ -147,7 +147,7 @@ class IndexTTS2(Workload):
         return [(option, Path(split_language(spec)[0])) for option, given in specs.items() for spec in given]
 
     def unpacked(self) -> IndexTTS2:
-        # Built anew: a copy would keep the data that is already open.
+        # No copy: it would share the data that is already open.
         return self if self.pack is False else self.model_validate(self.model_dump() | {"pack": False})
 
     def memory_savers(self) -> Sequence[str]:
@@ -167,10 +167,10 @@ class IndexTTS2(Workload):
 
 
 def collate(samples: Sequence[Utterance], config: GPTConfig, pad_multiple: int = 1) -> Batch:
-    """Lay utterances out as `IndexTTS2GPT.forward` reads them.
+    """Make the inputs of `IndexTTS2GPT.forward`.
 
-    The rows' length is rounded up to `pad_multiple`, and the numbers of text and mel targets to
-    `pad_multiple` a row, so that batches of one size come in few shapes.
+    The rows' length is rounded up to `pad_multiple`, and the numbers of text and mel targets to `pad_multiple` per
+    row, so that batches of one size have few shapes.
     """
     lengths = [utterance_length(len(sample.text), len(sample.codes)) for sample in samples]
     length = _round_up(max(lengths), pad_multiple)
@@ -206,8 +206,8 @@ def collate(samples: Sequence[Utterance], config: GPTConfig, pad_multiple: int =
     for kind in ("text", "mel"):
         num_targets[kind] = sum(map(len, targets[kind]))
         num_padded = _round_up(num_targets[kind], pad_multiple * len(samples))
-        arrays[f"{kind}_index"] = _filled(places[kind], num_padded, 0)
-        arrays[f"{kind}_targets"] = _filled(targets[kind], num_padded, NO_TARGET)
+        arrays[f"{kind}_index"] = _join_padded(places[kind], num_padded, 0)
+        arrays[f"{kind}_targets"] = _join_padded(targets[kind], num_padded, NO_TARGET)
     return Batch(
         inputs={name: torch.from_numpy(values) for name, values in arrays.items()},
         counts={
@@ -240,8 +240,8 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _filled(parts: Sequence[np.ndarray], length: int, filling: int) -> np.ndarray:
-    """The parts, one after the other, with `filling` up to `length`: int64."""
+def _join_padded(parts: Sequence[np.ndarray], length: int, filling: int) -> np.ndarray:
+    """The concatenated parts, filled up to `length`: int64."""
     values = np.full(length, filling, np.int64)
     joined = np.concatenate(parts)
     values[: len(joined)] = joined

@@ -20,8 +20,8 @@ HEAD_SIZE = 32
 
 
 def read_documents() -> list[str]:
-    """The constitution and ten bills, each as one line. Raises UserError where konlpy is not installed."""
-    spec = importlib.util.find_spec("konlpy")  # importing it would ask for Java
+    """The constitution and ten bills, one line each. Raises UserError if konlpy is not installed."""
+    spec = importlib.util.find_spec("konlpy")  # importing it needs Java
     folders = spec.submodule_search_locations if spec else None
     paths = sorted(Path(folders[0]).glob("data/corpus/*/*.txt")) if folders else []
     if not paths:
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm(x)).unflatten(2, (3, -1, HEAD_SIZE)).permute(2, 0, 3, 1, 4)
-        # Padding stands at the end, where no real character looks: no mask, so the flash kernel is eligible.
+        # Padding is at the end, where causal attention never looks: no mask, so the flash kernel can be used.
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         result: Tensor = x + self.mlp(self.norm_mlp(x))
@@ -114,7 +114,7 @@ class KoreanChars(Workload):
         targets = inputs["chars"][:, 1:].flatten()
         logits = model(inputs["chars"][:, :-1]).flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets, ignore_index=PADDING, reduction="sum")
-        # Padding is never predicted right: else it would count.
+        # Padding does not count as a correct prediction.
         right = (logits.argmax(1) == targets) & (targets != PADDING)
         return {"char_loss": loss, "char_top1": right.float().sum()}
 

@@ -1,1 +1,1 @@
-"""The demonstration study: the IndexTTS-2 workload, small, on a Korean corpus that it makes itself."""
+"""The demo study: a small IndexTTS-2 workload on a Korean corpus, and the code that makes the corpus."""

@@ -1,9 +1,9 @@
-"""Makes the Korean demo corpus: law texts, spoken by espeak-ng, as an IndexTTS-2 preprocessing run leaves them.
+"""Makes the Korean demo corpus: law texts, spoken by espeak-ng, in the form of IndexTTS-2 preprocessing.
 
     python -m studies.korean_demo.corpus [--folder data/korean_demo] [--width 128]
 
-Needs the extra `demo` and no network. The same call makes the same bytes; a folder that is already whole is left
-as it is. What is in it:
+Needs the extra `demo` and no network. The same call makes the same bytes; a complete folder is left unchanged.
+Its files:
 
     train_pairs.jsonl, val_pairs.jsonl   one prompt/target pair a line; paths relative to the manifest
     text_ids/, codes/, emo_vec/          one .npy an utterance: int32 [text], int32 [25 a second], float32 [width]
@@ -34,15 +34,15 @@ from rich.progress import Progress
 from studies.korean_demo import speech
 from trainer.errors import UserError
 
-RECIPE = 2  # raise it with every change that changes a byte: older corpora are then made again
+RECIPE = 2  # increase it with every change of a byte: older corpora are then made again
 VOCAB_SIZE = 600
-MAX_TEXT_LEN = 120  # what is longer in text ids or codes is dropped: the model has no position for it
+MAX_TEXT_LEN = 120  # longer utterances are dropped: the model has no position for them
 MAX_CODE_LEN = 400
 MIN_SENTENCES = 40  # each speaker then has the two validation utterances that make a pair
 PACKAGES = ("espeakng_loader", "konlpy", "sentencepiece", "sklearn")
 FOLDERS = ("codes", "condition", "emo_vec", "text_ids")
 FILES = ("tokenizer.model", "train_pairs.jsonl", "val_pairs.jsonl")
-READERS_INDEX = ".tuner-index"  # what reading the manifests leaves here
+READERS_INDEX = ".tuner-index"  # created by readers of the manifests
 
 
 def plan_utterances(sentences: list[str], num_sentences: int | None = None) -> list[speech.Utterance]:
@@ -68,7 +68,7 @@ def train_tokenizer(sentences: list[str]) -> bytes:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),  # with files, their paths would stand in the model
+        sentence_iterator=iter(sentences),  # with files, the model would contain their paths
         model_writer=model,
         model_type="unigram",
         vocab_size=VOCAB_SIZE,
@@ -77,7 +77,7 @@ def train_tokenizer(sentences: list[str]) -> bytes:
         eos_id=1,
         unk_id=2,
         pad_id=-1,
-        num_threads=1,  # with more, the sums depend on which thread comes first
+        num_threads=1,  # with more, the sums depend on the order of threads
         minloglevel=2,
     )
     return model.getvalue()
@@ -163,10 +163,10 @@ def _write(folder: Path, parameters: dict[str, Any], num_workers: int) -> dict[s
 @contextmanager
 def _progress(console: Console, total: int) -> Iterator[speech.Progressed]:
     """Counts spoken utterances: a bar on a terminal, a line for every tenth elsewhere. May be called by threads."""
-    what = "speaking Korean sentences"
+    task_name = "speaking Korean sentences"
     if console.is_terminal:
         with Progress(console=console) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(task_name, total=total)
             yield lambda: bar.advance(task)
         return
     lock, num_done = threading.Lock(), 0
@@ -176,7 +176,7 @@ def _progress(console: Console, total: int) -> Iterator[speech.Progressed]:
         with lock:
             num_done += 1
             if num_done * 10 // total > (num_done - 1) * 10 // total:
-                console.print(f"{what}: {num_done:,} of {total:,}")
+                console.print(f"{task_name}: {num_done:,} of {total:,}")
 
     yield progressed
 
@@ -192,11 +192,11 @@ def _digest(folder: Path) -> str:
 
 
 def _read_whole(folder: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
-    """corpus.json, if the folder is whole and of this recipe and these parameters; takes a fraction of a second."""
+    """corpus.json, if the folder is complete and has this recipe and these parameters; takes a fraction of a second."""
     try:
         about: dict[str, Any] = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         same = (about["recipe"], about["parameters"], about["digest"]) == (RECIPE, parameters, _digest(folder))
-    except (OSError, ValueError, KeyError, TypeError):  # missing or torn: not whole
+    except (OSError, ValueError, KeyError, TypeError):  # missing or incomplete
         return None
     return about if same else None
 
@@ -217,14 +217,14 @@ def _check(folder: Path, width: int, num_sentences: int | None, num_workers: int
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the right to make `folder` against other processes; waits for it."""
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Waits for the lock on `folder`, and holds it inside the block."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{folder} can't be made: {error}; choose another folder.") from error
-    with lock:  # the file stays: removing it would let two processes hold two of them
+        raise UserError(f"{folder} can't be created: {error}; choose another folder.") from error
+    with lock:  # the file stays: after its removal two processes could hold two locks
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -232,13 +232,15 @@ def _locked(folder: Path) -> Iterator[None]:
 def make_corpus(
     folder: Path, *, width: int = 128, num_sentences: int | None = None, num_workers: int | None = None
 ) -> dict[str, Any]:
-    """Makes the corpus in `folder` unless it is there, whole, with the same parameters; replaces any other corpus.
+    """Makes the corpus in `folder`, and replaces another corpus there; reuses a complete one with equal parameters.
 
-    `width` is that of the condition and emotion vectors; `num_sentences` (at least MIN_SENTENCES) takes only so
-    many; `num_workers` speakers speak at a time (default: one a core). Returns what corpus.json says (`num_train`
-    and `num_val` pairs, `num_speakers`, `seconds` and `hours` of speech, ...) and `reused`. An interruption leaves
-    `folder` as it was. Raises UserError for impossible arguments, a folder with other files in it, and a demo
-    package that is missing.
+    Args:
+        width: Of the condition and emotion vectors.
+        num_sentences: At least MIN_SENTENCES. Default: all.
+        num_workers: Speakers that speak at a time. Default: one per core.
+
+    Returns the content of corpus.json and `reused`. An interruption leaves `folder` unchanged. Raises UserError for an
+    invalid argument, a folder with other files, and a missing demo package.
     """
     folder = folder.expanduser().resolve()
     parameters = {"width": width, "num_sentences": num_sentences}
@@ -250,10 +252,10 @@ def make_corpus(
             f"the Korean demo corpus needs {', '.join(missing)}; install with: pip install 'prodigy-tuner[demo]'"
         )
     making, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("making", "replaced"))
-    with _locked(folder):
+    with _lock_folder(folder):
         if replaced.exists() and not folder.exists():  # interrupted between the two renames below
             replaced.rename(folder)
-        if about := _read_whole(folder, parameters):  # another process made it while this one waited
+        if about := _read_whole(folder, parameters):  # made by another process in the meantime
             return {**about, "reused": True}
         for leftover in (making, replaced):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -270,7 +272,7 @@ def make_corpus(
 
 
 def main(command_line: list[str] | None = None) -> int:
-    """The command; returns its exit status: 2 with one line on a user's mistake."""
+    """Run the command; returns its exit code: 2 after a UserError."""
     parser = argparse.ArgumentParser(description="Makes the Korean demo corpus.")
     parser.add_argument("--folder", type=Path, default=Path("data/korean_demo"))
     parser.add_argument("--width", type=int, default=128, help="of the condition and emotion vectors")
@@ -281,7 +283,7 @@ def main(command_line: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; {arguments.folder} is as it was", file=sys.stderr)
+        print(f"interrupted; {arguments.folder} is unchanged", file=sys.stderr)
         return 130
     print(
         f"{arguments.folder}: {about['num_train']:,} training and {about['num_val']:,} validation pairs, "

@@ -1,8 +1,8 @@
-"""What the Korean demo corpus is made of: sentences, speakers, their speech by espeak-ng, and what becomes of it.
+"""The material of the Korean demo corpus: sentences, speakers, their speech by espeak-ng, and its codes and vectors.
 
     python -m studies.korean_demo.speech    one speaking process; `speak` runs it
 
-`corpus` plans, pairs and writes. A change here that changes a byte raises `corpus.RECIPE`.
+`corpus` plans, pairs and writes. With a change of a byte here, increase `corpus.RECIPE`.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ SPEAKERS = (
 
 
 class Utterance(NamedTuple):
-    """One sentence as one speaker says it; `split` is train or val."""
+    """One sentence by one speaker; `split` is train or val."""
 
     id: str
     text: str
@@ -76,7 +76,7 @@ def _paragraphs(text: str) -> list[str]:
 
 def read_sentences() -> list[str]:
     """Korean sentences of 6 to MAX_CHARACTERS characters from konlpy's law texts, each once, in a fixed order."""
-    spec = importlib.util.find_spec("konlpy")  # importing it would ask for Java
+    spec = importlib.util.find_spec("konlpy")  # importing it needs Java
     assert spec is not None and spec.submodule_search_locations
     root = Path(spec.submodule_search_locations[0]) / "data" / "corpus"
     sentences: dict[str, None] = {}
@@ -115,11 +115,11 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
 
 
 def _speak_as() -> None:
-    """All that a speaking process does (see `speak`): a speaker and texts from stdin, their log-mels to stdout."""
+    """A speaking process (see `speak`): reads a speaker and texts from stdin, writes log-mels to stdout."""
     import espeakng_loader
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(1)  # the speakers fill the cores; threads for such small products would only fight
+    threadpool_limits(1)  # the speakers fill the cores
     (_, voice, pitch, words_a_minute), texts = json.load(sys.stdin)
     samples: list[bytes] = []
 
@@ -155,7 +155,7 @@ def speak(utterances: list[Utterance], num_workers: int, progressed: Progressed)
     """The log-mel of each utterance by its id. Each speaker is one fresh process that speaks in a fixed order.
 
     espeak-ng carries state from one utterance to the next (the flutter of the pitch, its noise), and nothing in
-    it resets that: only a fresh process that says the same things in the same order repeats its samples.
+    it resets that: only a fresh process with the same texts in the same order repeats its samples.
     """
     log_mels: dict[str, np.ndarray] = {}
     processes: list[subprocess.Popen[bytes]] = []
@@ -184,16 +184,14 @@ def speak(utterances: list[Utterance], num_workers: int, progressed: Progressed)
                     log_mels[one.id] = np.frombuffer(spoken, np.float32).reshape(-1, NUM_BANDS)
                     progressed()
             except BrokenPipeError as error:
-                raise RuntimeError(
-                    f"the process that speaks as {speaker.name} failed; its error stands above"
-                ) from error
+                raise RuntimeError(f"the process of speaker {speaker.name} failed; its error is above") from error
 
     with ThreadPoolExecutor(num_workers) as threads:
         try:
             list(threads.map(run_speaker, SPEAKERS))
         finally:
             for process in processes:
-                process.kill()  # nothing where it has ended
+                process.kill()  # no effect on an exited process
     return log_mels
 
 

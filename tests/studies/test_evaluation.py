@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from studies.indextts2 import IndexTTS2
-from studies.indextts2.weights import num_pieces
+from studies.indextts2.weights import count_pieces
 from tests.studies.test_weights import published, tokenizers, with_aliases, with_lora  # noqa: F401
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import UserError
@@ -87,7 +87,7 @@ def test_a_base_with_rows_to_move_has_the_loss_of_its_runs_first_validation(
     corpus: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
 ) -> None:
-    torch.save(published(number_text_tokens=num_pieces(tokenizers[0])), corpus / "gpt.pth")
+    torch.save(published(number_text_tokens=count_pieces(tokenizers[0])), corpus / "gpt.pth")
     options = {"tokenizer": str(tokenizers[1]), "base_tokenizer": str(tokenizers[0])}
     study = spec(corpus, base_checkpoint="gpt.pth", **options)
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_text_of_another_tokenizer_is_said_with_the_vocabulary(
     tmp_path: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
 ) -> None:
-    size = num_pieces(tokenizers[1])
+    size = count_pieces(tokenizers[1])
     write_tiny_corpus(tmp_path, num_train=8, num_val=4, num_text_tokens=200)
     with pytest.raises(UserError, match=f"has the id \\d+, beyond the vocabulary of {size}"):
         run(spec(tmp_path, tokenizer=str(tokenizers[1])), tmp_path)

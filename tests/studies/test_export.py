@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from studies.indextts2 import IndexTTS2
-from studies.indextts2.weights import ENCODERS, TEXT_ROWS, num_pieces, published_name, read_weights
+from studies.indextts2.weights import ENCODERS, TEXT_ROWS, count_pieces, published_name, read_weights
 from tests.studies.test_weights import new_model, tokenizers, with_aliases, with_lora  # noqa: F401
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer import TrainConfig, UserError
@@ -115,7 +115,7 @@ def test_a_run_leaves_with_its_trained_part_alone_replaced(
     corpus: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
 ) -> None:
-    base = published(number_text_tokens=num_pieces(tokenizers[0]))
+    base = published(number_text_tokens=count_pieces(tokenizers[0]))
     torch.save(base, corpus / "gpt.pth")
     options = {"tokenizer": str(tokenizers[1]), "base_tokenizer": str(tokenizers[0]), "freeze": ["gpt.h.3."]}
     setup = Setup(workload(corpus, **options), TrainConfig(steps=2, batch_size=4, eval_every=4, precision="fp32"))
@@ -130,7 +130,7 @@ def test_a_run_leaves_with_its_trained_part_alone_replaced(
     assert_same(found, base | trained)
     changed = {key for key, tensor in base.items() if content_of(found[key]) != content_of(tensor)}
     assert changed and not any(key.startswith((*ENCODERS, "gpt.h.3.")) for key in changed)
-    assert {len(found[key]) for key in TEXT_ROWS} == {num_pieces(tokenizers[1]) + 1}
+    assert {len(found[key]) for key in TEXT_ROWS} == {count_pieces(tokenizers[1]) + 1}
 
     export(run_dir, corpus / "out.safetensors", checkpoint="latest")
     latest = read_checkpoint(run_dir / "latest.pth")["model"]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from studies.indextts2.weights import num_pieces
+from studies.indextts2.weights import count_pieces
 from tests.studies.test_weights import published, tokenizers  # noqa: F401
 from tests.studies.test_workload import CONFIG_YAML
 from tests.studies.tiny_corpus import write_tiny_corpus
 from trainer.checkpoint import read_checkpoint, write_checkpoint
-from tuner.spec.study_toml import parse_override
+from tuner.spec.overrides import parse_override
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, tokenizers: tuple[Path, Path]) -> Path:  # noqa: F811
     """A corpus, a config, a base checkpoint and its tokenizers, and the command `tuner` of this checkout."""
     write_tiny_corpus(tmp_path / "data", num_train=12, num_val=4, num_text_tokens=20)
     (tmp_path / "config.yaml").write_text(CONFIG_YAML)
-    torch.save(published(layers=3, number_text_tokens=num_pieces(tokenizers[0])), tmp_path / "gpt.pth")
+    torch.save(published(layers=3, number_text_tokens=count_pieces(tokenizers[0])), tmp_path / "gpt.pth")
     for name, path in zip(("base.model", "ko.model"), tokenizers, strict=True):
         shutil.copy(path, tmp_path / name)
     (tmp_path / "bin").mkdir()
@@ -150,9 +150,9 @@ def test_names_may_hold_blanks_and_quotes(folder: Path) -> None:
         ("train", {"SEED": "08"}, "SEED=08: give a whole number from 0 on"),
         ("train", {"AMP": "yes"}, "AMP=yes: give 1"),
         ("train", {"RESUME": "auto"}, "take scripts/resume_ko_prodigy.sh"),
-        ("resume", {}, "out holds no checkpoint to go on from: start with scripts/train_ko_prodigy.sh"),
+        ("resume", {}, "out has no checkpoint to continue from: start with scripts/train_ko_prodigy.sh"),
         ("resume", {"RESUME": "none.pth"}, "RESUME=none.pth: no such checkpoint"),
-        ("resume", {"OPTIMIZER": "adamw"}, "only a Prodigy run is resumed here"),
+        ("resume", {"OPTIMIZER": "adamw"}, "this script resumes only Prodigy runs"),
         ("resume", {"RESUME": "adamw.pth"}, "adamw.pth is a checkpoint of adamw and this run uses prodigy"),
     ],
 )

@@ -313,7 +313,7 @@ def change_entry(place: int, value: int) -> Callable[[Path], None]:
         ("target_codes_path", save(np.zeros(0, np.int32)), "is empty"),
         ("target_codes_path", save(np.zeros((4, 4), np.int32)), "is int32[4, 4], not a row of integers"),
         ("target_codes_path", save(np.zeros(4)), "is float64[4], not a row of integers"),
-        ("target_codes_path", save(np.zeros(39, np.int32)), "has 39 entries and the manifest says"),
+        ("target_codes_path", save(np.zeros(39, np.int32)), "has 39 entries, the manifest expects"),
         ("target_codes_path", change_entry(1, 32), "has the id 32, beyond the codebook of 32"),
         ("target_text_ids_path", change_entry(0, 30), "has the id 30, beyond the vocabulary of 30"),
         ("target_text_ids_path", change_entry(0, -1), "has the id -1, beyond the vocabulary of 30"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from studies.indextts2.model import GPTConfig, IndexTTS2GPT
-from studies.indextts2.weights import TEXT_ROWS, load_base_checkpoint, num_pieces, read_weights
+from studies.indextts2.weights import TEXT_ROWS, count_pieces, load_base_checkpoint, read_weights
 from tests.studies.tiny_corpus import TINY_GPT
 from trainer.errors import UserError
 
@@ -250,7 +250,7 @@ def test_text_rows_move_by_piece_and_the_other_new_rows_stay_fresh(
 
 
 def test_a_trainers_checkpoint_has_its_rows_moved_already(tmp_path: Path, tokenizers: tuple[Path, Path]) -> None:
-    size = num_pieces(tokenizers[1])
+    size = count_pieces(tokenizers[1])
     state = new_model(seed=0, number_text_tokens=size).state_dict()
     for content in ({"model": state, "optimizer_type": "prodigy"}, {"model": state, "optimizer": {}}, state):
         torch.save(content, tmp_path / "latest.pth")
@@ -267,8 +267,8 @@ def test_tokenizers_of_one_size_move_the_rows_of_a_base_checkpoint_alone(
 ) -> None:
     other = train_tokenizer(tmp_path, "other", ["abcd", "dabe"], 9, model_type="char")
     base = train_tokenizer(tmp_path, "base", ["dcxy", "xyz"], 9, model_type="char")
-    size = num_pieces(other)
-    assert size == num_pieces(base)
+    size = count_pieces(other)
+    assert size == count_pieces(base)
     state = new_model(seed=0, number_text_tokens=size).state_dict()
     for content, moved in ((state, True), ({"model": state, "optimizer_type": "prodigy"}, False)):
         torch.save(content, tmp_path / "gpt.pth")
@@ -278,8 +278,8 @@ def test_tokenizers_of_one_size_move_the_rows_of_a_base_checkpoint_alone(
 
 
 def test_a_vocabulary_of_another_size_needs_both_tokenizers(tmp_path: Path, tokenizers: tuple[Path, Path]) -> None:
-    size = num_pieces(tokenizers[1])
-    torch.save(published(number_text_tokens=num_pieces(tokenizers[0])), tmp_path / "gpt.pth")
+    size = count_pieces(tokenizers[1])
+    torch.save(published(number_text_tokens=count_pieces(tokenizers[0])), tmp_path / "gpt.pth")
     model = new_model(number_text_tokens=size)
     with pytest.raises(UserError, match=r"3 mis-shaped .* name tokenizer and base_tokenizer"):
         load_base_checkpoint(model, tmp_path / "gpt.pth", tokenizer=tokenizers[1])
@@ -289,7 +289,7 @@ def test_a_vocabulary_of_another_size_needs_both_tokenizers(tmp_path: Path, toke
 
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        num_pieces(tmp_path / "bpe.model")
+        count_pieces(tmp_path / "bpe.model")
     (tmp_path / "bpe.model").write_text("hello")
     with pytest.raises(UserError, match="is not a SentencePiece model"):
-        num_pieces(tmp_path / "bpe.model")
+        count_pieces(tmp_path / "bpe.model")

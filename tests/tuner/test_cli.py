@@ -132,7 +132,7 @@ def test_help_is_quick_because_it_imports_no_torch(tmp_path: Path) -> None:
 
 def test_help_shows_the_tables_of_a_spec_in_their_brackets(tmp_path: Path) -> None:
     # The help is marked up, and what stands in brackets would be taken for a style.
-    assert "the spec's [train] and [full] as they are." in tuner(tmp_path, "train", "--help").stdout
+    assert "from the spec's [train] and [full]." in tuner(tmp_path, "train", "--help").stdout
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("8h", 28800), ("30m", 1800), ("90s", 90), ("1h30m", 5400), ("5", 5)])

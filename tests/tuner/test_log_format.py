@@ -17,7 +17,7 @@ import pytest
 from tests.tuner.studies_for_tests import TOML, build, write
 from tests.tuner.test_cli import tuner
 from tuner.cli import main
-from tuner.cli.terminal import Format, follow_run, shown_log
+from tuner.cli.terminal import Format, follow_run, temporary_log
 from tuner.study.launch import open_study
 from tuner.study.storage import load_study, open_storage
 
@@ -57,11 +57,11 @@ def test_a_confirmation_is_told_run_by_run_and_as_a_whole(tmp_path: Path) -> Non
 
 def test_warnings_go_where_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("trainer.test")
-    with shown_log(Format.plain, logging.WARNING):
+    with temporary_log(Format.plain, logging.WARNING):
         log.info("not this")
         log.warning("the GPU is idle")
     assert capsys.readouterr() == ("the GPU is idle\n", "")
-    with shown_log(Format.json, logging.WARNING):
+    with temporary_log(Format.json, logging.WARNING):
         log.warning("the GPU is idle")
     out, err = capsys.readouterr()
     assert events(out) == ["warning"] and err == "the GPU is idle\n"
@@ -175,4 +175,4 @@ def test_watching_and_json_exclude_each_other(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "tuner: --watch is for people: leave it or --json out.\n"
+    assert capsys.readouterr().err == "tuner: --watch and --json exclude each other: leave one out.\n"

@@ -77,9 +77,9 @@ def test_a_name_that_a_study_can_not_have_is_refused(name: str, tmp_path: Path) 
         ("file", "file exists already: choose another name."),
         ("folder", "folder exists already: choose another name."),
         ("dangling", "dangling exists already: choose another name."),
-        ("file/mine", "file/mine can't be made (Not a directory): choose another place."),
-        ("/proc/mine", "/proc/mine can't be made (No such file or directory): choose another place."),
-        ("n" * 300, "can't be made (File name too long): choose another place."),
+        ("file/mine", "file/mine can't be created (Not a directory): choose another place."),
+        ("/proc/mine", "/proc/mine can't be created (No such file or directory): choose another place."),
+        ("n" * 300, "can't be created (File name too long): choose another place."),
         (".", ".: the folder's name becomes the study's"),
     ],
 )

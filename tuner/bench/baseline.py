@@ -1,8 +1,7 @@
-"""The training loop that `tuner bench` starts from, and the optimizations that it takes one by one.
+"""The baseline training loop of `tuner bench`, and its optimizations, one by one.
 
-The loop is for any workload and is as such trainers are commonly written: plain attention, float32, torch's default
-AdamW, batches drawn at random, files read between the steps, and a wait for the device at every number that it looks
-at. It is here to be measured, not to be used.
+The loop trains any workload in the common way: plain attention, float32, torch's default AdamW, random batches, files
+read between the steps, and a wait for the device at every number that it reads. It is for measurements only.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ REQUESTED = {
     "tf32": "TF32 matrix products where they are float32",
     "loader": "DataLoader with workers, prefetch and pinned memory",
 }
-"""The request's optimizations, in its order."""
+"""The usual optimizations, in the order of the table."""
 ADDED = {
     "buckets": "batches of like length",
     "no waiting": "norm, clip, finite check and metrics on the device; AdamW fused",
     "our prodigy": "trainer.prodigy in place of prodigyopt",
     "packed data": "samples from one file, not one file a field",
 }
-"""What this project adds to them."""
+"""The optimizations that this project adds."""
 
 
-def why_not(name: str, capabilities: Capabilities, workload: Workload) -> str:
-    """Why this optimization can't be measured here; empty where it can."""
+def find_obstacle(name: str, capabilities: Capabilities, workload: Workload) -> str:
+    """Why this optimization can't be measured here; empty if it can."""
     cuda = capabilities.kind == "cuda"
     if name in ("cudnn", "tf32") and not cuda:
         return "no effect on a CPU"
@@ -62,7 +61,7 @@ def why_not(name: str, capabilities: Capabilities, workload: Workload) -> str:
 
 
 class BaselineLoop:
-    """A model, its optimizer and its batches under a set of optimizations; `step` does one update."""
+    """A model, its optimizer and its batches, with a set of optimizations."""
 
     def __init__(self, workload: Workload, config: TrainConfig, on: frozenset[str]) -> None:
         self.workload, self.config, self.on = workload, config, on
@@ -77,14 +76,13 @@ class BaselineLoop:
         def loss_sums(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return workload.loss_sums(model, inputs)
 
-        # Forward and loss as one function. The loop that the request came from wrapped the model instead, and its
-        # loss called submodules and other methods of it: nothing was ever compiled, and nothing said so.
+        # Forward and loss as one function: a loss that calls submodules or methods of a compiled model is not compiled.
         self.loss_sums: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = loss_sums
         if "compile" in on:
             self.loss_sums = torch.compile(loss_sums)
         self.meter = LossMeter(workload.loss_weights)
         self.losses: list[float | Tensor] = []
-        """Each step's."""
+        """Of each step."""
         self.reset()
 
     def _build_optimizer(self) -> Any:
@@ -104,12 +102,12 @@ class BaselineLoop:
                 slice_p=config.slice_p,
             )
         lr = config.base_lr if config.optimizer == "adamw" else ADAMW_LR
-        # Clipping and the finite check without a wait need the fused form; without them torch's default is used.
+        # Clipping and the finite check without a wait need the fused form; else torch's default.
         fused = True if "no waiting" in self.on else None
         return torch.optim.AdamW(self.params, lr, betas=betas, weight_decay=decay, fused=fused)
 
     def batches_from(self, epoch: int) -> Iterator[Batch]:
-        """Batches without end."""
+        """An endless iterator of batches."""
         config, data = self.config, self.workload.train_data()
         pool = config.bucket_samples if "buckets" in self.on else 1
         order = BatchOrder(
@@ -140,7 +138,7 @@ class BaselineLoop:
         self.optimizer.zero_grad()
 
     def backward(self, group: Sequence[Batch]) -> float | Tensor:
-        """Gradients of the mean loss over some batches, and that loss."""
+        """Compute the gradients of the mean loss over the batches; returns that loss."""
         group = [batch for batch in group if batch.num_samples]
         weights = self.workload.loss_weights
         totals = {name: sum(batch.counts[name] for batch in group) for name in weights}
@@ -157,20 +155,20 @@ class BaselineLoop:
                 self.meter.add(sums, batch.counts)
                 total = total + loss.detach()
             else:
-                # One wait for the device per number.
+                # Each number is a wait for the device.
                 total += loss.item()
                 _ = {name: value.item() / max(1, batch.counts[name]) for name, value in sums.items()}
         return total
 
     def reset(self) -> None:
-        """Forget gradients and figures, and draw random numbers from the seed again."""
+        """Clear gradients and counters, and seed the random numbers again."""
         self.optimizer.zero_grad()
         self.meter.reset()
         self.tokens = self.slots = 0
         torch.manual_seed(self.config.seed)
 
     def _update_and_wait(self) -> None:
-        """As in the loop that the request came from: `.item()` for each parameter's norm, the decisions on the host."""
+        """The common way: `.item()` for each parameter's norm, decisions on the host."""
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = math.sqrt(sum(grad.norm().item() ** 2 for grad in grads))
         limit = self.config.max_grad_norm
@@ -184,7 +182,7 @@ class BaselineLoop:
         """Norm, clip and finite check on the device."""
         limit = self.config.max_grad_norm
         if "prodigy" in self.on and "our prodigy" not in self.on:
-            # prodigyopt takes no found_inf, and waits twice per parameter whatever is done around it.
+            # prodigyopt supports no found_inf, and waits twice per parameter in any case.
             norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
             if limit is not None:
                 nn.utils.clip_grads_with_norm_(self.params, limit, norm)
@@ -193,14 +191,14 @@ class BaselineLoop:
             update(self.optimizer, lr=self.optimizer.param_groups[0]["lr"], max_grad_norm=limit)
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything."""
+        """Wait until the device has finished all work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
-def switched(on: frozenset[str]) -> Iterator[None]:
-    """torch's own switches for this process; and all logits at once, for chunks of them are the trainer's."""
+def apply_switches(on: frozenset[str]) -> Iterator[None]:
+    """torch's switches, and all logits at once: chunks are an optimization of the trainer."""
     torch.backends.cudnn.benchmark = "cudnn" in on
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in on else "ieee"

@@ -1,4 +1,4 @@
-"""One row of `tuner bench` in one round, in a process of its own, so that nothing is shared but the compile cache.
+"""One row of `tuner bench` in one round, in its own process: only the compile cache is shared.
 
 python -m tuner.bench.measurement < request.json       # one JSON object on stdout
 """
@@ -19,14 +19,14 @@ from typing import Any
 from trainer import TrainConfig, UserError, Workload, train
 from trainer.acceleration import detect
 from trainer.errors import first_line
-from tuner.bench.baseline import BaselineLoop, switched
+from tuner.bench.baseline import BaselineLoop, apply_switches
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.objective import is_out_of_memory
 from tuner.study.peak_memory import peak_memory
 
 WARMUP = 5
-# torch.compile has seen enough shapes when so many in a row made no graph, and anyway after so many steps or seconds.
+# Compilation ends after QUIET_STEPS shapes without a new graph, at the latest after these steps or seconds.
 QUIET_STEPS, MAX_COMPILE_STEPS, MAX_COMPILE_SECONDS = 5, 40, 300.0
 MAX_INTERVALS = 4
 
@@ -39,27 +39,27 @@ class Measurement:
     seconds: float
     """Of the timed steps."""
     tokens: float
-    """Real ones, in the timed steps."""
+    """Real tokens of the timed steps."""
     real_token_share: float
     loss: float
-    """Mean over the first `steps` steps, counted from step 0: does every row train the same thing?"""
+    """Mean over the first `steps` steps from step 0, to compare the rows."""
     peak_memory_bytes: int
     note: str = ""
     losses: tuple[float, ...] = ()
-    """Each step's, from step 0 on; empty for the trainer, which reads none."""
+    """Of each step from step 0 on; empty for the trainer, which reads none."""
 
 
 def measure(
     workload: Workload, config: TrainConfig, on: frozenset[str], *, steps: int, warmup: int = WARMUP
 ) -> Measurement:
-    """Time `steps` steps of the baseline under some optimizations, after a warm-up."""
+    """Time `steps` steps of the baseline with some optimizations, after a warm-up."""
     loop = BaselineLoop(workload, config, on)
     note, num_graphs = "", 0
-    with switched(on):
+    with apply_switches(on):
         if "compile" in on:
             started = time.perf_counter()
             _compile(loop)
-            num_graphs = graphs()
+            num_graphs = count_graphs()
             note = f"{num_graphs} graphs compiled in {time.perf_counter() - started:.0f} s before the warm-up"
         for _ in range(warmup):
             loop.step()
@@ -79,32 +79,32 @@ def measure(
         real_token_share=loop.tokens / max(1, loop.slots),
         loss=sum(losses[:steps]) / max(1, len(losses[:steps])),
         peak_memory_bytes=peak_memory(loop.device.type) or 0,
-        note=note + _late(graphs() - num_graphs),
+        note=note + _describe_late_graphs(count_graphs() - num_graphs),
         losses=losses,
     )
 
 
 def _compile(loop: BaselineLoop) -> None:
-    """Let torch.compile see shapes until it makes no more graphs: one for the first shape, a general one for the
-    second, and more where the code takes another way. No update, and batches of another epoch: the steps that
-    follow are those of every other row."""
+    """Run backward passes until torch.compile makes no more graphs: one for the first shape, a general one for the
+    second, and more for other branches. Without updates and on batches of another epoch, so the steps after it are
+    those of the other rows."""
     quiet, started = 0, time.perf_counter()
     batches = loop.batches_from(epoch=1)
     for _ in range(MAX_COMPILE_STEPS):
         if quiet >= QUIET_STEPS or time.perf_counter() - started > MAX_COMPILE_SECONDS:
             break
-        before = graphs()
+        before = count_graphs()
         loop.backward([next(batches)])
-        quiet = quiet + 1 if graphs() == before else 0
+        quiet = quiet + 1 if count_graphs() == before else 0
     loop.reset()
 
 
-class _Measured(Exception):
-    """The trainer has run long enough; raised so that it ends without writing a checkpoint."""
+class _Finished(Exception):
+    """Enough was measured. Ends the trainer without a checkpoint."""
 
 
 class _Intervals:
-    """A tracker that keeps the figures of each log interval."""
+    """A tracker that stores the figures of each log interval."""
 
     def __init__(self) -> None:
         self.values: list[Mapping[str, float]] = []
@@ -113,23 +113,23 @@ class _Intervals:
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         if "train/tokens_per_second" in values:
             self.values.append(dict(values))
-            self.graphs.append(graphs())
+            self.graphs.append(count_graphs())
 
     def close(self) -> None:
-        """Nothing to write at the end."""
+        """Nothing to close."""
 
     def stop(self) -> bool:
-        """The interval before was the warm-up, unless code was still compiled in this one."""
+        """Ends after an interval without compilation; the interval before it was the warm-up."""
         settled = len(self.values) >= 2 and self.graphs[-1] == self.graphs[-2]
         if settled or len(self.values) >= MAX_INTERVALS:
-            raise _Measured
+            raise _Finished
         return False
 
 
 def measure_trainer(workload: Workload, config: TrainConfig, *, steps: int) -> Measurement:
-    """Time `steps` steps of `train()` with this configuration, after as many for its warm-up.
+    """Time `steps` steps of `train()` with this configuration, after a warm-up of equal length.
 
-    The run keeps its own length, by which it decides what pays; it is left when enough was measured.
+    The run keeps its length, which decides its acceleration, and is ended when enough was measured.
     """
     changes: dict[str, Any] = {"log_every": steps, "eval_every": None, "save_every": None}
     if (config.num_steps or 0) <= MAX_INTERVALS * steps:
@@ -140,7 +140,7 @@ def measure_trainer(workload: Workload, config: TrainConfig, *, steps: int) -> M
     logger.addHandler(reasons)
     logger.setLevel(logging.INFO)
     try:
-        with tempfile.TemporaryDirectory(prefix="tuner-bench-") as folder, contextlib.suppress(_Measured):
+        with tempfile.TemporaryDirectory(prefix="tuner-bench-") as folder, contextlib.suppress(_Finished):
             train(
                 workload,
                 config.model_copy(update=changes),
@@ -154,7 +154,7 @@ def measure_trainer(workload: Workload, config: TrainConfig, *, steps: int) -> M
     seconds = steps * config.effective_batch_size / values["train/samples_per_second"]
     if intervals.graphs[-1]:
         late = intervals.graphs[-1] - intervals.graphs[-2]
-        reasons.lines.append(f"{intervals.graphs[-2]} graphs compiled{_late(late)}")
+        reasons.lines.append(f"{intervals.graphs[-2]} graphs compiled{_describe_late_graphs(late)}")
     return Measurement(
         steps=steps,
         seconds=seconds,
@@ -167,7 +167,7 @@ def measure_trainer(workload: Workload, config: TrainConfig, *, steps: int) -> M
 
 
 class _Reasons(logging.Handler):
-    """Keeps what the trainer logs of its acceleration, but the device: the table names it."""
+    """Stores the trainer's log lines about acceleration, without the device, which is in the title."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,22 +178,22 @@ class _Reasons(logging.Handler):
             self.lines.append(record.getMessage())
 
 
-def graphs() -> int:
-    """How many graphs torch.compile has made in this process. Asking imports nothing."""
+def count_graphs() -> int:
+    """Number of graphs that torch.compile has made in this process. Imports nothing."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
-def _late(num_graphs: int) -> str:
+def _describe_late_graphs(num_graphs: int) -> str:
     return f", {num_graphs} more in the timed steps" if num_graphs else ""
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure what `tuner bench` asks for: a Measurement as plain values, or what stands in its way.
+    """Answer a request of `tuner bench`: a Measurement as plain values, or the reason why there is none.
 
     Args:
-        request: `spec` (as `StudySpec.to_dict` gives it), `optimizations` (names; None for the trainer), `steps`,
-            and `round`, which moves the training seed: each round has batches of its own.
+        request: `spec` (from `StudySpec.to_dict`), `optimizations` (names; None for the trainer), `steps`, and `round`,
+            which is added to the training seed: each round has other batches.
     """
     values = request["spec"]
     try:
@@ -204,7 +204,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             measurement = measure_trainer(setup.workload, config, steps=request["steps"])
         else:
             on = frozenset(request["optimizations"])
-            # The trainer is timed in its second interval: so are the others, on the same steps.
+            # The trainer is timed in its second interval; a warm-up of equal length gives the others the same steps.
             workload = setup.workload if "packed data" in on else setup.workload.unpacked()
             measurement = measure(workload, config, on, steps=request["steps"], warmup=request["steps"])
     except UserError as error:
@@ -218,10 +218,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     request = json.load(sys.stdin)
-    # prodigyopt and some workloads print; stdout is for the answer alone.
+    # prodigyopt and some workloads print; stdout carries only the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        found = answer(request)
-    print(json.dumps(found))
+        result = answer(request)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

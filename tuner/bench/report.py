@@ -18,7 +18,7 @@ from trainer.units import format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = {"baseline": "#999999", "cumulative": "#0072B2", "trainer": "#D55E00", "alone": "#56B4E9"}
 HEADINGS = {
     "baseline": "",
@@ -35,7 +35,7 @@ def label(row: Row) -> str:
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
-    """One line a row; notes stand below, for they are long."""
+    """One line per row, and the notes below the table."""
     if not console.is_terminal:
         console = Console(file=console.file, width=120)
     title = f"{result['device']}; batches of {result['batch_size']}, {result['rounds']} x {result['steps']} steps"
@@ -61,7 +61,7 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """One line for each note, with the groups that it is true of."""
+    """One line for each note, with its groups."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["note"]:
@@ -89,9 +89,9 @@ def _cells(row: Row) -> list[str]:
 
 
 def check_chart_path(path: Path) -> None:
-    """Refuse a chart that could not be written, before anything is measured."""
+    """Refuse a chart that can't be written, before the measurement."""
     if path.suffix.lower() != ".svg":
-        raise UserError(f"--chart {path}: it is written as SVG; name it {path.with_suffix('.svg')}.")
+        raise UserError(f"--chart {path}: the chart is an SVG; name it {path.with_suffix('.svg')}.")
     if not path.parent.is_dir():
         raise UserError(f"--chart {path}: there is no folder {path.parent}; make it first.")
     if importlib.util.find_spec("matplotlib") is None:
@@ -99,7 +99,7 @@ def check_chart_path(path: Path) -> None:
 
 
 def write_chart(result: Mapping[str, Any], path: Path) -> None:
-    """Horizontal bars of real tokens a second, each with its number; a line from the least to the most round."""
+    """Horizontal bars of real tokens per second, with a line from the slowest to the fastest round."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -111,7 +111,7 @@ def write_chart(result: Mapping[str, Any], path: Path) -> None:
         f"{result['device']}; batches of {result['batch_size']}; "
         f"median of {result['rounds']} x {result['steps']} steps{rounds}"
     )
-    # Text stays text; the salt and the missing date make equal results equal files.
+    # Text stays text. A fixed salt and no date: equal results give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tuner bench"}):
         figure = Figure((8, 0.24 * num_lines + 0.6), layout="constrained")
         axes = figure.subplots()
@@ -134,22 +134,13 @@ def write_chart(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_bar(axes: Axes, row: Row, y: int) -> None:
+    style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     if row["tokens_per_second"] is None:
-        axes.annotate(
-            textwrap.shorten(row["note"], 90),
-            (0, y),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color="#777777",
-        )
+        axes.annotate(textwrap.shorten(row["note"], 90), (0, y), (4, 0), color="#777777", **style)
         return
     value, (least, most) = row["tokens_per_second"], row["spread"]["tokens_per_second"]
     axes.barh(y, value, height=0.65, color=COLOURS[row["group"]])
     if most > least:
         axes.plot([least, most], [y, y], color="black", linewidth=1)
     times = "" if row["speedup"] is None else f" ({row['speedup']:.2f}x)"
-    axes.annotate(
-        f"{value:,.0f}{times}", (max(value, most), y), (5, 0), textcoords="offset points", va="center", fontsize=9
-    )
+    axes.annotate(f"{value:,.0f}{times}", (max(value, most), y), (5, 0), **style)

@@ -1,8 +1,8 @@
-"""`tuner bench`: what each optimization of a training run gives on this machine, measured side by side.
+"""`tuner bench`: measures the speed-up of each optimization on this machine.
 
-Rows are the baseline, each optimization alone, all of them one after the other, and the trainer itself. Every row of
-every round is a process of its own, so that its peak memory is its own; the rounds are interleaved, each begins with
-another row, and speed-ups are ratios inside a round, so that a machine that is busy for a while slows all rows alike.
+Rows are the baseline, each optimization alone, all of them one after the other, and the trainer. Each row of each round
+runs in its own process, so its peak memory is its own. Each round begins with another row, and speed-ups are ratios
+inside a round: a busy machine slows all rows equally.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from trainer.acceleration import Capabilities, detect
 from trainer.errors import UserError
 from trainer.metrics import clock
 from trainer.workload import Workload
-from tuner.bench.baseline import ADDED, REQUESTED, why_not
-from tuner.spec.mistakes import unknown_key
+from tuner.bench.baseline import ADDED, REQUESTED, find_obstacle
+from tuner.spec.mistakes import describe_unknown_key
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.tracked_run import code_version
@@ -38,7 +38,7 @@ Group = Literal["baseline", "alone", "cumulative", "trainer"]
 CHILD = (sys.executable, "-m", "tuner.bench.measurement")
 OUT_OF_MEMORY = "out of memory"
 PEAK_MEMORY = {
-    "cuda": "what torch had allocated on the device at its peak",
+    "cuda": "the most that torch allocated on the device",
     "cpu": "the whole process at its peak, with Python and the compiler, without loader workers",
 }
 GRACE_SECONDS = 5.0
@@ -46,41 +46,43 @@ GRACE_SECONDS = 5.0
 
 @dataclass
 class Row:
-    """One line of the table, and what its processes measured, by round."""
+    """One line of the table, with its measurements."""
 
     name: str
     group: Group
     optimizations: tuple[str, ...] | None
-    """Of the baseline; None for the trainer."""
+    """Optimizations of the baseline; None for the trainer."""
     note: str = ""
-    """Why there is no number, or what is to be known of it."""
-    measured: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Why there is no number, or a remark on it."""
+    measurements: dict[int, dict[str, Any]] = field(default_factory=dict)
     """`tuner.bench.measurement.Measurement` as plain values, by round."""
     left_out: bool = False
-    """Not measured, or not any more; the note says why."""
+    """Not measured, or no longer; the note has the reason."""
     failed: bool = False
 
     def rate(self, number: int) -> float:
-        """Real tokens a second in that round."""
-        return float(self.measured[number]["tokens"] / self.measured[number]["seconds"])
+        """Real tokens per second in a round."""
+        return float(self.measurements[number]["tokens"] / self.measurements[number]["seconds"])
 
     def median(self, value: Callable[[dict[str, Any]], float]) -> float | None:
-        return statistics.median(map(value, self.measured.values())) if self.measured else None
+        return statistics.median(map(value, self.measurements.values())) if self.measurements else None
 
     def ratios(self, baseline: Row) -> list[float]:
         """Speed-up against the baseline in each round that has both."""
-        return [self.rate(n) / baseline.rate(n) for n in sorted(self.measured.keys() & baseline.measured.keys())]
+        return [
+            self.rate(n) / baseline.rate(n) for n in sorted(self.measurements.keys() & baseline.measurements.keys())
+        ]
 
     def figures(self, baseline: Row) -> dict[str, Any]:
-        """The row as `--json` gives it: medians over the rounds; `spread` is the least and the greatest."""
-        ratios, rates = self.ratios(baseline), [self.rate(number) for number in sorted(self.measured)]
+        """The row for `--json`: medians over the rounds, and `spread`, their minimum and maximum."""
+        ratios, rates = self.ratios(baseline), [self.rate(number) for number in sorted(self.measurements)]
         return {
             "name": self.name,
             "group": self.group,
             "speedup": statistics.median(ratios) if ratios else None,
             "tokens_per_second": statistics.median(rates) if rates else None,
             "step_seconds": self.median(lambda m: m["seconds"] / m["steps"]),
-            "peak_memory_bytes": max((m["peak_memory_bytes"] for m in self.measured.values()), default=None),
+            "peak_memory_bytes": max((m["peak_memory_bytes"] for m in self.measurements.values()), default=None),
             "real_token_share": self.median(lambda m: m["real_token_share"]),
             "first_loss": self.median(lambda m: m["loss"]),
             "spread": {
@@ -92,8 +94,8 @@ class Row:
 
 
 def build_rows(capabilities: Capabilities, workload: Workload) -> list[Row]:
-    """All rows in their order. What has no effect here is left out, of the cumulative sets too."""
-    reasons = {name: why_not(name, capabilities, workload) for name in (*REQUESTED, *ADDED)}
+    """All rows in order. Optimizations without an effect here are left out, also from the cumulative sets."""
+    reasons = {name: find_obstacle(name, capabilities, workload) for name in (*REQUESTED, *ADDED)}
     rows = [Row("baseline", "baseline", ())]
     rows += [Row(name, "alone", (name,)) for name in REQUESTED]
     together: tuple[str, ...] = ()
@@ -108,11 +110,11 @@ def build_rows(capabilities: Capabilities, workload: Workload) -> list[Row]:
 
 
 def select(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    """The rows that `--only` names, by name or by group, and the baseline, which they are compared with."""
+    """The baseline, and the rows or groups of `--only`."""
     names = {row.name for row in rows} | {row.group for row in rows}
     wanted = {name if name in names else name.replace("-", " ") for name in only}
     for name in sorted(wanted - names):
-        raise UserError(f"--only: {unknown_key(name, sorted(names)).replace('key', 'row', 1)}")
+        raise UserError(f"--only: {describe_unknown_key(name, sorted(names)).replace('key', 'row', 1)}")
     return [row for row in rows if not wanted or row.group == "baseline" or {row.name, row.group} & wanted]
 
 
@@ -120,7 +122,7 @@ class Bench:
     """The measurement of one spec.
 
     Args:
-        say: Takes a line of progress.
+        report: Called with each line of progress.
     """
 
     def __init__(
@@ -130,10 +132,11 @@ class Bench:
         rounds: int,
         steps: int,
         only: Sequence[str] = (),
-        say: Callable[[str], Any] = lambda line: None,
+        report: Callable[[str], Any] = lambda line: None,
         command: Sequence[str] | None = None,
     ) -> None:
-        self.spec, self.rounds, self.steps, self.say, self.command = spec, rounds, steps, say, tuple(command or CHILD)
+        self.spec, self.rounds, self.steps = spec, rounds, steps
+        self.report, self.command = report, tuple(command or CHILD)
         setup = full_setup(spec, {})
         self.config = setup.config
         self.capabilities = detect(self.config.device)
@@ -150,11 +153,11 @@ class Bench:
         """Measure all rows in all rounds.
 
         Raises:
-            UserError: The data, the workload or the device does not fit; the first process says so.
+            UserError: The first process, that of the baseline, raised it.
         """
-        # Alone and at first in the row of all: the same thing, measured once.
+        # The first cumulative row is equal to the one of that optimization alone: measured once.
         sets = list(dict.fromkeys(row.optimizations for row in self.rows if not row.left_out))
-        jobs = [(number, each) for number in range(self.rounds) for each in rotated(sets, number, self.rounds)]
+        jobs = [(number, each) for number in range(self.rounds) for each in rotate(sets, number, self.rounds)]
         for done, (number, each) in enumerate(jobs):
             rows = [row for row in self.rows if row.optimizations == each and not row.left_out]
             if not rows:
@@ -164,12 +167,12 @@ class Bench:
             self._spent[each] = time.monotonic() - started
             name = rows[0].name if rows[0].group != "cumulative" else f"... + {rows[0].name}"
             left = self._left([later for _, later in jobs[done + 1 :]])
-            self.say(f"[{done + 1}/{len(jobs)}] round {number + 1}, {name}: {outcome}{left}")
+            self.report(f"[{done + 1}/{len(jobs)}] round {number + 1}, {name}: {outcome}{left}")
             if rows[0].group == "baseline" and rows[0].failed:
                 return
 
     def _measure(self, optimizations: tuple[str, ...] | None, number: int, rows: Sequence[Row]) -> str:
-        """Measure one set in one round, for all rows that show it; a line on what came of it."""
+        """Measure one set in one round, for all rows with this set; returns the result as text."""
         request = {
             "spec": self.spec.to_dict(),
             "optimizations": optimizations,
@@ -182,10 +185,10 @@ class Bench:
             raise UserError(answer["user_error"])
         for row in rows:
             if "measurement" in answer:
-                row.measured[number] = answer["measurement"]
+                row.measurements[number] = answer["measurement"]
                 row.note = row.note or answer["measurement"]["note"]
             else:
-                # The kernel ends a process that takes more memory than there is with SIGKILL.
+                # The kernel sends SIGKILL to a process that takes too much memory.
                 row.failed = "out_of_memory" not in answer and code != -signal.SIGKILL
                 reason = answer.get("user_error") or error_line(errors, code)
                 row.note = f"failed: {reason}" if row.failed else OUT_OF_MEMORY
@@ -193,14 +196,14 @@ class Bench:
         return f"{rows[0].rate(number):,.0f} tokens/s" if "measurement" in answer else rows[0].note
 
     def _left(self, sets: Sequence[tuple[str, ...] | None]) -> str:
-        """A row takes as long as in the round before; one not yet measured as long as the others on average."""
+        """The estimated time left: each row takes as long as in the round before, a new row as long as the average."""
         if not sets:
             return ""
         average = statistics.mean(self._spent.values())
         return f", about {clock(sum(self._spent.get(each, average) for each in sets))} left"
 
     def result(self) -> dict[str, Any]:
-        """The contract of `tuner bench --json`."""
+        """The output of `tuner bench --json`."""
         capabilities = self.capabilities
         packages = ("torch", "prodigyopt", "numpy")
         return {
@@ -220,16 +223,16 @@ class Bench:
         }
 
 
-def rotated(items: Sequence[Any], number: int, rounds: int) -> list[Any]:
-    """The items, beginning elsewhere in each round, over the rounds evenly."""
+def rotate(items: Sequence[Any], number: int, rounds: int) -> list[Any]:
+    """The items from another start in each round."""
     start = number * len(items) // rounds
     return [*items[start:], *items[:start]]
 
 
 def run_child(command: Sequence[str], request: str) -> tuple[int, str, str]:
-    """Run a process with `request` as its input; its exit code, stdout and stderr.
+    """Run a process with `request` on stdin; returns exit code, stdout and stderr.
 
-    However this ends, by Ctrl-C or SIGTERM too, the process and those that it started end with it.
+    Always ends the process and its children, also after Ctrl-C or SIGTERM.
     """
     pipe = subprocess.PIPE
     with (
@@ -244,7 +247,7 @@ def run_child(command: Sequence[str], request: str) -> tuple[int, str, str]:
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """End a session's leader and all that it started: loader workers, compilers."""
+    """End a process group: the process, its loader workers and compilers."""
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
         try:
             os.killpg(child.pid, number)
@@ -257,7 +260,7 @@ def end(child: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a measurement like Ctrl-C, which leaves no process behind."""
+    """SIGTERM raises KeyboardInterrupt, so it leaves no process behind."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -270,14 +273,14 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def error_line(errors: str, code: int) -> str:
-    """The line that names the exception: some explain themselves at length after it."""
+    """The line that names the exception: long explanations may follow it."""
     lines = [line for line in errors.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)\b", line)]
-    return (named or lines or [f"exit code {code}, and no word"])[-1].strip()
+    return (named or lines or [f"exit code {code}, without a message"])[-1].strip()
 
 
 def cpu_name() -> str:
-    """As the kernel calls it; else its architecture."""
+    """The kernel's name of the CPU, else its architecture."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1) if found else platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return match.group(1) if match else platform.machine()

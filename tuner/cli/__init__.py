@@ -1,7 +1,7 @@
-"""The command line: `tuner --help`. Thin: every command is one call of the Python API.
+"""The command line: `tuner --help`. Each command is one call of the Python API.
 
-A user's mistake is one line on stderr and exit code 2; a run that was stopped and can be continued exits 130.
-Heavy imports happen inside the commands, so that help is quick.
+A UserError is one line on stderr and exit code 2. A stopped run exits with 130.
+Heavy imports are inside the commands: `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tuner.cli import setup, study, training
 from tuner.cli.terminal import STOPPED
 
 app = typer.Typer(
-    help="Tune a training run with short trials, look at the study, promote the best trial to the full run.",
+    help="Tune a training run with short trials, inspect the study, and promote the best trial to the full run.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,10 +30,10 @@ REMEDIES = {
     errno.EDQUOT: "free some space within your quota, then run this again",
     errno.EROFS: "choose another --run-root or --storage, on a disk that can be written",
 }
-"""What to do about errors of the operating system that are no defect of this program."""
+"""Remedies for errors of the operating system, which are no bugs of this program."""
 
 
-def _say_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"prodigy-tuner {version_of('prodigy-tuner')}")
         raise typer.Exit
@@ -42,10 +42,10 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
-    """What may stand before a command."""
+    """The options before a command."""
 
 
 # In the order of the help.
@@ -65,10 +65,10 @@ for command in (
 
 
 def main() -> None:
-    """Run a command as `sys.argv` says."""
+    """Run the command in `sys.argv`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # What a terminal without UTF-8 can't show, a path in Korean, is no reason to end a run.
+            # A terminal without UTF-8 must not end a run, for example at a path in Korean.
             stream.reconfigure(errors="backslashreplace")
     try:
         app()

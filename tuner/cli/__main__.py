@@ -1,4 +1,4 @@
-"""`python -m tuner.cli`, where the `tuner` command is not on the path."""
+"""`python -m tuner.cli`, for a `tuner` that is not in PATH."""
 
 from tuner.cli import main
 

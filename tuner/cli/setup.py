@@ -1,4 +1,4 @@
-"""What comes before a study: new, doctor."""
+"""Commands before a study: new, doctor."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from typing import Annotated
 import typer
 
 from trainer.errors import UserError
-from tuner.cli.terminal import (
-    RunRoot,
-    Storage,
-)
+from tuner.cli.terminal import RunRoot, Storage
 
 
 def new(
-    name: Annotated[Path, typer.Argument(help="A folder to make; the study takes its name.", show_default=False)],
+    name: Annotated[Path, typer.Argument(help="The folder to create, named like the study.", show_default=False)],
 ) -> None:
-    """Write a small study that runs as it is, to put your own model into.
+    """Create a small study that runs at once. Put your own model into it.
 
     Example: tuner new my-study
     """
@@ -29,15 +26,13 @@ def new(
 
 
 def doctor(
-    spec: Annotated[Path | None, typer.Argument(help="A study.toml. Without it: the machine alone.")] = None,
+    spec: Annotated[Path | None, typer.Argument(help="A study.toml. Without it: only machine and storage.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="GB: judge for a CUDA card of this size, here or not.")
-    ] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="Assume a CUDA card of this size, in GB.")] = None,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
 ) -> None:
-    """Say what a run needs, memory above all, and what is amiss. Exits 1 where something is.
+    """Check the machine, the storage and a study before a run. Exits with 1 if a check fails.
 
     Example: tuner doctor studies/indextts2/study.toml --gpu-memory 25.3
     """

@@ -18,28 +18,28 @@ from tuner.cli.terminal import (
     Spec,
     Storage,
     Track,
-    explained,
     finish,
     follow_run,
     follow_study,
     parse_duration,
     show_log,
-    shown_log,
-    stoppable,
+    stop_on_signals,
+    temporary_log,
+    user_errors,
 )
 
 
 def launch(
     spec: Spec,
-    trials: Annotated[int | None, typer.Option(min=1, help="The study's total, in place of the spec's.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Total of the study, instead of trial.num_trials.")] = None,
     timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Trials at once, each on a GPU of its own.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of parallel trials, each on its own GPU.")] = 1,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
     log_format: LogFormat = Format.auto,
 ) -> None:
-    """Start a study, or continue it where it was.
+    """Start a study, or continue it.
 
     Example: tuner launch studies/indextts2/study.toml --timeout 8h
     """
@@ -48,16 +48,16 @@ def launch(
 
     from trainer.tracking import aim_command
     from tuner import Runtime, StudySpec, api, open_study
-    from tuner.doctor.quick import before_spec, check_first
+    from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.study.storage import storage_url
 
     console = Console(stderr=log_format == Format.json)
     study_spec = StudySpec.load(spec)
-    check_first(before_spec(study_spec, run_root, storage=storage_url(storage)))
-    with shown_log(log_format):
-        # The first use of the data may index and pack it, and logs its progress.
+    report_checks(run_spec_checks(study_spec, run_root, storage=storage_url(storage)))
+    with temporary_log(log_format):
+        # The first use of the data may index and pack it, with a log.
         study = open_study(study_spec, storage)
-    with stoppable(console.print) as stop, shown_log(log_format, logging.WARNING):
+    with stop_on_signals(console.print) as stop, temporary_log(log_format, logging.WARNING):
         total = trials or study_spec.trial.num_trials
         with follow_study(study, study_spec, total=total, log_format=log_format) as display:
             api.launch(
@@ -71,7 +71,7 @@ def launch(
             )
         name = study_spec.study.name
         if stop():
-            console.print("Stopped with a checkpoint. The same command continues.", highlight=False)
+            console.print("Stopped with a checkpoint. The same command continues it.", highlight=False)
             raise typer.Exit(STOPPED)
     at = f" --storage {storage}" if storage else ""
     root = f" --run-root {run_root}" if run_root != Path("runs") else ""
@@ -86,16 +86,16 @@ def launch(
 def status(
     study: Annotated[str | None, typer.Argument(help="Name of a study. Without it: all studies.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    follow: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds, until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
+    follow: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 2.0,
     storage: Storage = None,
 ) -> None:
-    """Trials, their curves, the best one, and full runs.
+    """Show the trials, their curves, the best trial and the full runs.
 
     Example: tuner status indextts2-ko --watch
     """
     if follow and as_json:
-        raise UserError("--watch is for people: leave it or --json out.")
+        raise UserError("--watch and --json exclude each other: leave one out.")
     from rich.console import Console
 
     from tuner.show.json_events import to_json
@@ -115,12 +115,12 @@ def status(
 
 
 def dashboard(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8080,
     host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
-    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse everything that changes a study.")] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse all changes.")] = False,
     storage: Storage = None,
 ) -> None:
-    """Serve optuna-dashboard on the storage, behind a token.
+    """Serve optuna-dashboard for the storage, protected by a token.
 
     Example: tuner dashboard --read-only
     """
@@ -138,22 +138,20 @@ def dashboard(
 
 def promote(
     study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(min=0, help=r"Promote this trial. \[default: the best]")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help=r"The trial to promote. \[default: the best]")] = None,
     confirm: Annotated[
-        int | None, typer.Option(min=1, help="First run so many of the best, and the baseline, for longer.")
+        int | None, typer.Option(min=1, help="Confirm the best N trials and the baseline with longer runs first.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help=r"Seeds of a confirmation. \[default: 2]")] = None,
-    rung: Annotated[
-        int | None, typer.Option(min=1, help="Length of the confirmation, in samples if the trials' is.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start at step 0, not from a checkpoint.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in optimizer updates.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help=r"Seeds of the confirmation. \[default: 2]")] = None,
+    rung: Annotated[int | None, typer.Option(min=1, help="Length of the confirmation, in the trials' unit.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start at step 0, not from the trial's checkpoint.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in steps.")] = None,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
     log_format: LogFormat = Format.auto,
 ) -> None:
-    """Train the full run with the best trial's settings, or continue it.
+    """Start or continue the full run, with the best trial's settings.
 
     Example: tuner promote indextts2-ko --confirm 3
     """
@@ -165,19 +163,19 @@ def promote(
 
     from tuner import Runtime, api
     from tuner.doctor.data import check_paths
-    from tuner.doctor.quick import check_first, quick
+    from tuner.doctor.quick import report_checks, run_quick_checks
     from tuner.show.json_events import confirmation_ended
     from tuner.show.table import confirmation_table
     from tuner.study.objective import Interrupted
     from tuner.study.record import read_spec
     from tuner.study.storage import load_study, open_storage, storage_url
 
-    check_first(quick(run_root, study=study, storage=storage_url(storage)))
+    report_checks(run_quick_checks(run_root, study=study, storage=storage_url(storage)))
     show_log(log_format)
     opened = load_study(study, open_storage(storage, must_exist=True))
-    check_first(check_paths(read_spec(opened).build_workload()))
+    report_checks(check_paths(read_spec(opened).build_workload()))
     console = Console(stderr=log_format == Format.json)
-    with stoppable(console.print) as stop, explained():
+    with stop_on_signals(console.print) as stop, user_errors():
         runtime, confirmation = Runtime(run_root, track, stop), None
         if confirm is not None:
             follow = partial(follow_run, log_format=log_format)
@@ -186,7 +184,7 @@ def promote(
                     opened, confirm, num_seeds=seeds or 2, rung=rung, runtime=runtime, follow=follow
                 )
             except Interrupted:
-                console.print("Stopped with a checkpoint; the same command continues.")
+                console.print("Stopped with a checkpoint. The same command continues it.")
                 raise typer.Exit(STOPPED) from None
             console.print(confirmation_table(confirmation))
             console.print(confirmation.verdict, markup=False, highlight=False, soft_wrap=True)

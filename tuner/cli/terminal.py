@@ -1,4 +1,4 @@
-"""What the commands share: options, the log on the terminal, Ctrl-C, and errors in one line."""
+"""Shared by the commands: options, the log on the terminal, signals, and errors in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """How a run is shown: `auto` is live on a terminal and plain elsewhere."""
+    """How a run is shown. `auto` is live on a terminal, and plain elsewhere."""
 
     auto = "auto"
     plain = "plain"
@@ -40,16 +40,18 @@ Spec = Annotated[Path, typer.Argument(help="A study.toml.", show_default=False)]
 Storage = Annotated[
     str | None, typer.Option(help=r"Database URL. \[default: $TUNER_STORAGE, else sqlite:///runs/tuner.db]")
 ]
-RunRoot = Annotated[Path, typer.Option(help="Folder of the run directories and of the Aim repository.")]
-Track = Annotated[bool, typer.Option("--track/--no-track", help="Write losses and d to Aim.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, such as train.batch_size=16.")]
+RunRoot = Annotated[Path, typer.Option(help="Folder of all run directories and the Aim repository.")]
+Track = Annotated[bool, typer.Option("--track/--no-track", help="Track the run with Aim.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override section.key=value, for example train.batch_size=16.")
+]
 
 LogFormat = Annotated[
-    Format, typer.Option("--log-format", help="plain: lines and no live view; json: a JSON object a line on stdout.")
+    Format, typer.Option("--log-format", help="plain: log lines, no live view; json: JSON lines on stdout.")
 ]
 
 STOPPED = 130
-"""Exit code of a run that was stopped and can be continued."""
+"""Exit code of a stopped run, which can be continued."""
 
 
 def parse_duration(text: str) -> float:
@@ -66,7 +68,7 @@ def parse_duration(text: str) -> float:
 
 
 class LogLines(logging.Handler):
-    """Writes to what stdout (or stderr) is at the moment: a live view stands in for it, and lets lines pass above."""
+    """Writes to the current stdout or stderr: a live view replaces it, and prints lines above itself."""
 
     def __init__(self, stream: str, level: int) -> None:
         super().__init__(level)
@@ -89,13 +91,13 @@ def _log_handlers(log_format: Format, level: int) -> Sequence[logging.Handler]:
 
 
 def show_log(log_format: Format = Format.auto) -> None:
-    """The trainer's log on stdout, a line as it stands; as JSON, its warnings there and all of it on stderr."""
+    """Print the trainer's log on stdout. With JSON: the log on stderr, and warnings as JSON on stdout."""
     logging.basicConfig(format="%(message)s", handlers=_log_handlers(log_format, logging.INFO))
 
 
 @contextmanager
-def shown_log(log_format: Format = Format.auto, level: int = logging.INFO) -> Iterator[None]:
-    """The same for a while, from a level on: trials have a display of their own."""
+def temporary_log(log_format: Format = Format.auto, level: int = logging.INFO) -> Iterator[None]:
+    """The same inside the block, from `level` on: trials have their own display."""
     handlers = _log_handlers(log_format, level)
     for handler in handlers:
         logging.getLogger().addHandler(handler)
@@ -107,7 +109,7 @@ def shown_log(log_format: Format = Format.auto, level: int = logging.INFO) -> It
 
 
 def follow_study(study: optuna.Study, spec: StudySpec, *, total: int, log_format: Format) -> StudyDisplay | StudyEvents:
-    """Shows a launch in this format; a context manager."""
+    """A context manager that shows a launch in this format."""
     from rich.console import Console
 
     from tuner.show.json_events import StudyEvents
@@ -119,7 +121,7 @@ def follow_study(study: optuna.Study, spec: StudySpec, *, total: int, log_format
 
 
 def follow_run(name: str, log_format: Format) -> RunDisplay | RunEvents:
-    """Shows one run in this format, beside its log; a context manager and a tracker."""
+    """A context manager and tracker that shows one run in this format."""
     from rich.console import Console
 
     from tuner.show.json_events import RunEvents
@@ -131,8 +133,8 @@ def follow_run(name: str, log_format: Format) -> RunDisplay | RunEvents:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """A run that can't go on with these settings ends with one line, not with a traceback."""
+def user_errors() -> Iterator[None]:
+    """Turns divergence and lack of memory into a UserError."""
     from trainer import Diverged
     from tuner.study.objective import is_out_of_memory
 
@@ -149,56 +151,56 @@ def explained() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(say: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, SIGTERM or a terminal that closes asks the run to stop at the next step with a checkpoint, and so does a
-    pipe that nobody reads any more; a second signal stops at once."""
-    asked: list[int] = []
-    lost: list[bool] = []
+def stop_on_signals(report: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
+    """Yields whether the run should stop with a checkpoint: after Ctrl-C, SIGTERM, a closed terminal, or the loss of
+    the reader of its output. A second signal raises KeyboardInterrupt."""
+    requests: list[int] = []
+    broken_pipes: list[bool] = []
 
-    def ask(number: int, _: Any) -> None:
-        if asked:
+    def request_stop(number: int, _: Any) -> None:
+        if requests:
             raise KeyboardInterrupt
-        asked.append(number)
-        say("Stopping at the next step with a checkpoint; once more stops at once.")
+        requests.append(number)
+        report("Stopping at the next step with a checkpoint. Press Ctrl-C again to stop at once.")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {number: signal.signal(number, request_stop) for number in numbers}
     try:
-        with outlived(lambda: lost.append(True)):
-            yield lambda: bool(asked or lost)
+        with survive_lost_output(lambda: broken_pipes.append(True)):
+            yield lambda: bool(requests or broken_pipes)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class Outlived:
-    """A stream that may lose its reader: what can't be written any more is dropped.
+class LossyStream:
+    """A stream that drops its output after an error of writing.
 
     Args:
-        on_broken_pipe: Called where a pipe's reader is gone. A terminal that is gone or a disk that is full ends
-            nothing: the run's log is a file, too.
+        on_broken_pipe: Called when a pipe loses its reader. A lost terminal or a full disk does not stop the run: its
+            log is also a file.
     """
 
     def __init__(self, stream: TextIO, on_broken_pipe: Callable[[], Any]) -> None:
         self._stream, self._on_broken_pipe = stream, on_broken_pipe
 
     def write(self, text: str) -> int:
-        with self._kept():
+        with self._drop_on_error():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._kept():
+        with self._drop_on_error():
             self._stream.flush()
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _drop_on_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            # What is in its buffer goes there too, else the interpreter would fail on it at its end.
+            # Flushes the buffer to /dev/null too: otherwise the interpreter fails at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -210,11 +212,10 @@ class Outlived:
 
 
 @contextmanager
-def outlived(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
-    """Standard output and errors may lose their readers meanwhile."""
-    streams: Any = (sys.stdout, sys.stderr)
-    # A program may be started without one.
-    sys.stdout, sys.stderr = (stream and cast(TextIO, Outlived(stream, on_broken_pipe)) for stream in streams)
+def survive_lost_output(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
+    """Stdout and stderr may lose their readers inside the block."""
+    streams: Any = (sys.stdout, sys.stderr)  # None if the program was started without
+    sys.stdout, sys.stderr = (stream and cast(TextIO, LossyStream(stream, on_broken_pipe)) for stream in streams)
     try:
         yield
     finally:
@@ -222,8 +223,8 @@ def outlived(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
 
 
 def finish(run: RunDisplay | RunEvents, result: TrainResult, again: str) -> None:
-    """Say how a run ended, and leave with its exit code; `again` is what continues a stopped one."""
+    """Report the end of a run, and exit with its code. `again` is the command that continues a stopped run."""
     run.ended(result)
     if not result.finished:
-        print(f"Stopped with a checkpoint; {again} goes on.", file=sys.stderr if run.as_json else sys.stdout)
+        print(f"Stopped with a checkpoint. To continue, run {again}.", file=sys.stderr if run.as_json else sys.stdout)
         raise typer.Exit(STOPPED)

@@ -15,41 +15,43 @@ from tuner.cli.terminal import (
     RunRoot,
     Spec,
     Track,
-    explained,
     finish,
     follow_run,
     show_log,
-    stoppable,
+    stop_on_signals,
+    user_errors,
 )
 
 
 def train(
     spec: Spec,
     override: Overrides = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint to continue from.")] = "auto",
-    init: Annotated[Path | None, typer.Option(help="Take the weights of this checkpoint for step 0.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help=r"\[default: RUN_ROOT/<study>/train]")] = None,
+    resume: Annotated[str, typer.Option(help="Checkpoint to continue from: auto, never, or a path.")] = "auto",
+    init: Annotated[Path | None, typer.Option(help="Start at step 0 with the weights of this checkpoint.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help=r"The run directory. \[default: RUN_ROOT/<study>/train]")] = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
     log_format: LogFormat = Format.auto,
 ) -> None:
-    r"""A full run without a study: the spec's \[train] and \[full] as they are.
+    r"""Train a full run without a study, from the spec's \[train] and \[full].
 
     Example: tuner train studies/indextts2/study.toml --set train.batch_size=16 --set full.steps=50_000
     """
     from rich.console import Console
 
-    from tuner.doctor.quick import before_spec, check_first
+    from tuner.doctor.quick import report_checks, run_spec_checks
+    from tuner.spec.overrides import parse_overrides
     from tuner.spec.setups import full_setup
-    from tuner.spec.study_toml import StudySpec, parse_override
+    from tuner.spec.study_toml import StudySpec
     from tuner.study.tracked_run import Runtime, tracked_train
 
     show_log(log_format)
-    say = Console(stderr=log_format == Format.json).print
-    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
-    check_first(before_spec(study_spec, run_dir or run_root))
+    report = Console(stderr=log_format == Format.json).print
+    study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
+    report_checks(run_spec_checks(study_spec, run_dir or run_root))
     name = study_spec.study.name
-    with stoppable(say) as stop, explained(), follow_run(f"{name}, full run without a study", log_format) as run:
+    title = f"{name}, full run without a study"
+    with stop_on_signals(report) as stop, user_errors(), follow_run(title, log_format) as run:
         runtime = Runtime(run_root, track, stop)
         result = tracked_train(
             full_setup(study_spec, {}),
@@ -61,31 +63,33 @@ def train(
             resume=resume,
             init=init.resolve() if init else None,
         )
-    finish(run, result, "with --resume auto it" if resume == "never" else "the same command")
+    finish(run, result, "the same command with --resume auto" if resume == "never" else "the same command")
 
 
 def evaluate(
     spec: Spec,
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, a run directory, or a gpt.pth.", show_default=False)],
-    samples: Annotated[int | None, typer.Option(min=1, help="Only so many of the set, in place of all.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Number of validation samples, instead of all.")] = None,
     override: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """A checkpoint's metrics on the spec's validation data, dropout off.
+    """Compute a checkpoint's metrics on the spec's validation data.
 
     Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
     """
     from tuner.promotion.evaluate import evaluate_checkpoint
     from tuner.show.json_events import to_json
-    from tuner.spec.study_toml import StudySpec, parse_override
+    from tuner.spec.overrides import parse_overrides
+    from tuner.spec.study_toml import StudySpec
 
     if not as_json:
         show_log()
-    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
-    with explained():
-        found = evaluate_checkpoint(study_spec, checkpoint, samples=samples)
-    values = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
-    print(to_json(found.to_dict()) if as_json else f"{found.checkpoint}, {found.samples:,} samples: {values}")
+    study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
+    with user_errors():
+        evaluation = evaluate_checkpoint(study_spec, checkpoint, samples=samples)
+    values = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+    text = f"{evaluation.checkpoint}, {evaluation.samples:,} samples: {values}"
+    print(to_json(evaluation.to_dict()) if as_json else text)
 
 
 def export(
@@ -93,13 +97,13 @@ def export(
     to: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="best_*, latest, a step or a path; left out: the workload's first best, else latest."),
+        typer.Option(help=r"best_*, latest, a step, or a path. \[default: the first best_*, else latest]"),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="pth or safetensors; left out: by the name of the file.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="Take the workload from this study.toml.")] = None,
+    format: Annotated[str | None, typer.Option(help=r"pth or safetensors. \[default: from the file name]")] = None,
+    spec: Annotated[Path | None, typer.Option(help="Use the workload of this study.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a checkpoint's weights for inference, in the form of the base checkpoint.
+    """Export a checkpoint's weights for inference, in the format of the base checkpoint.
 
     Example: tuner export runs/indextts2-ko/full-trial-00007 --to gpt.pth
     """
@@ -107,22 +111,23 @@ def export(
     from tuner.promotion.export import export
 
     show_log()
-    done = export(run_dir, to, checkpoint=checkpoint, format=format, spec=spec, force=force)
-    print(f"{done.path}: {format_bytes(done.num_bytes)}, from {done.checkpoint}, step {done.step}")
+    exported = export(run_dir, to, checkpoint=checkpoint, format=format, spec=spec, force=force)
+    size = format_bytes(exported.num_bytes)
+    print(f"{exported.path}: {size}, from {exported.checkpoint}, step {exported.step}")
 
 
 def bench(
     spec: Spec,
-    rounds: Annotated[int, typer.Option(min=1, help="How often every row is measured.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps a row and round, after a warm-up.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements of each row.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each measurement, after a warm-up.")] = 30,
     only: Annotated[
-        list[str] | None, typer.Option(help="This row, or group of rows, and the baseline; may be repeated.")
+        list[str] | None, typer.Option(help="Measure only this row or group, and the baseline. May be repeated.")
     ] = None,
     override: Overrides = None,
     chart: Annotated[Path | None, typer.Option(help="Write the chart to this .svg file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What each optimization of a training run gives on this machine.
+    """Measure the speed-up of each optimization on this machine.
 
     Example: tuner bench studies/korean_demo/study.toml --chart speed.svg
     """
@@ -130,13 +135,14 @@ def bench(
 
     from tuner.bench.report import check_chart_path, print_table, write_chart
     from tuner.bench.table import Bench
-    from tuner.spec.study_toml import StudySpec, parse_override
+    from tuner.spec.overrides import parse_overrides
+    from tuner.spec.study_toml import StudySpec
 
     if chart:
         check_chart_path(chart)
-    study_spec = StudySpec.load(spec, dict(parse_override(text) for text in override or []), search=False)
-    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
-    measurement = Bench(study_spec, rounds=rounds, steps=steps, only=only or [], say=say)
+    study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
+    report = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    measurement = Bench(study_spec, rounds=rounds, steps=steps, only=only or [], report=report)
     measurement.run()
     result = measurement.result()
     if chart:

@@ -1,4 +1,4 @@
-"""The calls of attention in a step of the model, and whether the GPU's flash kernel takes them."""
+"""The attention calls of a training step, and whether the GPU's flash kernel supports them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tuner.doctor.check import Check
 
 @dataclass(frozen=True)
 class Attention:
-    """A call of `scaled_dot_product_attention`, described."""
+    """The arguments of a call of `scaled_dot_product_attention` that decide its kernel."""
 
     num_heads: int
     head_dim: int
@@ -27,7 +27,7 @@ class Attention:
     query_length: int
     key_length: int
     precision: str
-    """"bf16", "fp16" or "fp32": what it computes in, under the run's autocast."""
+    """"bf16", "fp16" or "fp32", under the run's autocast."""
     num_dims: int = 4
     mask: bool = False
     dropout: float = 0.0
@@ -41,10 +41,7 @@ class Attention:
 
 
 class Recorder(TorchFunctionMode):
-    """Takes note of each call of `scaled_dot_product_attention` while it is active.
-
-    Attention within functions that are handled as one, as that of `nn.MultiheadAttention`, is not seen.
-    """
+    """Counts the calls of `scaled_dot_product_attention`. It does not see calls inside `nn.MultiheadAttention`."""
 
     def __init__(self, precision: str) -> None:
         super().__init__()
@@ -55,10 +52,10 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            self._note(*args, **(kwargs or {}))
+            self._count(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _note(
+    def _count(
         self,
         query: Tensor,
         key: Tensor,
@@ -68,7 +65,7 @@ class Recorder(TorchFunctionMode):
         is_causal: bool = False,
         **_: Any,
     ) -> None:
-        # A validation has its own calls; what counts is the step.
+        # Only the training step counts, not the validation.
         if not torch.is_grad_enabled():
             return
         own = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(query.dtype, "fp32")
@@ -79,7 +76,7 @@ class Recorder(TorchFunctionMode):
                 value_dim=value.shape[-1],
                 query_length=query.shape[-2],
                 key_length=key.shape[-2],
-                # Attention is among what autocast takes to its precision.
+                # Autocast casts the inputs of attention.
                 precision="bf16" if self._precision == "bf16" and own == "fp32" else own,
                 num_dims=query.dim(),
                 mask=attn_mask is not None,
@@ -90,17 +87,17 @@ class Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def recorded(precision: str) -> Iterator[Counter[Attention]]:
-    """The attention calls made inside, and how often each was."""
+def record_attention(precision: str) -> Iterator[Counter[Attention]]:
+    """Counts the attention calls made inside."""
     with Recorder(precision) as recorder:
         yield recorder.calls
 
 
 def check_attention(calls: Mapping[Attention, int], plan: AccelerationPlan, device: Capabilities) -> Check:
-    """Whether a step's attention may go through the flash kernel. Without a GPU its calls are listed alone: only
-    PyTorch knows what its kernels take, and only on the device."""
+    """Whether a step's attention can use the flash kernel. Without a GPU it only lists the calls: PyTorch answers the
+    question only on the device."""
     if not calls:
-        return Check("attention", "ok", "a step makes no call of scaled_dot_product_attention that could be seen")
+        return Check("attention", "ok", "no call of scaled_dot_product_attention seen in a step")
     shapes = _shapes(list(calls))
     if "flash" not in plan.sdpa:
         return Check("attention", "ok", f"{' or '.join(plan.sdpa)}, {plan.reasons['attention']}: {shapes}")
@@ -120,7 +117,7 @@ def _shapes(calls: Sequence[Attention]) -> str:
 
 
 def takes_flash(call: Attention) -> bool:
-    """Whether PyTorch's flash kernel takes this call on the current CUDA device, with its backward pass."""
+    """Whether PyTorch's flash kernel supports this call and its backward pass on the current CUDA device."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(call.precision, torch.float32)
 
     def build(length: int, width: int) -> Tensor:

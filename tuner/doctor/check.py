@@ -1,4 +1,4 @@
-"""What a check says, and how it is shown."""
+"""A check, and how it is shown."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it is, and what to do about it."""
+    """The result of a check, and the remedy."""
 
     name: str
     state: State
-    """A run can't do with a "fail"; a "warn" costs time, or concerns some of a study's trials."""
+    """"fail": a run is impossible; "warn": it takes longer, or some trials are affected."""
     message: str
     remedy: str = ""
 
 
 def show(checks: Sequence[Check], console: Console) -> None:
-    """A line for each check, its remedy below it."""
+    """Prints a line for each check, with its remedy below."""
     width = max(len(check.name) for check in checks)
     for check in checks:
         line = Text(f"{check.state:5}", STYLES[check.state]) + Text(f"{check.name:{width}}  {check.message}")

@@ -1,4 +1,4 @@
-"""All checks, in the order in which they are to be read."""
+"""All checks, in order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trainer.acceleration import AccelerationPlan, RunSize, plan
 from trainer.errors import UserError
 from trainer.memory import MemoryEstimate, NoEstimate, Probe
 from trainer.workload import Workload
-from tuner.doctor.attention import check_attention, recorded
+from tuner.doctor.attention import check_attention, record_attention
 from tuner.doctor.check import Check, has_failed
 from tuner.doctor.data import check_data, check_loader, check_packing, check_paths
-from tuner.doctor.device import Machine, check_device, cuda_machine, this_machine
+from tuner.doctor.device import Machine, build_cuda_machine, check_device, detect_machine
 from tuner.doctor.disk import check_checkpoints, check_free
 from tuner.doctor.gpus import check_gpus
 from tuner.doctor.installation import (
@@ -28,10 +28,10 @@ from tuner.doctor.installation import (
     check_trainer,
 )
 from tuner.doctor.memory import check_memory, check_snapshot
-from tuner.doctor.storage import check_interrupted, check_storage, open_trials
+from tuner.doctor.storage import check_interrupted, check_storage, read_open_trials
 from tuner.spec.setups import Setup, full_setup, largest_step
 from tuner.spec.study_toml import StudySpec
-from tuner.spec.workloads import described
+from tuner.spec.workloads import describe_error
 from tuner.study.launch import KEEP_TRIALS
 
 
@@ -42,26 +42,25 @@ def examine(
     gpu_memory: float | None = None,
     storage: str | None = None,
 ) -> list[Check]:
-    """Look at everything; nothing is changed.
+    """Run all checks, without changing anything.
 
     Args:
-        spec: A study.toml; without it only the installation, the machine and the storage are looked at.
+        spec: A study.toml. Without it only the installation, the machine and the storage are checked.
         run_root: Folder of the run directories.
-        gpu_memory: Bytes. Judge for a CUDA device with so many and bf16, in place of this machine's.
+        gpu_memory: Bytes. Assume a CUDA device with this memory and bf16, not this machine's.
         storage: Database URL, as `open_storage` takes it.
     """
-    machine = this_machine() if gpu_memory is None else cuda_machine(gpu_memory)
-    # What is installed is this machine's, whatever the card that is judged.
+    machine = detect_machine() if gpu_memory is None else build_cuda_machine(gpu_memory)
+    # The compiler of this machine, also for an assumed card.
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     checks = [check_own(), check_trainer(), check_python(), *check_packages(), check_compiler(), check_compile(kind)]
     checks += [check_device(machine), *check_gpus(), check_clock(run_root), check_storage(storage)]
-    checks += check_interrupted(open_trials(storage), run_root)
+    checks += check_interrupted(read_open_trials(storage), run_root)
     return checks + (list(examine_spec(spec, machine, run_root)) if spec else [check_free(run_root)])
 
 
 def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check]:
-    """The checks that need a study.toml; each is the ground of the next. Where one can't be made, the disk's is the
-    last."""
+    """The checks that need a study.toml. If one of them is impossible, only that of the disk follows."""
     study = None
     try:
         spec = StudySpec.load(path)
@@ -71,25 +70,26 @@ def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check
         yield from _examine_workload(spec, setup, machine, run_root)
         return
     except UserError as error:
-        name, what = ("spec", "the spec") if study is None else ("workload", "[workload] or what it names")
-        yield Check(name, "fail", str(error), f"correct {what}, then run this again")
+        name, place = ("spec", "the spec") if study is None else ("workload", "[workload] or its files")
+        yield Check(name, "fail", str(error), f"correct {place}, then run this again")
     except NoEstimate as error:
         yield Check("memory", "warn", f"no estimate: {error}", "watch the first steps of a run with the largest batch")
     except Exception as error:
-        # The workload is somebody else's code, and what it raises is a finding as any other: those before it and after
-        # it are to be read too. Tensors without contents may be all that it stumbled over.
-        remedy = "correct it there; if tuner train gets on with it, only the memory of a run stays unknown"
-        yield Check("workload", "fail", described(error), remedy)
+        # The workload is the user's code: its error is the result of a check. It may fail under FakeTensorMode only.
+        remedy = "correct it there; if tuner train works, only the memory estimate is missing"
+        yield Check("workload", "fail", describe_error(error), remedy)
     yield check_free(run_root, study)
 
 
 def _examine_workload(spec: StudySpec, setup: Setup, machine: Machine, run_root: Path) -> Iterator[Check]:
-    """What needs the data and the model. Raises what they raise."""
+    """The checks that need the data and the model. Raises their exceptions."""
     if setup.config.device == "cuda" and machine.capabilities.kind == "cpu":
-        yield Check("device", "fail", 'train.device "cuda", and there is no CUDA device', 'use train.device = "auto"')
+        yield Check(
+            "device", "fail", 'train.device is "cuda", but there is no CUDA device', 'use train.device = "auto"'
+        )
     if setup.config.device == "cpu":
-        machine = this_machine("cpu")
-    # Looking at the data must not begin with copying it.
+        machine = detect_machine("cpu")
+    # Checking the data must not pack it.
     workload, setup = setup.workload, replace(setup, workload=setup.workload.unpacked())
     missing = list(check_paths(workload))
     yield from missing
@@ -104,11 +104,11 @@ def _examine_workload(spec: StudySpec, setup: Setup, machine: Machine, run_root:
 def _examine_run(
     spec: StudySpec, setup: Setup, machine: Machine, run_root: Path, workload: Workload
 ) -> Iterator[Check]:
-    """What needs the model. Raises NoEstimate where it can't run without contents, and UserError.
+    """The checks that need the model. Raises NoEstimate where it can't run under FakeTensorMode, and UserError.
 
     Args:
-        setup: With data that is not packed.
-        workload: As the spec has it.
+        setup: With unpacked data.
+        workload: That of the spec.
     """
     probe = Probe.on_device(setup.workload, setup.config, machine.capabilities)
     estimate = probe.estimate()
@@ -125,16 +125,16 @@ def _examine_run(
 
 
 def _plan(setup: Setup, probe: Probe, machine: Machine, mapped: bool) -> AccelerationPlan:
-    """How the full run would be carried out. Raises UserError where [train] asks for what can't be."""
+    """The acceleration of the full run. Raises UserError where [train] requires an impossible one."""
     config, data = setup.config, setup.workload.train_data()
     size = RunSize.of(probe.model, data, samples_per_step=config.effective_batch_size, remaining_steps=config.num_steps)
     return plan(machine.capabilities, config, replace(size, mapped_data=mapped or size.mapped_data))
 
 
 def _attention(setup: Setup, probe: Probe, chosen: AccelerationPlan, machine: Machine) -> Check:
-    # The CPU's operations: those of CUDA would stand in for attention before it is seen.
+    # On the CPU: CUDA's kernels replace the attention call before it can be recorded.
     one = setup.config.model_copy(update={"batch_size": 1, "micro_batch_size": None, "grad_accumulation": 1})
-    with recorded(probe.precision) as calls:
+    with record_attention(probe.precision) as calls:
         Probe(setup.workload, one, device="cpu", precision=probe.precision).estimate()
     return check_attention(calls, chosen, machine.capabilities)
 
@@ -145,7 +145,7 @@ def _disk(spec: StudySpec, setup: Setup, estimate: MemoryEstimate, run_root: Pat
         spec.study.name,
         checkpoint=estimate.checkpoint,
         best=len(set(setup.workload.best_checkpoints().values())) * estimate.parameters,
-        # Those that are kept, the baseline, and the one that runs; latest.pth is another name for the newest.
+        # The kept trials, the baseline and the running one; latest.pth is a link to the newest.
         num_trials=min(KEEP_TRIALS + 2, spec.trial.num_trials),
         num_full=setup.config.keep_checkpoints,
     )

@@ -1,4 +1,4 @@
-"""What holds the GPUs' memory at this moment. Asks NVIDIA's driver, not torch: that would take a CUDA context."""
+"""Processes that use the GPUs' memory. Asks NVIDIA's driver: torch would create a CUDA context."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import psutil
 from trainer.memory import CUDA_CONTEXT
 from trainer.units import format_bytes
 from tuner.doctor.check import Check
-from tuner.doctor.device import known_gpus
+from tuner.doctor.device import list_known_gpus
 
-HELD = 0.1
-"""Share of a GPU's memory that a desktop may hold before anybody need be told."""
+MAX_HELD_SHARE = 0.1
+"""Share of a GPU's memory that a desktop may use without a warning."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GpuProcess:
     pid: int
     name: str
     memory: int | None
-    """Bytes; None where the driver does not say, as in containers."""
+    """Bytes; None where the driver does not report them, as in containers."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Gpu:
     free: int
     """Bytes."""
     processes: tuple[GpuProcess, ...] = ()
-    """Those that compute on it, as far as they are seen from here."""
+    """Processes that compute on it and are visible from here."""
 
 
 def check_gpus(gpus: Sequence[Gpu] | None = None, environment: Mapping[str, str] | None = None) -> Iterator[Check]:
-    """Free memory and other processes, one check for each GPU that this process may use."""
+    """Free memory and other processes: one check for each GPU that this process may use."""
     if gpus is None:
         gpus = read_gpus()
-    for gpu in visible(gpus, os.environ if environment is None else environment):
+    for gpu in select_visible(gpus, os.environ if environment is None else environment):
         yield _check(gpu)
 
 
@@ -51,14 +51,14 @@ def _check(gpu: Gpu) -> Check:
     name, others = f"gpu {gpu.index}", [p for p in gpu.processes if p.pid not in _own_processes()]
     message = f"{gpu.name}: {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
     if others:
-        message += f"; on it: {', '.join(map(_describe, others))}"
-    remedy = "stop what holds it, or choose another GPU with CUDA_VISIBLE_DEVICES"
+        message += f"; used by {', '.join(map(_describe, others))}"
+    remedy = "stop the process, or choose another GPU with CUDA_VISIBLE_DEVICES"
     if gpu.free < CUDA_CONTEXT:
-        return Check(name, "fail", f"{message}: less than a CUDA process takes", remedy)
+        return Check(name, "fail", f"{message}: less than a CUDA process needs", remedy)
     if others:
-        return Check(name, "warn", f"{message}: trials will take turns with it and have less memory", remedy)
-    if gpu.free < (1 - HELD) * gpu.total:
-        return Check(name, "warn", f"{message}: the rest is held by what is not seen from here", remedy)
+        return Check(name, "warn", f"{message}: trials share the GPU with it and have less memory", remedy)
+    if gpu.free < (1 - MAX_HELD_SHARE) * gpu.total:
+        return Check(name, "warn", f"{message}: the rest is used by processes that are not visible from here", remedy)
     return Check(name, "ok", message)
 
 
@@ -68,41 +68,41 @@ def _describe(process: GpuProcess) -> str:
 
 
 def _own_processes() -> set[int]:
-    """This process and those that started it: none of them is in its own way."""
+    """This process and its parents."""
     return {os.getpid(), *(process.pid for process in psutil.Process().parents())}
 
 
-def visible(gpus: Sequence[Gpu], environment: Mapping[str, str]) -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; parts of GPUs (MIG) are left out.
+def select_visible(gpus: Sequence[Gpu], environment: Mapping[str, str]) -> list[Gpu]:
+    """The GPUs of CUDA_VISIBLE_DEVICES, in its order, without parts of GPUs (MIG).
 
-    Indices are taken in the driver's order, which CUDA's own is too unless a machine mixes GPUs of several speeds.
+    Indices follow the driver's order. CUDA's differs only where a machine mixes GPUs of several speeds.
     """
     value = environment.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return list(gpus)
-    found: list[Gpu] = []
+    selected: list[Gpu] = []
     for name in value.split(","):
         name = name.strip()
-        named = [g for g in gpus if str(g.index) == name or (name.startswith("GPU-") and g.uuid.startswith(name))]
-        if not named:
-            break  # CUDA stops at the first one that is not there
-        found += named[:1]
-    return found
+        matches = [g for g in gpus if str(g.index) == name or (name.startswith("GPU-") and g.uuid.startswith(name))]
+        if not matches:
+            break  # as CUDA: the first unknown name ends the list
+        selected += matches[:1]
+    return selected
 
 
 def read_gpus() -> list[Gpu]:
-    """This machine's GPUs; none where no NVIDIA driver is loaded, or it does not answer."""
-    if not known_gpus():
+    """This machine's GPUs; none without an NVIDIA driver that answers."""
+    if not list_known_gpus():
         return []
     nvml = importlib.import_module("pynvml")
     try:
-        return from_nvml(nvml)
+        return read_nvml(nvml)
     except nvml.NVMLError:
         return []
 
 
-def from_nvml(nvml: Any) -> list[Gpu]:
-    """Ask the driver through `pynvml`, or what has its functions."""
+def read_nvml(nvml: Any) -> list[Gpu]:
+    """Ask the driver through `pynvml`."""
     nvml.nvmlInit()
     try:
         gpus = []
@@ -121,5 +121,5 @@ def from_nvml(nvml: Any) -> list[Gpu]:
 def _name(pid: int) -> str:
     try:
         return psutil.Process(pid).name()
-    except psutil.Error:  # of another container, or gone
+    except psutil.Error:  # of another container, or exited
         return "a process"

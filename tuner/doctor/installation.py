@@ -1,4 +1,4 @@
-"""What is installed: Python, the packages that runs depend on, compilers, and the clock."""
+"""The installation: Python, packages, compilers, and the clock."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from tuner.doctor.check import Check, State
 
 PACKAGES = ("torch", "optuna", "prodigyopt", "optuna-dashboard", "aim")
 OPTIONAL = {"optuna-dashboard", "aim"}
-"""Another version of them may cost a page or a chart, never a run."""
+"""Another version of these may break a page or a chart, but no run."""
 THIS_PACKAGE_IS_OF = 2025
 CLOCK_SKEW_S = 300.0
 
 
-def check_python(found: tuple[int, ...] = sys.version_info[:3]) -> Check:
-    name = ".".join(map(str, found))
-    if found[:2] in ((3, 11), (3, 12)):
+def check_python(running: tuple[int, ...] = sys.version_info[:3]) -> Check:
+    name = ".".join(map(str, running))
+    if running[:2] in ((3, 11), (3, 12)):
         return Check("python", "ok", name)
     return Check("python", "fail", f"{name}: Aim has no package for it", "use Python 3.11 or 3.12")
 
 
 def check_own() -> Check:
-    """Which version of this package looks."""
+    """The version of this package."""
     return Check("prodigy-tuner", "ok", version("prodigy-tuner"))
 
 
 def check_trainer(trainer_file: str | None = trainer.__file__, own_file: str = __file__) -> Check:
-    """Whether the imported package `trainer` is the one beside `tuner`: another distribution has one of that name."""
+    """Whether the imported package `trainer` is this project's: another distribution has the same name."""
     if trainer_file is not None and Path(trainer_file).parents[1] == Path(own_file).parents[2]:
         return Check("trainer", "ok", str(Path(trainer_file).parent))
     remedy = "pip uninstall coqui-tts-trainer, or use a fresh environment"
-    return Check("trainer", "fail", f"{trainer_file} is imported, which is of another distribution", remedy)
+    return Check("trainer", "fail", f"{trainer_file} is imported, which belongs to another distribution", remedy)
 
 
 def check_packages(needed: Iterable[str] | None = None) -> Iterator[Check]:
-    """Whether the versions are those that this package was made for: one check each.
+    """Whether the versions meet this package's requirements: one check each.
 
     Args:
-        needed: Requirements such as "torch~=2.13.0". Default: those that this package was installed with.
+        needed: Requirements such as "torch~=2.13.0". Default: this package's.
     """
     lines = needed if needed is not None else requires("prodigy-tuner") or []
     for requirement in map(Requirement, lines):
@@ -57,30 +57,30 @@ def check_packages(needed: Iterable[str] | None = None) -> Iterator[Check]:
             continue
         name, remedy = requirement.name, f"pip install '{requirement}'"
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             yield Check(name, "fail", "not installed", remedy)
             continue
-        if requirement.specifier.contains(found, prereleases=True):
-            yield Check(name, "ok", found)
+        if requirement.specifier.contains(installed, prereleases=True):
+            yield Check(name, "ok", installed)
         else:
             state: State = "warn" if name in OPTIONAL else "fail"
-            yield Check(name, state, f"{found}; made for {requirement.specifier}", remedy)
+            yield Check(name, state, f"{installed}; this package needs {requirement.specifier}", remedy)
 
 
 def check_compiler(environment: Mapping[str, str] | None = None) -> Check:
-    """Whether there is a C compiler, found as the Prodigy kernels find theirs."""
+    """Whether there is a C compiler; the Prodigy kernels search for it in the same way."""
     environment = os.environ if environment is None else environment
     path = environment.get("PATH", "")
     chosen = shlex.split(environment.get("CC", ""))[:1]
     for name in chosen or ["cc", "gcc", "clang"]:
-        if found := shutil.which(name, path=path):
-            return Check("compiler", "ok", found)
-    what = f"$CC names {chosen[0]}, which is not there" if chosen else "no C compiler (cc, gcc or clang)"
+        if compiler := shutil.which(name, path=path):
+            return Check("compiler", "ok", compiler)
+    problem = f"$CC names {chosen[0]}, which does not exist" if chosen else "no C compiler (cc, gcc or clang)"
     return Check(
         "compiler",
         "warn",
-        f"{what}: no torch.compile, and Prodigy's step takes several times as long",
+        f"{problem}: no torch.compile, and Prodigy's step takes several times as long",
         "correct $CC" if chosen else "install gcc",
     )
 
@@ -88,11 +88,11 @@ def check_compiler(environment: Mapping[str, str] | None = None) -> Check:
 def check_compile(
     kind: str, environment: Mapping[str, str] | None = None, *, triton: bool | None = None, headers: Path | None = None
 ) -> Check:
-    """Whether torch.compile finds what it needs.
+    """Whether torch.compile finds its compiler and headers.
 
     Args:
         kind: "cuda" or "cpu".
-        triton, headers: What is installed, in place of what is found here.
+        triton, headers: Default: those of this machine.
     """
     environment = os.environ if environment is None else environment
     headers = headers or Path(sysconfig.get_path("include"))
@@ -100,40 +100,40 @@ def check_compile(
     path = environment.get("PATH", "")
     if kind == "cuda":
         if not triton:
-            return _no_compile("Triton is not installed", "install torch's CUDA build, which brings it")
-        names, remedy, what = ["cc", "gcc", "clang"], "install gcc", "Triton and "
+            return _no_compile("Triton is not installed", "install torch's CUDA build, which includes it")
+        names, remedy, prefix = ["cc", "gcc", "clang"], "install gcc", "Triton and "
     else:
-        names, remedy, what = [environment.get("CXX", "g++"), "clang++"], "install g++", ""
+        names, remedy, prefix = [environment.get("CXX", "g++"), "clang++"], "install g++", ""
     compiler = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
     if compiler is None:
         return _no_compile(f"no compiler ({' or '.join(names)})", remedy)
-    # What it writes for Python is C code that includes them.
+    # Its generated C code includes Python.h.
     if not (headers / "Python.h").is_file():
         return _no_compile(f"{headers} has no Python.h", "install Python's headers (the package python3-dev)")
-    return Check("torch.compile", "ok", f"{what}{compiler}")
+    return Check("torch.compile", "ok", f"{prefix}{compiler}")
 
 
-def _no_compile(what: str, remedy: str) -> Check:
-    return Check("torch.compile", "warn", f"{what}: runs are not compiled", remedy)
+def _no_compile(reason: str, remedy: str) -> Check:
+    return Check("torch.compile", "warn", f"{reason}: runs are not compiled", remedy)
 
 
 def check_clock(run_root: Path, now: float | None = None) -> Check:
-    """Whether the clock stands behind what it has written: times of trials and runs would be in disorder."""
+    """Whether the clock is behind the times of existing files: times of trials and runs would be out of order."""
     now = time.time() if now is None else now
     here = time.strftime("%Y-%m-%d %H:%M", time.localtime(now))
     remedy = "set the system's clock (timedatectl set-ntp true)"
     if time.gmtime(now).tm_year < THIS_PACKAGE_IS_OF:
-        return Check("clock", "warn", f"it is {here} by this machine's clock", remedy)
-    # Two levels: studies and their runs. Millions of files below would take their time.
+        return Check("clock", "warn", f"this machine's clock shows {here}", remedy)
+    # Two levels only, studies and runs: below may be millions of files.
     newest = max(((_mtime(path), path) for path in (*run_root.glob("*"), *run_root.glob("*/*"))), default=None)
     if newest is not None and newest[0] > now + CLOCK_SKEW_S:
         hours = (newest[0] - now) / 3600
-        return Check("clock", "warn", f"it is {here}, and {newest[1]} was written {hours:.1f} h later", remedy)
+        return Check("clock", "warn", f"it shows {here}, and {newest[1]} was written {hours:.1f} h later", remedy)
     return Check("clock", "ok", here)
 
 
 def _mtime(path: Path) -> float:
     try:
         return path.lstat().st_mtime
-    except OSError:  # gone meanwhile, or not to be looked at
+    except OSError:  # deleted in the meantime, or not readable
         return 0.0

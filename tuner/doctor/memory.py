@@ -1,4 +1,4 @@
-"""Whether the batch sizes of a spec go into the device's memory, and checkpoints' snapshots into the host's."""
+"""Whether the batch sizes of a spec fit into the device's memory, and checkpoint snapshots into the host's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuner.spec.study_toml import StudySpec
 
 
 def check_memory(spec: StudySpec, probe: Probe, baseline: MemoryEstimate, machine: Machine) -> Iterator[Check]:
-    """[train]'s own batch size, then the others of the search space, as a launch would judge them."""
+    """The batch size of [train], then the others of the search space, judged as in a launch."""
     if probe.config.micro_batch_size == "auto":
         probes: dict[tuple[str, ...], Probe] = {}
         for batch_size in [baseline.batch_size, *_searched_batch_sizes(spec, baseline)]:
@@ -33,8 +33,8 @@ def check_memory(spec: StudySpec, probe: Probe, baseline: MemoryEstimate, machin
         if largest is None and not estimate.fits(machine.limit):
             largest = probe.largest_batch_size(machine.limit)
         remedy = (
-            f"its trials would end as infeasible: leave it out of [search], the largest that fits is {largest}; or "
-            f"cut it: {_cut(probe)}"
+            f"its trials would be infeasible: leave it out of [search], the largest that fits is {largest}; or "
+            f"split it: {_split(probe)}"
         )
         yield _check(probe, estimate, machine, "warn", remedy)
 
@@ -42,10 +42,10 @@ def check_memory(spec: StudySpec, probe: Probe, baseline: MemoryEstimate, machin
 def check_micro_batches(
     probe: Probe, batch_size: int, machine: Machine, probes: dict[tuple[str, ...], Probe] | None = None
 ) -> Check:
-    """What a launch would decide of a batch size where `train.micro_batch_size` is "auto".
+    """The micro-batch size that a launch would decide, for `train.micro_batch_size = "auto"`.
 
     Args:
-        probes: As `trainer.micro_batches.estimate_fit` takes them.
+        probes: See `trainer.micro_batches`.
     """
     config = probe.config.model_copy(update={"batch_size": batch_size})
     memory_fit = estimate_fit(probe.workload, config, machine.capabilities, machine.memory, probes)
@@ -57,7 +57,7 @@ def check_micro_batches(
         return Check(name, "ok", message)
     message = f"one sample at a time {describe_shortage(memory_fit, machine.memory)}"
     if memory_fit.fits(machine.limit):
-        return _crowded(name, message)
+        return _warn_crowded(name, message)
     return Check(name, "fail", message, _remedy(probe, 0))
 
 
@@ -82,48 +82,48 @@ def _check(probe: Probe, estimate: MemoryEstimate, machine: Machine, unfit: Stat
     if estimate.fits(machine.memory):
         return Check(name, "ok", message)
     if estimate.fits(machine.limit):
-        return _crowded(name, message)
+        return _warn_crowded(name, message)
     return Check(name, unfit, message, remedy)
 
 
-def _crowded(name: str, message: str) -> Check:
-    """A CPU's memory holds it, but not beside what else runs; a launch starts it all the same."""
+def _warn_crowded(name: str, message: str) -> Check:
+    """It fits into a CPU's memory, but not into the free part; a launch starts it anyway."""
     return Check(name, "warn", f"{message}: other programs hold the rest", "close some of them before a launch")
 
 
 def _remedy(probe: Probe, largest: int) -> str:
-    """What to do where [train] as it is does not fit."""
+    """The remedy where [train] does not fit."""
     savers = [f"workload.{assignment}" for assignment in probe.workload.memory_savers()]
     if probe.config.optimizer == "prodigy" and probe.config.slice_p == 1:
         savers.append("train.slice_p = 11")
     other = savers[0] if savers else ""
     if largest == 0:
         return f"no batch size fits: use {other or 'a smaller model'}" + (" or a smaller model" if other else "")
-    kept = f"train.batch_size = {largest} is the largest that fits at once; or cut it: {_cut(probe)}"
+    kept = f"train.batch_size = {largest} is the largest that fits at once; or split it: {_split(probe)}"
     return f"{kept}; or {other}" if other else kept
 
 
-def _cut(probe: Probe) -> str:
+def _split(probe: Probe) -> str:
     micro = probe.config.micro_batch_size
     return 'train.micro_batch_size = "auto"' + (f" in place of {json.dumps(micro)}" if micro else "")
 
 
 def _searched_batch_sizes(spec: StudySpec, baseline: MemoryEstimate) -> list[int]:
-    """Those beside the baseline's."""
+    """All but the baseline's."""
     space = spec.search.get("train.batch_size")
     return sorted({int(corner) for corner in space.corners} - {baseline.batch_size}) if space else []
 
 
 def check_snapshot(checkpoint: int, taken: int, free: int | None = None) -> Check:
-    """Whether checkpoints are written while training goes on.
+    """Whether checkpoints can be written in the background.
 
     Args:
-        checkpoint: Bytes of one.
-        taken: Bytes of host memory that the run itself takes.
-        free: Bytes of host memory before it; default: this machine's.
+        checkpoint: Bytes of a checkpoint.
+        taken: Bytes of host memory that the run takes.
+        free: Free bytes of host memory before the run. Default: this machine's.
     """
     host = max(0, (available_memory("cpu") if free is None else free) - taken)
-    message = f"a checkpoint's snapshot takes {format_bytes(checkpoint)} of host memory, {format_bytes(host)} free"
+    message = f"a checkpoint's snapshot needs {format_bytes(checkpoint)} of host memory, {format_bytes(host)} are free"
     if checkpoint > host / 2:
         return Check(
             "snapshot",

@@ -1,4 +1,4 @@
-"""The checks that `launch`, `promote` and `train` begin with: a small part of a second, without model or data."""
+"""The checks at the start of `launch`, `promote` and `train`: a fraction of a second, without model or data."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from trainer.errors import UserError
 from trainer.workload import Workload
 from tuner.doctor.check import Check
 from tuner.doctor.data import check_paths
-from tuner.doctor.device import known_gpus, unused_gpu
+from tuner.doctor.device import explain_unused_gpu, list_known_gpus
 from tuner.doctor.disk import check_free
 from tuner.doctor.gpus import check_gpus
 from tuner.doctor.installation import check_clock, check_packages, check_python
-from tuner.doctor.storage import check_lost, check_storage, open_trials
+from tuner.doctor.storage import check_lost, check_storage, read_open_trials
 from tuner.spec.study_toml import StudySpec
 
 
-def quick(
+def run_quick_checks(
     run_root: Path,
     *,
     study: str | None = None,
@@ -30,12 +30,12 @@ def quick(
     storage: str | None = None,
     device: str = "auto",
 ) -> Iterator[Check]:
-    """What a run can be told before anything is spent.
+    """The checks that need no model and no data.
 
     Args:
-        study: Look at its checkpoints and open trials.
-        workload: Look whether the files that its options name are there.
-        storage: Database URL; None: the run needs none.
+        study: Check its checkpoints and open trials.
+        workload: Check that the files exist which its options name.
+        storage: Database URL; None where the run needs none.
         device: As `train.device`.
     """
     yield check_python()
@@ -44,7 +44,7 @@ def quick(
     yield check_clock(run_root)
     if storage is not None:
         yield check_storage(storage, quick=True)
-        yield from check_lost(open_trials(storage, quick=True), study)
+        yield from check_lost(read_open_trials(storage, quick=True), study)
     if device != "cpu":
         yield from _check_gpus()
     if workload is not None:
@@ -52,25 +52,25 @@ def quick(
 
 
 def _check_gpus() -> Iterator[Check]:
-    gpus = known_gpus()
-    # Where CUDA_VISIBLE_DEVICES is set, hiding them is what was wanted.
+    gpus = list_known_gpus()
+    # CUDA_VISIBLE_DEVICES may hide them on purpose.
     if gpus and not torch.cuda.is_available() and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        yield unused_gpu(gpus)
+        yield explain_unused_gpu(gpus)
     elif gpus:
         yield from check_gpus()
 
 
-def before_spec(spec: StudySpec, run_root: Path, *, storage: str | None = None) -> Iterator[Check]:
-    """`quick` for a run of this spec."""
-    device = spec.baseline.device
-    return quick(run_root, study=spec.study.name, workload=spec.build_workload(), storage=storage, device=device)
+def run_spec_checks(spec: StudySpec, run_root: Path, *, storage: str | None = None) -> Iterator[Check]:
+    """The quick checks for a run of this spec."""
+    name, workload, device = spec.study.name, spec.build_workload(), spec.baseline.device
+    return run_quick_checks(run_root, study=name, workload=workload, storage=storage, device=device)
 
 
-def check_first(checks: Iterable[Check], stream: TextIO | None = None) -> None:
-    """Print a line for each warning, to stderr by default; what is well is not spoken of.
+def report_checks(checks: Iterable[Check], stream: TextIO | None = None) -> None:
+    """Prints the warnings, by default to stderr. Passed checks are not printed.
 
     Raises:
-        UserError: The check that failed, with its remedy; where several did, the last, and those before are printed.
+        UserError: The last failed check, with its remedy. Failed checks before it are printed.
     """
     failed = []
     for check in checks:

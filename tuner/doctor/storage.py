@@ -1,4 +1,4 @@
-"""The database that studies stand in, looked at without changing it, and the trials left open in it."""
+"""The database, read without changing it, and its open trials."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from sqlalchemy.pool import NullPool
 from trainer.errors import first_line
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
-from tuner.doctor.disk import nearest
+from tuner.doctor.disk import find_nearest_folder
 from tuner.study.record import CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
 from tuner.study.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
 
 TIMEOUT_S = 5
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
 LOST_AFTER = timedelta(days=1)
-"""A trial of another machine that has been open for longer is likely nobody's; a short run takes an hour or so."""
+"""An older open trial of another machine has probably lost its process: a trial takes an hour or so."""
 
 
 @dataclass(frozen=True)
 class OpenTrial:
-    """A trial that the storage says is running."""
+    """A trial that the storage lists as running."""
 
     study: str
     number: int
     started: datetime | None
     host: str | None = None
-    """None: it has not said yet."""
+    """None: not stored yet."""
     run_dir: Path | None = None
 
     def __str__(self) -> str:
@@ -50,68 +50,68 @@ class OpenTrial:
 
 
 def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
-    """Whether the storage can be opened, has the installed Optuna's schema, and SQLite a write-ahead log.
+    """Whether the storage can be opened, has the installed Optuna's schema, and in SQLite a write-ahead log.
 
     Args:
         url: As given with `--storage`.
-        quick: Leave out what takes time, or what whoever opens it next does: ask a server, judge the journal mode.
+        quick: Ask no server, read not every page, and ignore the journal mode: the next writer sets it.
     """
     try:
         parsed = sqlalchemy.make_url(storage_url(url))
     except sqlalchemy.exc.ArgumentError:
         return Check("storage", "fail", f"{storage_url(url)}: not a database URL", f"use for example {DEFAULT_URL}")
-    name, file = parsed.render_as_string(), database_file(parsed)
+    name, file = parsed.render_as_string(), find_database_file(parsed)
     if in_memory(parsed):
-        what = f"{storage_url(url)}: in memory it ends with this command"
-        return Check("storage", "fail", what, f"use a file, such as {DEFAULT_URL}")
+        reason = f"{storage_url(url)}: a database in memory ends with this command"
+        return Check("storage", "fail", reason, f"use a file, such as {DEFAULT_URL}")
     if file is None and quick:
-        return Check("storage", "ok", f"{name}: not asked")
+        return Check("storage", "ok", f"{name}: not checked")
     if file is not None and (problem := _check_file(name, file)):
         return problem
     try:
-        with reading(parsed) as connection:
+        with open_read_only(parsed) as connection:
             return _check_content(parsed, connection, quick)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         reason = first_line(getattr(error, "orig", None) or error)
-        way_out = "check the URL and the server" if file is None else "give another --storage, or move that file away"
+        way_out = "check the URL and the server" if file is None else "give another --storage, or move the file away"
         way_out = (file and remedy(reason, file)) or way_out
         return Check("storage", "fail", f"{name}: can't be opened ({reason})", way_out)
 
 
-def database_file(url: sqlalchemy.URL) -> Path | None:
+def find_database_file(url: sqlalchemy.URL) -> Path | None:
     """SQLite's file; None for a server, and for a database in memory."""
     in_file = url.get_backend_name() == "sqlite" and not in_memory(url)
     return Path(url.database or "").resolve() if in_file else None
 
 
 def _check_file(name: str, file: Path) -> Check | None:
-    """What can be said without opening it."""
+    """The checks that do not open the file."""
     if file.is_dir():
         return Check(
             "storage", "fail", f"{name}: {file} is a folder", f"name a file in it: {name.rstrip('/')}/tuner.db"
         )
-    folder = nearest(file.parent)
+    folder = find_nearest_folder(file.parent)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Check("storage", "fail", f"{name}: {folder} can't be written to", "give another --storage")
     if file.is_file() and not os.access(file, os.R_OK | os.W_OK):
         return Check("storage", "fail", f"{name}: the file can't be written to", "correct its permissions")
-    if (kind := filesystem(folder)) in NETWORK:
+    if (kind := find_filesystem_type(folder)) in NETWORK:
         remedy = "put it on a local disk, or use PostgreSQL: --storage postgresql://..."
-        return Check("storage", "warn", f"{name}: on {kind}, where SQLite's locks and log do not hold", remedy)
+        return Check("storage", "warn", f"{name}: on {kind}, where SQLite's locks and log are not reliable", remedy)
     if not file.exists():
-        return Check("storage", "ok", f"{name}: not there yet; a launch makes it")
+        return Check("storage", "ok", f"{name}: does not exist yet; a launch creates it")
     return None
 
 
-def filesystem(folder: Path) -> str:
-    """The type of the filesystem that a folder lies on, such as "ext4" or "nfs4"."""
+def find_filesystem_type(folder: Path) -> str:
+    """The type of a folder's filesystem, such as "ext4" or "nfs4"."""
     mounted = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
     return next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "")
 
 
 @contextmanager
-def reading(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
-    """A connection that makes no table and no file."""
+def open_read_only(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
+    """A connection that creates no table and no file."""
     target, arguments = _read_only(url)
     engine = sqlalchemy.create_engine(target, **arguments)
     try:
@@ -122,9 +122,9 @@ def reading(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
 
 
 def _read_only(url: sqlalchemy.URL) -> tuple[str, dict[str, Any]]:
-    """URL and arguments of an engine: SQLite can't write through it, a server is not waited for long."""
+    """URL and arguments of an engine: read-only for SQLite, with a short timeout for a server."""
     arguments: dict[str, Any] = {"poolclass": NullPool}
-    if (file := database_file(url)) is not None:
+    if (file := find_database_file(url)) is not None:
         source = f"file:{quote(str(file))}?mode=ro"
         return "sqlite://", arguments | {"creator": lambda: sqlite3.connect(source, uri=True, timeout=TIMEOUT_S)}
     if url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
@@ -133,23 +133,23 @@ def _read_only(url: sqlalchemy.URL) -> tuple[str, dict[str, Any]]:
 
 
 def _check_content(url: sqlalchemy.URL, connection: sqlalchemy.Connection, quick: bool) -> Check:
-    name, file = url.render_as_string(), database_file(url)
+    name, file = url.render_as_string(), find_database_file(url)
     tables = sqlalchemy.inspect(connection).get_table_names()
-    found = None
+    schema = None
     if {"alembic_version", "studies"} <= set(tables):
-        found = connection.execute(sqlalchemy.select(table("alembic_version", column("version_num")))).scalar()
-    if found is None:
-        return Check("storage", "ok", f"{name}: without studies yet")
-    head, known = schema_versions(url)
-    if found != head:
-        problem = f"{name}: schema {found}, and the installed Optuna {optuna.__version__} has {head}"
+        schema = connection.execute(sqlalchemy.select(table("alembic_version", column("version_num")))).scalar()
+    if schema is None:
+        return Check("storage", "ok", f"{name}: no studies yet")
+    head, known = read_schema_versions(url)
+    if schema != head:
+        problem = f"{name}: schema {schema}, and the installed Optuna {optuna.__version__} has {head}"
         upgrade = f"copy it, then: optuna storage upgrade --storage {name}"
-        return Check("storage", "fail", problem, upgrade if found in known else "pip install -U optuna")
+        return Check("storage", "fail", problem, upgrade if schema in known else "pip install -U optuna")
     count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(table("studies"))).scalar()
-    message = f"{name}: {count} {'study' if count == 1 else 'studies'}, schema {found}"
+    message = f"{name}: {count} {'study' if count == 1 else 'studies'}, schema {schema}"
     if quick or file is None:
         return Check("storage", "ok", message)
-    # Reads every page, to the first that is damaged.
+    # Reads every page, up to the first damaged one.
     damage = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
     if damage != "ok":
         way_out = REMEDIES["malformed"].format(file=file)
@@ -157,15 +157,15 @@ def _check_content(url: sqlalchemy.URL, connection: sqlalchemy.Connection, quick
     mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
     if mode != "wal":
         problem = f"{message}, journal mode {mode}: readers and the writer block each other"
-        return Check("storage", "warn", problem, "tuner status switches it over to a write-ahead log")
+        return Check("storage", "warn", problem, "tuner status changes it to a write-ahead log")
     return Check("storage", "ok", f"{message}, write-ahead log")
 
 
-def schema_versions(url: sqlalchemy.URL) -> tuple[str, list[str]]:
-    """The installed Optuna's newest schema, and all that it knows.
+def read_schema_versions(url: sqlalchemy.URL) -> tuple[str, list[str]]:
+    """The installed Optuna's newest schema, and all that it supports.
 
     Args:
-        url: Of a database with a schema: Optuna would write one into another.
+        url: Of a database with a schema: Optuna would write one into an empty database.
     """
     target, arguments = _read_only(url)
     storage = RDBStorage(target, arguments, skip_compatibility_check=True, skip_table_creation=True)
@@ -175,24 +175,24 @@ def schema_versions(url: sqlalchemy.URL) -> tuple[str, list[str]]:
         storage.engine.dispose()
 
 
-def open_trials(url: str | None = None, *, quick: bool = False) -> list[OpenTrial]:
-    """The trials that the storage says are running; none where it can't be read, which `check_storage` says.
+def read_open_trials(url: str | None = None, *, quick: bool = False) -> list[OpenTrial]:
+    """The trials that the storage lists as running; none where it can't be read, which `check_storage` reports.
 
     Args:
-        quick: As `check_storage` takes it.
+        quick: See `check_storage`.
     """
     try:
         parsed = sqlalchemy.make_url(storage_url(url))
-        file = database_file(parsed)
+        file = find_database_file(parsed)
         if (quick and file is None) or (file is not None and not file.is_file()):
             return []
-        with reading(parsed) as connection:
-            return _read_open_trials(connection)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError):  # the last of damaged times and JSON
+        with open_read_only(parsed) as connection:
+            return _query_open_trials(connection)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError):  # ValueError: damaged times or JSON
         return []
 
 
-def _read_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
+def _query_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
     studies = table("studies", column("study_id"), column("study_name"))
     started: sqlalchemy.ColumnClause[Any] = column("datetime_start", sqlalchemy.DateTime)
     trials = table("trials", *map(column, ("trial_id", "number", "study_id", "state")), started)
@@ -206,21 +206,21 @@ def _read_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
         .where(trials.c.state == "RUNNING")
         .order_by(studies.c.study_name, trials.c.number)
     )
-    found: dict[tuple[str, int], OpenTrial] = {}
+    trials_by_key: dict[tuple[str, int], OpenTrial] = {}
     for study, number, begun, key, value in connection.execute(query):
-        trial = found.setdefault((study, number), OpenTrial(study, number, begun))
+        trial = trials_by_key.setdefault((study, number), OpenTrial(study, number, begun))
         if key == HOST_KEY:
             trial = replace(trial, host=json.loads(value))
         elif key == RUN_DIR_KEY:
             trial = replace(trial, run_dir=Path(json.loads(value)))
-        found[study, number] = trial
-    return list(found.values())
+        trials_by_key[study, number] = trial
+    return list(trials_by_key.values())
 
 
-def interrupted(
+def find_interrupted(
     trials: list[OpenTrial], run_root: Path, *, held: Callable[[Path, str], bool] = is_locked
 ) -> list[OpenTrial]:
-    """Those of this machine that no process works on: what a launch would claim and go on with."""
+    """Open trials of this machine without a process: a launch would claim and continue them."""
     return [t for t in trials if t.host in (None, platform.node()) and not _is_held(t, run_root, held)]
 
 
@@ -231,43 +231,43 @@ def _is_held(trial: OpenTrial, run_root: Path, held: Callable[[Path, str], bool]
     return any(held(place, lock) for place in places if place is not None)
 
 
-def lost(trials: list[OpenTrial], now: datetime | None = None) -> list[OpenTrial]:
-    """Those of other machines that were begun long ago. Nothing here can tell whether somebody works on them."""
+def find_lost(trials: list[OpenTrial], now: datetime | None = None) -> list[OpenTrial]:
+    """Old open trials of other machines. Whether a process still runs them can't be checked from here."""
     before = (now or datetime.now()) - LOST_AFTER
     others = [t for t in trials if t.host not in (None, platform.node())]
     return [t for t in others if t.started is not None and t.started < before]
 
 
 def check_interrupted(trials: list[OpenTrial], run_root: Path) -> Iterator[Check]:
-    """Open trials of this machine without a process, and those of machines that may be gone."""
-    if left := interrupted(trials, run_root):
+    """Interrupted trials of this machine, and old open trials of other machines."""
+    if left := find_interrupted(trials, run_root):
         names = ", ".join(map(str, left))
         studies = sorted({trial.study for trial in left})
-        remedy = f"{' and '.join(map(_go_on, studies))} to go on from the checkpoint"
-        yield Check("open trials", "warn", f"{names}: running by the storage, and no process works on it", remedy)
+        remedy = f"{' and '.join(map(_build_resume_command, studies))} to continue from the checkpoint"
+        yield Check("open trials", "warn", f"{names}: listed as running, but no process runs it", remedy)
     yield from check_lost(trials)
     if trials and not left:
         yield Check("running", "ok", ", ".join(map(str, trials)))
 
 
-def _go_on(study: str) -> str:
+def _build_resume_command(study: str) -> str:
     if study.endswith(".full"):
         return f"tuner promote {study.removesuffix('.full')}"
     return f"tuner launch with the spec of {study}"
 
 
 def check_lost(trials: list[OpenTrial], study: str | None = None) -> Iterator[Check]:
-    """A trial of a machine that is gone counts as running for ever: its study never gets its last trial.
+    """Old open trials of other machines. If the machine no longer exists, the study never gets its last trial.
 
     Args:
-        study: Look at this one alone.
+        study: Check only this study.
     """
-    for trial in lost(trials):
+    for trial in find_lost(trials):
         if study in (None, trial.study):
             yield Check(
                 f"trial {trial.number}",
                 "warn",
-                f"{trial} runs on {trial.host} since {trial.started:%Y-%m-%d %H:%M}, as the storage says",
-                f"if that machine is gone: optuna tell --study-name {trial.study} --trial-number {trial.number} "
+                f"the storage lists {trial} as running on {trial.host} since {trial.started:%Y-%m-%d %H:%M}",
+                f"if it no longer exists: optuna tell --study-name {trial.study} --trial-number {trial.number} "
                 "--state fail --storage URL",
             )

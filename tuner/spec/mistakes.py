@@ -1,4 +1,4 @@
-"""A pydantic ValidationError as one line: the key, the value, the remedy."""
+"""A mistake in a spec as one line: the key, the value, the remedy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 DIMENSION_KEYS = ("choices", "low", "high", "log", "step")
 LONGEST_VALUE = 80
-# Where several types are allowed, pydantic adds the one that it tried to the place of the mistake.
+# Where several types are allowed, pydantic adds the tried type to the location of the error.
 TRIED_TYPE = re.compile(r"(Choices|Range|int|float|bool|str|(function|constrained)-.*|(literal|list|tuple|dict)\[.*)")
 
 
-def unknown_key(key: str, known: Iterable[str], section: str = "") -> str:
-    """The message for a key that is not among the known: it names the nearest of them, or all."""
+def describe_unknown_key(key: str, known: Iterable[str], section: str = "") -> str:
+    """The message for an unknown key. It names the nearest known key, or all known keys."""
     known = list(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     where = f"{section}." if section else ""
@@ -26,22 +26,22 @@ def unknown_key(key: str, known: Iterable[str], section: str = "") -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One mistake of a ValidationError as one line: a misspelt key rather than the one that it leaves missing."""
+    """The first error as one line. A misspelt key comes before the key that is missing because of it."""
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     where = _place(first["loc"])
     if first["type"] == "extra_forbidden":
-        return _explain_unknown(where, "Choices" in first["loc"], model, prefix)
+        return _explain_unknown_key(where, "Choices" in first["loc"], model, prefix)
     name = ".".join([prefix, *where]).strip(".")
     if first["type"] == "missing":
         return f"{name} is missing; add it."
-    # One for each type that is allowed there; types may say the same.
-    said = dict.fromkeys(_message(e["msg"]) for e in errors if _place(e["loc"]) == where)
-    given = "" if isinstance(first["input"], dict) else f" {_shown(first['input'])}"
-    return f"{name or 'spec'}{given}: {', or '.join(said)}."
+    # One error for each allowed type, some with equal messages.
+    messages = dict.fromkeys(_message(e["msg"]) for e in errors if _place(e["loc"]) == where)
+    given = "" if isinstance(first["input"], dict) else f" {_format_value(first['input'])}"
+    return f"{name or 'spec'}{given}: {', or '.join(messages)}."
 
 
-def _explain_unknown(where: Sequence[str], has_choices: bool, model: type[BaseModel], prefix: str) -> str:
+def _explain_unknown_key(where: Sequence[str], has_choices: bool, model: type[BaseModel], prefix: str) -> str:
     key = where[-1]
     for part in where[:-1]:
         nested = model.model_fields[part].annotation if part in model.model_fields else None
@@ -49,10 +49,10 @@ def _explain_unknown(where: Sequence[str], has_choices: bool, model: type[BaseMo
             model = nested
     section = ".".join([prefix, *where[:-1]]).strip(".")
     if where[0] != "search" or len(where) < 3:
-        return unknown_key(key, model.model_fields, section)
+        return describe_unknown_key(key, model.model_fields, section)
     if has_choices and key in DIMENSION_KEYS:
-        return f"{section}.{key}: choices stand alone, without low, high, log and step; remove it or the choices."
-    return unknown_key(key, DIMENSION_KEYS, section)
+        return f"{section}.{key}: choices can't be combined with low, high, log and step; remove it or the choices."
+    return describe_unknown_key(key, DIMENSION_KEYS, section)
 
 
 def _place(loc: Sequence[int | str]) -> list[str]:
@@ -64,8 +64,8 @@ def _message(text: str) -> str:
     return f"{text[0].lower()}{text[1:].rstrip('.')}"
 
 
-def _shown(value: Any) -> str:
-    """A value as TOML writes it, not longer than a line."""
-    # JSON's names for what is not finite are others than TOML's.
+def _format_value(value: Any) -> str:
+    """A value as in TOML, shortened to one line."""
+    # JSON writes inf and nan differently from TOML.
     text = str(value) if isinstance(value, float) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

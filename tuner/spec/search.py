@@ -1,4 +1,4 @@
-"""The [search] section: its dimensions, which fields can take them, and budgets that all batch sizes divide."""
+"""The [search] section: its dimensions, then its keys, then budgets that are fair to all batch sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, field_validator,
 from trainer.config import IsNumber
 
 ON_THE_GRID = 1e-6
-"""So far from a step, in steps, rounding puts a value: 0.1 + 2 x 0.1 is not 0.3."""
+"""Tolerance of a value on a grid of steps, in steps: in floating point 0.1 + 2 x 0.1 is not 0.3."""
+MAX_EXCESS = 0.02
+"""Share of the budget by which a trial may exceed it: beyond that, large batches win because they see more samples."""
+MAX_DELAY = 0.25
+"""Share of an interval by which a trial may pass a point of the grid before it is validated there."""
 
 
 class Section(BaseModel):
@@ -45,15 +49,15 @@ class Choices(Section):
 
     @property
     def corners(self) -> tuple[Any, ...]:
-        """Values that stand for all: what holds for them holds for the others."""
+        """Values that represent all: a check of these is a check of every value."""
         return self.choices
 
-    def misfit(self, annotation: Any) -> str | None:
-        """Why a field of this type can't be searched so; None where it can, as far as the type says."""
+    def find_misfit(self, annotation: Any) -> str | None:
+        """Why a field of this type can't be searched this way; None where its type allows it."""
         return None
 
-    def whole_numbers(self) -> list[int]:
-        """All values of a field that takes whole numbers only, rising."""
+    def list_whole_numbers(self) -> list[int]:
+        """All values, rising, for a field that takes whole numbers only."""
         return sorted(map(int, self.choices))
 
 
@@ -97,12 +101,10 @@ class Range(Section):
 
     @property
     def corners(self) -> tuple[Any, ...]:
-        """Values that stand for all: what holds for them holds for the others."""
         return (self.low, self.high)
 
-    def misfit(self, annotation: Any) -> str | None:
-        """Why a field of this type can't be searched so; None where it can, as far as the type says."""
-        types = plain_types(annotation)
+    def find_misfit(self, annotation: Any) -> str | None:
+        types = list_types(annotation)
         if types <= {bool, NoneType}:
             return "it is true or false, which no range is: use choices = [true, false]"
         if types <= {bool, str, Literal, NoneType}:
@@ -113,34 +115,31 @@ class Range(Section):
                     return f"it takes whole numbers, not {name} {value}"
         return None
 
-    def whole_numbers(self) -> range:
-        """All values of a field that takes whole numbers only, rising."""
+    def list_whole_numbers(self) -> range:
         return range(int(self.low), int(self.high) + 1, int(self.step or 1))
 
 
-def _kind_of_dimension(value: Any) -> str:
-    named = "choices" in value if isinstance(value, Mapping) else isinstance(value, Choices)
-    return "Choices" if named else "Range"
+def _find_kind(value: Any) -> str:
+    has_choices = "choices" in value if isinstance(value, Mapping) else isinstance(value, Choices)
+    return "Choices" if has_choices else "Range"
 
 
-Dimension = Annotated[
-    Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")], Discriminator(_kind_of_dimension)
-]
+Dimension = Annotated[Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")], Discriminator(_find_kind)]
 
 
-def plain_types(annotation: Any) -> set[Any]:
-    """What a field's annotation allows: {int, NoneType} of `PositiveInt | None`; {Literal} of given values."""
+def list_types(annotation: Any) -> set[Any]:
+    """The types that a field allows: {int, NoneType} of `PositiveInt | None`; {Literal} of given values."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return plain_types(get_args(annotation)[0])
+        return list_types(get_args(annotation)[0])
     if origin in (Union, UnionType):
-        return set().union(*map(plain_types, get_args(annotation)))
+        return set().union(*map(list_types, get_args(annotation)))
     return {origin or annotation}
 
 
 def is_whole(annotation: Any) -> bool:
     """Whether a field of this type takes whole numbers only."""
-    types = plain_types(annotation)
+    types = list_types(annotation)
     return int in types and float not in types
 
 
@@ -148,7 +147,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """[search] by dotted keys. TOML nests an unquoted `train.d_coef`; both spellings mean the same."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        # The values of a dimension are no tables.
+        # A dimension contains no tables.
         if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -162,26 +161,22 @@ def split_key(key: str) -> tuple[str, str]:
     return section, name
 
 
-MAX_EXCESS = 0.02
-"""By so much of the budget a trial may go beyond it, or large batches would win by what they see more."""
-MAX_DELAY = 0.25
-"""By so much of the way to the next one a trial may miss a point of the grid, where it is held against others."""
-
-
-def unevenness(samples: int, evaluations: int, batch_sizes: Sequence[int], accumulations: Sequence[int]) -> str | None:
-    """What is uneven about a budget in samples, and one that is even; None where it is even enough.
+def find_unevenness(
+    samples: int, evaluations: int, batch_sizes: Sequence[int], accumulations: Sequence[int]
+) -> str | None:
+    """Why a budget in samples is unfair to some batch sizes, and a fair one; None where it is fair.
 
     Args:
-        batch_sizes: All that a trial may have, rising.
-        accumulations: Of how many batches a step may be, rising.
+        batch_sizes: All of the search space, rising.
+        accumulations: All numbers of batches in a step, rising.
     """
     interval = samples / evaluations
     largest = batch_sizes[-1] * accumulations[-1]
     if largest <= min(MAX_EXCESS * samples, MAX_DELAY * interval):
         return None
-    for size in _step_sizes(batch_sizes, accumulations):
+    for size in _iterate_step_sizes(batch_sizes, accumulations):
         seen = math.ceil(samples / size) * size
-        remedy = f"use samples = {_even(samples, evaluations, batch_sizes, accumulations):_}"
+        remedy = f"use samples = {_find_even_budget(samples, evaluations, batch_sizes, accumulations):_}"
         batch = f"a batch of {size}" + (" (batch_size x grad_accumulation)" if accumulations[-1] > 1 else "")
         if seen - samples > MAX_EXCESS * samples:
             excess = (seen - samples) / samples
@@ -197,19 +192,19 @@ def unevenness(samples: int, evaluations: int, batch_sizes: Sequence[int], accum
     return None
 
 
-def _step_sizes(batch_sizes: Sequence[int], accumulations: Sequence[int]) -> Iterator[int]:
-    """The larger ones first: where a range can't pass, one of them is found out at once."""
+def _iterate_step_sizes(batch_sizes: Sequence[int], accumulations: Sequence[int]) -> Iterator[int]:
+    """The largest first: in a long range one of them is uneven, and the search ends early."""
     for accumulation in reversed(accumulations):
         for batch_size in reversed(batch_sizes):
             yield batch_size * accumulation
 
 
-def _even(samples: int, evaluations: int, batch_sizes: Sequence[int], accumulations: Sequence[int]) -> int:
-    """The next budget that all batches divide, or else one that is long beside each of them."""
+def _find_even_budget(samples: int, evaluations: int, batch_sizes: Sequence[int], accumulations: Sequence[int]) -> int:
+    """The next budget that all batches divide, or else one that is long compared with each of them."""
     largest = batch_sizes[-1] * accumulations[-1]
     long = math.ceil(max(1 / MAX_EXCESS, evaluations / MAX_DELAY) * largest)
     common = evaluations
-    for size in _step_sizes(batch_sizes, accumulations):
+    for size in _iterate_step_sizes(batch_sizes, accumulations):
         common = math.lcm(common, evaluations * size)
         if common > long:
             return long

@@ -1,4 +1,4 @@
-"""From a spec and suggested parameters to the configuration of a trial and of its full run."""
+"""Builds workload and configuration of a trial or a full run, from a spec and parameters."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tuner.spec.study_toml import StudySpec
 VALIDATION_SHARE = 0.1
 # A forward pass without gradients costs about a third of a training step.
 FORWARD_SHARE = 1 / 3
-# Where the budget is in seconds, nobody knows beforehand how many samples that is.
+# For a budget in seconds: its number of samples is unknown beforehand.
 DEFAULT_VAL_SAMPLES = 100
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What `train()` is given: the workload with its options, and the configuration."""
+    """The arguments of `train()`: the workload with its options, and the configuration."""
 
     workload: Workload
     config: TrainConfig
 
 
 def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
-    """One value for each searched field, by its dotted name."""
+    """Asks the sampler for a value of each searched field, by dotted name."""
     params: dict[str, Any] = {}
     for name, space in spec.search.items():
         if isinstance(space, Choices):
@@ -44,14 +44,14 @@ def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
 
 
 def baseline_params(spec: StudySpec) -> dict[str, Any]:
-    """The searched fields' present values: the parameters of trial 0."""
+    """The searched fields' values in the spec: the parameters of trial 0."""
     owners = {"train": spec.baseline, "workload": spec.build_workload()}
     fields = {key: split_key(key) for key in spec.search}
     return {key: getattr(owners[section], name) for key, (section, name) in fields.items()}
 
 
 def largest_step(spec: StudySpec) -> int:
-    """Most samples that one optimizer update may take anywhere in the search space."""
+    """The largest effective batch size of the search space."""
     largest = 1
     for name in ("batch_size", "grad_accumulation"):
         space = spec.search.get(f"train.{name}")
@@ -60,7 +60,7 @@ def largest_step(spec: StudySpec) -> int:
 
 
 def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Setup:
-    """The full run under these parameters; `changes` replace fields of the configuration."""
+    """The full run with these parameters; `changes` replace fields of the configuration."""
     train, options = _overlay(spec, params)
     values = {
         **train,
@@ -71,7 +71,7 @@ def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Se
         "eval_unit": "samples",
     }
     if values["eval_every"] is None:
-        # A trial in steps or seconds gives no length in samples: about a hundred validations then.
+        # A trial in steps or seconds has no length in samples: about a hundred validations.
         probe = spec.build_config({**train, "steps": 1})
         samples = spec.full.samples or (spec.full.steps or 0) * probe.effective_batch_size
         values["eval_every"] = max(1, samples // 100)
@@ -79,7 +79,7 @@ def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Se
 
 
 def trial_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Setup:
-    """The short run: a prefix of the full run (same seed, batches and schedule), on the study's grid."""
+    """The short run: a prefix of the full run (same seed, batches and schedule), on the evaluation grid."""
     full = full_setup(spec, params)
     values = {
         **full.config.model_dump(exclude_unset=True),
@@ -95,7 +95,7 @@ def trial_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> S
 
 
 def _overlay(spec: StudySpec, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """[train] and [workload] with a trial's parameters in them."""
+    """[train] and [workload], updated with a trial's parameters."""
     sections = {"train": dict(spec.train), "workload": dict(spec.workload)}
     for key, value in params.items():
         section, name = split_key(key)
@@ -104,12 +104,12 @@ def _overlay(spec: StudySpec, params: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def _val_samples(spec: StudySpec) -> int:
-    """The validation set's size: as set, else what keeps validation under a tenth of a trial."""
+    """Size of the validation set: as set, else so that validation takes at most a tenth of a trial."""
     if "val_samples" in spec.train:
         return int(spec.train["val_samples"])
     if spec.trial.seconds is not None:
         return DEFAULT_VAL_SAMPLES
-    # In steps, batch sizes differ in samples; the smallest decides, since the set is the same for all.
+    # A budget in steps: the smallest batch size decides, because all trials share the set.
     smallest = min(spec.search["train.batch_size"].corners) if "train.batch_size" in spec.search else None
     batch_size = smallest or spec.baseline.batch_size
     samples = spec.trial.samples or (spec.trial.steps or 0) * int(batch_size)

@@ -1,6 +1,6 @@
-"""A study's spec: what study.toml says, checked before anything is spent.
+"""StudySpec: reads and checks a study.toml.
 
-Every mistake is one line that names the key, the value and the remedy; an unknown key names the nearest one.
+A mistake is one line: the key, the value, the remedy. For an unknown key it names the nearest known one.
 """
 
 from __future__ import annotations
@@ -22,50 +22,47 @@ from trainer.config import (
     Role,
     TrainConfig,
     Unit,
-    differences,
     role_of,
 )
 from trainer.errors import UserError
 from trainer.workload import Workload
-from tuner.spec.mistakes import explain, unknown_key
-from tuner.spec.search import Dimension, Range, Section, flatten, is_whole, split_key, unevenness
+from tuner.spec.mistakes import describe_unknown_key, explain
+from tuner.spec.overrides import apply_override
+from tuner.spec.search import Dimension, Range, Section, find_unevenness, flatten, is_whole, split_key
 from tuner.spec.workloads import load_workload_class
-
-ENDINGS = ("num_trials", "patience", "min_delta")
-"""What of [trial] says when a study ends: its trials are comparable whatever they say."""
 
 
 class StudySection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """Folders and files are named after it."""
+    """Names folders and files too."""
     workload: str = Field(pattern=r"^[\w.]+:\w+$")
-    """"module:Class"; the module may lie beside the study.toml."""
+    """"module:Class"; the module may be in the folder of the study.toml."""
     metric: str = Field("val/loss", pattern=r"^val/\w+$")
     direction: Literal["minimize", "maximize"] = "minimize"
     seed: NonNegativeInt = 0
-    """The sampler's. The training seed is `train.seed`."""
+    """The sampler's seed; `train.seed` is that of training."""
 
     @field_validator("name")
     @classmethod
     def _check(cls, name: str) -> str:
         if name.endswith(".full"):
-            raise ValueError("such a study holds the full runs of another one; choose another ending")
+            raise ValueError("this ending is reserved for the full runs of a study; choose another")
         return name
 
 
 class TrialSection(Section):
-    """The short run. Its budget is exactly one of samples, steps and seconds."""
+    """The short run. Its budget is one of samples, steps and seconds."""
 
     samples: PositiveInt | None = None
     steps: PositiveInt | None = None
     seconds: PositiveFloat | None = None
     evaluations: PositiveInt = 8
     num_trials: PositiveInt = 20
-    """The study's total, over all launches."""
+    """Of the study, over all launches."""
     patience: NonNegativeInt = 0
-    """The study also ends when so many trials in a row improved nothing; 0: it never does."""
+    """The study ends after this number of trials without an improvement; 0: never."""
     min_delta: NonNegativeFloat = 0.0
-    """By how much more the metric must have become better to count as improved."""
+    """The least improvement that counts."""
 
     @model_validator(mode="after")
     def _check(self) -> TrialSection:
@@ -87,12 +84,12 @@ class TrialSection(Section):
 
     @property
     def first_point(self) -> int:
-        """The first point of the grid as it is reported: rounded, and at least 1."""
+        """The first point of the evaluation grid, as it is reported."""
         return max(1, round(self.budget / self.evaluations))
 
 
 class Choice(BaseModel):
-    """A sampler or a pruner: its name, and the arguments that Optuna's class of that name takes."""
+    """A sampler or a pruner: its name, and arguments of Optuna's class."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
@@ -110,12 +107,12 @@ class Choice(BaseModel):
 
 
 class FullSection(Section):
-    """The full run. Its length is exactly one of steps and samples."""
+    """The full run. Its length is one of steps and samples."""
 
     steps: PositiveInt | None = None
     samples: PositiveInt | None = None
     eval_every: PositiveInt | None = None
-    """Samples between validations. Default: a trial's length, so that the first one meets the trial's last."""
+    """Samples between validations. Default: a trial's length, so the first is at the trial's last point."""
 
     @model_validator(mode="after")
     def _check(self) -> FullSection:
@@ -141,7 +138,7 @@ class StudySpec(Section):
     pruner: Choice = Choice(name="median")
     full: FullSection
     base_dir: Path = Path()
-    """Folder of the study.toml: relative paths and the workload's module are looked for here."""
+    """Folder of the study.toml: relative paths start here, and the workload's module may be here."""
     _workloads: dict[str, Workload] = PrivateAttr(default_factory=dict)
 
     @classmethod
@@ -149,11 +146,11 @@ class StudySpec(Section):
         """Read and check a study.toml.
 
         Args:
-            overrides: Values by dotted key, such as {"train.batch_size": 16}, that replace the file's.
-            search: False leaves [search] out: a run without a study is not bound to it.
+            overrides: Values by dotted key that replace the file's: {"train.batch_size": 16}.
+            search: False ignores [search], for a run without a study.
 
         Raises:
-            UserError: The file is missing, no TOML, or says something that can't be.
+            UserError: The file is missing, is no TOML, or has a value that is not allowed.
         """
         path = Path(path)
         try:
@@ -167,24 +164,24 @@ class StudySpec(Section):
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not valid TOML: {error}.") from error
         for key, value in (overrides or {}).items():
-            _set(values, key, value)
+            apply_override(values, key, value)
         if not search:
             values["search"] = {}
         elif values.get("search") == {}:
-            raise UserError(f"{path}: [search] is empty; name what is to be searched, such as train.batch_size.")
+            raise UserError(f"{path}: [search] is empty; name a field to search, such as train.batch_size.")
         return cls.build(values, base_dir=path.resolve().parent, source=str(path))
 
     @classmethod
     def build(
         cls, values: Mapping[str, Any], *, base_dir: Path, source: str = "spec", stored: bool = False
     ) -> StudySpec:
-        """Check the contents of a study.toml.
+        """Check the values of a study.toml.
 
         Args:
-            stored: They are a study's, whose trials are run: [search] and its budget are past judging.
+            stored: They come from an existing study: [search] and the budget are not checked again.
 
         Raises:
-            UserError: They say something that can't be; the message starts with `source`.
+            UserError: A value is not allowed; the message starts with `source`.
         """
         values = {**values, "base_dir": base_dir}
         if isinstance(values.get("search"), dict):
@@ -197,26 +194,26 @@ class StudySpec(Section):
         return spec
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain values with absolute paths: what is stored with the study. `build` reads it."""
+        """Plain values with absolute paths, as stored with the study. `build` reads them."""
         values = self.model_dump(mode="json", exclude_none=True)
-        # Paths are absolute after validation; what the user left out stays out, to follow the defaults.
+        # Validation makes paths absolute. Options that the user left out stay out and follow the defaults.
         resolved = self.build_workload().model_dump(mode="json")
         values["workload"] = {key: resolved[key] for key in self.workload}
         return values
 
     @cached_property
     def workload_class(self) -> type[Workload]:
-        """The class that `study.workload` names, imported.
+        """Imports the class that `study.workload` names.
 
         Raises:
-            UserError: There is no such module or class, or it is no Workload.
+            UserError: The module or the class does not exist, or it is no Workload.
         """
         return load_workload_class(self.study.workload, self.base_dir)
 
     def build_workload(self, options: Mapping[str, Any] | None = None) -> Workload:
         """The workload with the options of `[workload]`, or with others.
 
-        The last two workloads are kept, and returned again for the same options: their data is open.
+        Caches the last two workloads, so their data is opened once.
 
         Raises:
             UserError: An option is unknown or out of range.
@@ -233,12 +230,12 @@ class StudySpec(Section):
         return kept[key]
 
     def forget_workloads(self) -> None:
-        """Let `build_workload` open the data anew."""
+        """Clear the cache: the next `build_workload` opens the data again."""
         self._workloads.clear()
 
     @cached_property
     def baseline(self) -> TrainConfig:
-        """`[train]` as a configuration of one step: its settings without a length."""
+        """The settings of `[train]`, with a length of one step."""
         return self.build_config({**self.train, "steps": 1})
 
     def build_config(self, values: Mapping[str, Any]) -> TrainConfig:
@@ -253,7 +250,7 @@ class StudySpec(Section):
             raise UserError(explain(error, TrainConfig, prefix="train")) from None
 
     def _check(self, source: str, stored: bool) -> None:
-        """What pydantic can't see: keys of [train] and [workload], and how [search] relates to them."""
+        """Check the keys of [train] and [workload], and [search] against them."""
         try:
             for key in self.train:
                 if key in TrainConfig.model_fields and role_of(TrainConfig, key) is Role.BUDGET:
@@ -275,16 +272,16 @@ class StudySpec(Section):
             raise UserError(f'search."{key}": only train.* and workload.* fields can be searched.')
         owner = owners[section]
         if name not in type(owner).model_fields:
-            raise UserError(f'search."{key}": {unknown_key(name, type(owner).model_fields, section)}')
+            raise UserError(f'search."{key}": {describe_unknown_key(name, type(owner).model_fields, section)}')
         role = role_of(type(owner), name)
         if role is Role.FREE:
-            raise UserError(f'search."{key}": it changes nothing that is measured; set it in [{section}].')
+            raise UserError(f'search."{key}": it changes no result; set it in [{section}].')
         if role in (Role.BUDGET, Role.MEASURE):
             raise UserError(
                 f'search."{key}": it decides {"the budget" if role is Role.BUDGET else "what is measured"}, '
                 "so trials would not be comparable; remove it from [search]."
             )
-        if (misfit := dimension.misfit(type(owner).model_fields[name].annotation)) is not None:
+        if (misfit := dimension.find_misfit(type(owner).model_fields[name].annotation)) is not None:
             raise UserError(f'search."{key}": {misfit}.')
         for corner in dimension.corners:
             if isinstance(dimension, Range) and self.is_integer(key):
@@ -298,25 +295,25 @@ class StudySpec(Section):
             raise UserError(f"{key} is not set: the baseline needs a value of its search space ({dimension}).")
         if value not in dimension:
             raise UserError(
-                f"{key} = {value!r} lies outside its search space ({dimension}): it is the baseline, so widen "
-                "the space or change it."
+                f"{key} = {value!r} is outside its search space ({dimension}): it is the baseline, so widen the space "
+                "or change it."
             )
 
     def _check_budget(self) -> None:
-        """That trials of all batch sizes see as many samples, and that the pruner's rungs lie within them."""
+        """Check that all batch sizes see equally many samples, and that the pruner's first rung is within a trial."""
         steps = [
-            dimension.whole_numbers()
+            dimension.list_whole_numbers()
             if (dimension := self.search.get(f"train.{name}"))
             else [getattr(self.baseline, name)]
             for name in ("batch_size", "grad_accumulation")
         ]
         samples, is_searched = self.trial.samples, max(map(len, steps)) > 1
-        if samples and is_searched and (reason := unevenness(samples, self.trial.evaluations, *steps)) is not None:
+        if samples and is_searched and (reason := find_unevenness(samples, self.trial.evaluations, *steps)) is not None:
             raise UserError(f"trial.{reason}.")
         rung = self.pruner.arguments.get("min_resource")
         if isinstance(rung, int) and rung > self.trial.budget:
             raise UserError(
-                f"pruner.min_resource {rung} lies beyond a trial's {self.trial.budget:g} {self.trial.unit}: "
+                f"pruner.min_resource {rung} is beyond a trial's {self.trial.budget:g} {self.trial.unit}: "
                 "nothing would be pruned; use less."
             )
 
@@ -325,49 +322,3 @@ class StudySpec(Section):
         section, name = split_key(key)
         fields = (TrainConfig if section == "train" else self.workload_class).model_fields
         return is_whole(fields[name].annotation)
-
-    def differences(self, stored: StudySpec) -> list[str]:
-        """What of this spec would make its trials incomparable with those of `stored`; the data aside."""
-        return [
-            phrase
-            for part, values in self._comparable().items()
-            for phrase in differences(part, stored._comparable()[part], values)
-        ]
-
-    def _comparable(self) -> dict[str, dict[str, Any]]:
-        values = self.to_dict()
-        config = self.build_config({**self.train, "steps": self.full.steps, "samples": self.full.samples})
-        return {
-            "study": {key: values["study"][key] for key in ("workload", "metric", "direction")},
-            "train": config.identity(),
-            "workload": {
-                key: value
-                for key, value in self.build_workload().model_dump(mode="json").items()
-                if role_of(self.workload_class, key) is not Role.FREE
-            },
-            "search": values["search"],
-            "trial": {key: value for key, value in values["trial"].items() if key not in ENDINGS},
-        }
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`train.batch_size=8` as ("train.batch_size", 8). The value is TOML; a bare word is a string."""
-    key, equals, value = text.partition("=")
-    if not equals or "." not in key:
-        raise UserError(f"--set {text}: write it as section.key=value, such as train.batch_size=8.")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    section, name = split_key(key)
-    if section not in ("train", "workload", "full", "trial", "study"):
-        raise UserError(f"--set {key}: the sections are train, workload, full, trial and study.")
-    if section in ("full", "trial") and name in ("steps", "samples", "seconds"):
-        for other in ("steps", "samples", "seconds"):
-            values.get(section, {}).pop(other, None)
-    if not isinstance(values.setdefault(section, {}), dict):
-        raise UserError(f"--set {key}: {section} is not a table in the spec.")
-    values[section][name] = value

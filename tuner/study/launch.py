@@ -20,6 +20,7 @@ from trainer.checkpoint import digest_path
 from trainer.clock import clock
 from trainer.data.loader import check_lengths, check_losses
 from trainer.tracking import Tracker
+from tuner.spec.comparison import compare_specs
 from tuner.spec.setups import largest_step
 from tuner.spec.study_toml import StudySpec
 from tuner.study.claims import claim_trial, describe_end, needs_more_trials
@@ -174,7 +175,7 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
         load_if_exists=True,
     )
     if not is_new(study):
-        changed = spec.differences(read_spec(study))
+        changed = compare_specs(spec, read_spec(study))
         changed += ["the data has changed"] if StudyRecord.read(study).data_digest not in (None, digest) else []
         if changed:
             raise UserError(

@@ -1,6 +1,6 @@
-"""The model, the data and the loss that study.toml tunes. HERE marks where yours go.
+"""The model, the data and the loss of the study. Replace the parts marked with HERE.
 
-`python workload.py` checks the three laws that a fair comparison needs.
+`python workload.py` checks the three laws of a workload, which a fair comparison needs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ NUM_TOKENS = PADDING = 16
 
 
 class Sequences:
-    """HERE: your data, samples by index and the length of each. These count up in steps, with a slip now and then."""
+    """HERE: your data: samples by index, and the length of each. These count up in steps, with random errors."""
 
     def __init__(self, num_samples: int, seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ class Model(nn.Module):
 
 
 class MyModel(Workload):
-    width: int = 32  # HERE: your options, which [workload] sets and [search] may tune; a path is a trainer.DataPath
+    width: int = 32  # HERE: your options, set in [workload] or tuned in [search]; a path is a trainer.DataPath
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
@@ -67,13 +67,13 @@ class MyModel(Workload):
         rows = np.full((len(samples), 1 + longest + -longest % pad_multiple), PADDING)
         for row, sample in zip(rows, samples, strict=True):
             row[: len(sample)] = sample
-        # How many terms each sum below has: so a mean over batches of any size is exact.
+        # The number of terms of each sum below: with it the mean over batches of any size is exact.
         counts = {"token_loss": count, "accuracy": count}
         inputs = {"tokens": torch.from_numpy(rows)}
         return Batch(inputs, counts, len(samples), num_tokens=count, num_slots=rows[:, 1:].size)
 
     def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # HERE: your loss, summed. What has no weight in loss_weights is a metric only.
+        # HERE: your loss, summed. A sum without a weight in loss_weights is only a metric.
         targets = inputs["tokens"][:, 1:].flatten()
         logits = model(inputs["tokens"][:, :-1]).flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets, ignore_index=PADDING, reduction="sum")

@@ -32,7 +32,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     shown = [0.4, 0.6, 0.8, 1, 1.5, 2, 3, 4]
     places = [int(np.searchsorted(COMPUTE, at - 1e-6)) for at in shown]
     width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}}  mean regret after so many full runs' compute{'compute to':>42}")
+    print(f"{'':{width}}  mean regret after the compute of N full runs{'compute to':>42}")
     print(f"{'strategy':{width}} " + "".join(f"{at:>9g}" for at in shown) + f"{f'{GOAL:.0%}':>12}")
     for row in rows:
         values = "".join(f"{row['mean'][place]:>9.2%}" for place in places)
@@ -101,7 +101,7 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--grid", default="demo")
     parser.add_argument("--seeds", type=int, default=50)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the strategies whose names start so")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only strategies whose names start with NAME")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="where the SVG chart is written")
     run_benchmark(parser, measure, packages=("optuna", "ray"), rows="rows")
 

@@ -101,7 +101,7 @@ class Curves:
         return float(value / best - 1)
 
     def rank_correlation(self, samples: int, *, resting: bool = False) -> float:
-        """Spearman's, between all curves after so many samples and at full length; the mean over the seeds.
+        """Spearman's, between all curves after `samples` and at full length; the mean over the seeds.
 
         Args:
             resting: Only of curves whose d no longer rose then.

@@ -86,7 +86,7 @@ def write_other_split(manifest: Path) -> tuple[Path, Path]:
 def record_curve(task: tuple[StudySpec, tuple[int, float, int]]) -> dict[str, Any]:
     """Train one configuration over the whole length; its losses and d at each point of the grid.
 
-    A run that diverges has a shorter curve, and `diverged` says why.
+    A run that diverges has a shorter curve, and the reason in `diverged`.
     """
     spec, (batch_size, d_coef, seed) = task
     torch.set_num_threads(1)

@@ -32,10 +32,10 @@ class Task:
     train_seed: int
     seed: int
     samples: int
-    """No trial starts after so many."""
+    """No trial starts after this number."""
 
     def points(self, length: int) -> range:
-        """Indexes of the validations in a trial of so many samples."""
+        """Indexes of the validations in a trial of `length` samples."""
         return range(int(np.searchsorted(self.curves.points, length)) + 1)
 
 

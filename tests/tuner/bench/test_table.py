@@ -27,7 +27,7 @@ from trainer.data.batching import BatchOrder
 from tuner.bench.baseline import ADDED, REQUESTED
 from tuner.bench.measurement import Measurement, answer, measure, measure_trainer
 from tuner.bench.report import COLOURS, check_chart_path, print_table, write_chart
-from tuner.bench.table import Bench, Row, build_rows, error_line, rotated, run_child, select
+from tuner.bench.table import Bench, Row, build_rows, error_line, rotate, run_child, select
 from tuner.cli import main
 from tuner.spec.study_toml import StudySpec
 
@@ -210,7 +210,7 @@ def test_speed_ups_are_ratios_inside_a_round() -> None:
     baseline, row = Row("baseline", "baseline", ()), Row("sdpa", "alone", ("sdpa",))
     for number, (slow, fast) in enumerate([(100, 200), (10, 30), (1000, 1500)]):
         for each, rate in ((baseline, slow), (row, fast)):
-            each.measured[number] = {
+            each.measurements[number] = {
                 "steps": 2,
                 "seconds": 4.0,
                 "tokens": 4.0 * rate,
@@ -226,17 +226,17 @@ def test_speed_ups_are_ratios_inside_a_round() -> None:
 
 def test_rounds_are_interleaved_and_each_begins_elsewhere() -> None:
     lines: list[str] = []
-    bench(rounds=3, say=lines.append).run()
+    bench(rounds=3, report=lines.append).run()
     jobs = [line.partition("] ")[2].partition(": ")[0] for line in lines]
     one = ["baseline", "sdpa", "loader", "... + sdpa", "... + loader", "trainer"]
-    assert jobs == [f"round {n + 1}, {name}" for n in range(3) for name in rotated(one, n, 3)]
-    assert rotated(one, 1, 3)[0] == "loader"
+    assert jobs == [f"round {n + 1}, {name}" for n in range(3) for name in rotate(one, n, 3)]
+    assert rotate(one, 1, 3)[0] == "loader"
     assert lines[0].startswith("[1/18]") and " left" in lines[0] and " left" not in lines[-1]
 
 
 def test_one_set_that_stands_in_two_rows_is_measured_once() -> None:
     lines: list[str] = []
-    measurement = bench(only=["prodigy"], rounds=1, say=lines.append)
+    measurement = bench(only=["prodigy"], rounds=1, report=lines.append)
     measurement.run()
     assert len(lines) == 2
     _, alone, cumulative = measurement.result()["rows"]
@@ -262,7 +262,7 @@ def test_a_row_that_runs_out_of_memory_says_so_and_the_others_go_on() -> None:
     explode = 'if on == ["sdpa"]: print(json.dumps({"out_of_memory": "20 GiB"})), sys.exit()'
     killed = 'if on == ["loader"]: import os; os.kill(os.getpid(), 9)'
     lines: list[str] = []
-    measurement = bench(explode + "\n" + killed, say=lines.append)
+    measurement = bench(explode + "\n" + killed, report=lines.append)
     measurement.run()
     rows = {(row["group"], row["name"]): row for row in measurement.result()["rows"]}
     for name in ("sdpa", "loader"):
@@ -284,7 +284,7 @@ def test_a_row_that_fails_says_why_and_the_others_go_on() -> None:
 
 def test_without_a_baseline_nothing_else_is_measured() -> None:
     lines: list[str] = []
-    measurement = bench("if on == []: 1 / 0", say=lines.append)
+    measurement = bench("if on == []: 1 / 0", report=lines.append)
     measurement.run()
     assert measurement.failed and len(lines) == 1 and "ZeroDivisionError" in lines[0]
 
@@ -301,7 +301,7 @@ def test_the_error_of_a_long_explanation() -> None:
     named = "torch._inductor.exc.InductorError: CppCompileError: no g++"
     assert error_line(f"Traceback (most recent call last):\n  x\n{named}\n\nSet X=1 for more\n", 1) == named
     assert error_line("just this\n", 1) == "just this"
-    assert error_line("", 3) == "exit code 3, and no word"
+    assert error_line("", 3) == "exit code 3, without a message"
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(
     [
         (["none.toml"], "none.toml: no such study spec"),
         (["study.toml", "--only", "nonsense"], "--only: unknown row nonsense"),
-        (["study.toml", "--chart", "speed.png"], "--chart speed.png: it is written as SVG; name it speed.svg."),
+        (["study.toml", "--chart", "speed.png"], "--chart speed.png: the chart is an SVG; name it speed.svg."),
         (["study.toml", "--chart", "none/speed.svg"], "there is no folder none"),
         (["study.toml", "--set", "train.device=cuda"], "no CUDA device"),
         (["study.toml", "--set", "train.batch=1"], "unknown key train.batch"),

@@ -15,7 +15,7 @@ from tests.toy import Toy
 from trainer.acceleration import Capabilities, RunSize, plan
 from trainer.config import TrainConfig
 from trainer.memory import Probe
-from tuner.doctor.attention import Attention, check_attention, recorded, takes_flash
+from tuner.doctor.attention import Attention, check_attention, record_attention, takes_flash
 from tuner.doctor.check import Check
 
 
@@ -51,7 +51,7 @@ class AttentiveToy(Toy):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_shapes_are_those_of_a_step_of_the_model(precision: str) -> None:
-    with recorded(precision) as calls:
+    with record_attention(precision) as calls:
         Probe(AttentiveToy(), TrainConfig(steps=1, batch_size=1), device="cpu", precision=precision).estimate()
     assert dict(calls) == {Attention(2, 8, 8, 39, 39, precision, causal=True, dropout=0.2): 1}, "no validation's"
 

@@ -63,7 +63,7 @@ def test_input_files_that_exist_have_no_check(tmp_path: Path) -> None:
 def test_a_missing_or_empty_input_file_is_a_fail_that_names_it(tmp_path: Path) -> None:
     (found,) = paths(f"{tmp_path}/none.jsonl::ko")
     assert found.state == "fail" and f"{tmp_path}/none.jsonl, which workload.lists names" in found.message
-    assert found.message.endswith("is not there")
+    assert found.message.endswith("does not exist")
     (tmp_path / "empty.jsonl").touch()
     (found,) = paths(tmp_path / "empty.jsonl")
     assert found.state == "fail" and found.message.endswith("is empty")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.doctor.disk import LEAST, check_checkpoints, check_free, check_run_root
+from tuner.doctor.disk import MIN_FREE, check_checkpoints, check_free, check_run_root
 
 
 def checkpoint(folder: Path, num_bytes: int) -> None:
@@ -26,8 +26,8 @@ def test_the_next_checkpoint_is_as_large_as_the_last(tmp_path: Path, free: float
 
 
 def test_a_full_disk_is_a_fail_for_a_new_study_too(tmp_path: Path) -> None:
-    assert check_free(tmp_path / "runs", "toy", free=LEAST - 1).state == "fail"
-    assert check_free(tmp_path / "runs", "toy", free=LEAST).state == "ok"
+    assert check_free(tmp_path / "runs", "toy", free=MIN_FREE - 1).state == "fail"
+    assert check_free(tmp_path / "runs", "toy", free=MIN_FREE).state == "ok"
     assert not (tmp_path / "runs").exists()
 
 
@@ -40,12 +40,12 @@ def test_a_run_root_that_is_no_folder_or_closed_is_a_fail(tmp_path: Path, monkey
     # Asked in the way of a user who may not write: root may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     found = check_run_root(tmp_path / "runs")
-    assert found is not None and found.state == "fail" and f"{tmp_path} can't be written to" in found.message
+    assert found is not None and found.state == "fail" and f"{tmp_path} is not writable" in found.message
 
 
 def test_checkpoints_that_are_there_count_as_room_for_themselves(tmp_path: Path) -> None:
     checkpoint(tmp_path / "toy" / "trial-00000", 3_000_000)
     found = check_checkpoints(tmp_path, "toy", checkpoint=10, best=5, num_trials=2, num_full=2)
-    assert "beside 3.0 MB of them" in found.message, "linked files once"
+    assert "3.0 MB in its existing ones" in found.message, "linked files once"
     assert found.state == "ok"
     assert check_checkpoints(tmp_path, "toy", checkpoint=10**15, best=5, num_trials=2, num_full=2).state == "fail"

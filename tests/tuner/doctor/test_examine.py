@@ -23,7 +23,7 @@ from trainer.config import TrainConfig
 from trainer.memory import Probe
 from tuner.cli import main
 from tuner.doctor.check import Check, has_failed, show
-from tuner.doctor.device import cuda_machine, this_machine
+from tuner.doctor.device import build_cuda_machine, detect_machine
 from tuner.doctor.examine import examine
 from tuner.doctor.memory import check_micro_batches
 
@@ -145,7 +145,7 @@ AUTO = LARGE.replace("batch_size = 8", 'batch_size = 8\nmicro_batch_size = "auto
 def test_auto_micro_batches_are_judged_as_a_launch_decides_them() -> None:
     config = TrainConfig(steps=1, batch_size=512, micro_batch_size="auto", precision="fp32")
     probe = Probe(Toy(width=64, num_train=1024), config, device="cuda", precision="fp32")
-    machine = cuda_machine(probe.estimate(512, micro_batch_size=128).total)
+    machine = build_cuda_machine(probe.estimate(512, micro_batch_size=128).total)
     found = check_micro_batches(probe, 512, machine)
     assert found.state == "ok" and found.message.startswith("micro-batches of 128: a batch of 512 needs")
     found = check_micro_batches(probe, 128, machine)
@@ -161,7 +161,7 @@ def test_auto_micro_batches_fail_where_not_one_sample_fits(tmp_path: Path) -> No
 def test_a_cpu_whose_memory_others_hold_is_a_warning_since_a_launch_goes_on() -> None:
     config = TrainConfig(steps=1, batch_size=8, micro_batch_size="auto")
     probe = Probe(Toy(width=512), config, device="cpu", precision="fp32")
-    machine = replace(this_machine("cpu"), memory=1_000_000)
+    machine = replace(detect_machine("cpu"), memory=1_000_000)
     found = check_micro_batches(probe, 8, machine)
     assert found.state == "warn" and "other programs hold the rest" in found.message
     tiny = replace(machine, capabilities=replace(machine.capabilities, memory=1_000_000))
@@ -177,7 +177,7 @@ def test_a_baseline_that_does_not_fit_fails_with_the_largest_batch_size_that_doe
     assert "train.slice_p = 11" in baseline.remedy
     assert found["memory, batch 4"].state == "ok" and not found["memory, batch 4"].remedy
     assert found["memory, batch 16"].state == "warn"
-    assert "end as infeasible" in found["memory, batch 16"].remedy and "fits is 6" in found["memory, batch 16"].remedy
+    assert "would be infeasible" in found["memory, batch 16"].remedy and "fits is 6" in found["memory, batch 16"].remedy
 
 
 def test_a_searched_batch_size_that_does_not_fit_is_only_a_warning(tmp_path: Path) -> None:

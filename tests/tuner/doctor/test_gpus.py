@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tuner.doctor.gpus import Gpu, GpuProcess, check_gpus, from_nvml, visible
+from tuner.doctor.gpus import Gpu, GpuProcess, check_gpus, read_nvml, select_visible
 
 RTX = Gpu(0, "GPU-aaaa-1", "RTX 4090", total=24 * 10**9, free=int(23.8e9))
 
@@ -46,9 +46,9 @@ class FakeNvml:
 
 def test_nvml_is_asked_and_closed_again() -> None:
     nvml = FakeNvml()
-    (gpu,) = from_nvml(nvml)
+    (gpu,) = read_nvml(nvml)
     assert (gpu.uuid, gpu.name, gpu.total, gpu.free) == ("GPU-cccc", "H100", 100_000_000, 60_000_000)
-    assert gpu.processes[1] == GpuProcess(2**22 + 1, "a process", 7), "one that is not seen from here"
+    assert gpu.processes[1] == GpuProcess(2**22 + 1, "a process", 7), "one that is not visible from here"
     assert not nvml.is_open
 
 
@@ -59,7 +59,7 @@ def test_nvml_is_asked_and_closed_again() -> None:
 def test_only_the_gpus_that_cuda_would_see_are_judged(value: str | None, indices: list[int]) -> None:
     environment = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
     gpus = [RTX, changed(index=1, uuid="GPU-bbbb-2")]
-    assert [gpu.index for gpu in visible(gpus, environment)] == indices
+    assert [gpu.index for gpu in select_visible(gpus, environment)] == indices
 
 
 def states(gpu: Gpu) -> tuple[str, str]:
@@ -79,12 +79,12 @@ def test_a_free_gpu_is_ok_also_beside_a_desktop() -> None:
 
 def test_another_process_is_named_with_its_memory() -> None:
     state, message = states(changed(free=int(20e9), processes=(GpuProcess(77, "python", int(3.5e9)),)))
-    assert state == "warn" and "on it: python (pid 77, 3.5 GB)" in message
+    assert state == "warn" and "used by python (pid 77, 3.5 GB)" in message
 
 
 def test_memory_held_by_what_is_not_seen_is_a_warning() -> None:
     state, message = states(changed(free=int(9e9)))
-    assert state == "warn" and "not seen from here" in message
+    assert state == "warn" and "not visible from here" in message
 
 
 def test_a_gpu_without_room_for_a_process_is_a_fail() -> None:

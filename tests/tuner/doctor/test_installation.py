@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tuner.doctor.check import Check
-from tuner.doctor.device import check_device, cuda_machine, known_gpus
+from tuner.doctor.device import build_cuda_machine, check_device, list_known_gpus
 from tuner.doctor.installation import (
     check_clock,
     check_compile,
@@ -52,7 +52,7 @@ def test_another_version_is_a_fail_and_of_the_dashboard_a_warning() -> None:
     needed = ["torch~=9.1.0", "optuna-dashboard<0.1", "prodigyopt>=0.1", 'aim; extra == "x"', "numpy>99"]
     torch, dashboard, prodigy = check_packages(needed)
     assert (torch.state, dashboard.state, prodigy.state) == ("fail", "warn", "ok")
-    assert torch.message.endswith("; made for ~=9.1.0") and torch.remedy == "pip install 'torch~=9.1.0'"
+    assert torch.message.endswith("; this package needs ~=9.1.0") and torch.remedy == "pip install 'torch~=9.1.0'"
 
 
 def test_a_package_that_is_not_there_is_a_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +101,10 @@ def test_a_gpu_that_torch_can_not_use_is_named(tmp_path: Path) -> None:
     information = tmp_path / "0000:01:00.0" / "information"
     information.parent.mkdir()
     information.write_text("Model: \t\t NVIDIA GeForce RTX 4090\nIRQ:   \t\t 120\n")
-    assert known_gpus(tmp_path) == ["NVIDIA GeForce RTX 4090"]
-    assert known_gpus(tmp_path / "none") == []
+    assert list_known_gpus(tmp_path) == ["NVIDIA GeForce RTX 4090"]
+    assert list_known_gpus(tmp_path / "none") == []
 
 
 def test_the_device_has_its_compute_capability() -> None:
-    found = check_device(cuda_machine(25.3e9))
-    assert found.state == "ok" and "compute capability 8.0, 25.3 GB to be had, bf16" in found.message
+    found = check_device(build_cuda_machine(25.3e9))
+    assert found.state == "ok" and "compute capability 8.0, 25.3 GB available, bf16" in found.message

@@ -14,7 +14,7 @@ from trainer import UserError
 from tuner.cli import main
 from tuner.doctor import quick as module
 from tuner.doctor.check import Check
-from tuner.doctor.quick import before_spec, check_first
+from tuner.doctor.quick import report_checks, run_spec_checks
 from tuner.study.storage import open_storage
 
 MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Listed").replace(
@@ -24,7 +24,7 @@ MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Listed").r
 
 def test_a_healthy_machine_is_not_spoken_of(tmp_path: Path) -> None:
     said = io.StringIO()
-    check_first(before_spec(build(), tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db"), said)
+    report_checks(run_spec_checks(build(), tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db"), said)
     assert said.getvalue() == "" and list(tmp_path.iterdir()) == []
 
 
@@ -32,7 +32,7 @@ def test_it_costs_little(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/tuner.db"
     open_storage(url).engine.dispose()
     started = time.process_time()
-    assert list(before_spec(build(), tmp_path, storage=url))
+    assert list(run_spec_checks(build(), tmp_path, storage=url))
     assert time.process_time() - started < 0.3
 
 
@@ -40,24 +40,24 @@ def test_a_warning_is_a_line_and_a_fail_the_end() -> None:
     said = io.StringIO()
     checks = [Check("clock", "warn", "is late", "set it"), Check("disk", "ok", "9 GB"), Check("a", "fail", "b", "c")]
     with pytest.raises(UserError, match=r"^d e; f\.$"):
-        check_first([*checks, Check("d", "fail", "e", "f")], said)
+        report_checks([*checks, Check("d", "fail", "e", "f")], said)
     assert said.getvalue() == "tuner: warning: clock is late; set it.\ntuner: a b; c.\n"
-    check_first(checks[:2], said)
+    report_checks(checks[:2], said)
 
 
 def test_a_gpu_that_torch_does_not_see_is_a_warning_unless_it_was_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "known_gpus", lambda: ["NVIDIA GeForce RTX 4090"])
+    monkeypatch.setattr(module, "list_known_gpus", lambda: ["NVIDIA GeForce RTX 4090"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    (found,) = (check for check in before_spec(build(), tmp_path) if check.name == "device")
-    assert found.state == "warn" and "RTX 4090 is here" in found.message
+    (found,) = (check for check in run_spec_checks(build(), tmp_path) if check.name == "device")
+    assert found.state == "warn" and "does not see NVIDIA GeForce RTX 4090" in found.message
     on_cpu = build(**{"train.device": "cpu"})
-    assert not [check for check in before_spec(on_cpu, tmp_path) if check.name == "device"]
+    assert not [check for check in run_spec_checks(on_cpu, tmp_path) if check.name == "device"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(module, "check_gpus", lambda: [])
-    assert not [check for check in before_spec(build(), tmp_path) if check.name == "device"]
+    assert not [check for check in run_spec_checks(build(), tmp_path) if check.name == "device"]
 
 
 @pytest.mark.parametrize("command", ["launch", "train"])
@@ -72,7 +72,7 @@ def test_a_missing_input_file_stops_a_run_before_anything_is_made(
         main()
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tuner: data /none/train.jsonl, which workload.lists names, is not there;")
+    assert line.startswith("tuner: data /none/train.jsonl, which workload.lists names, does not exist;")
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 

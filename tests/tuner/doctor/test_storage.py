@@ -20,9 +20,9 @@ from tuner.doctor.storage import (
     check_interrupted,
     check_lost,
     check_storage,
-    interrupted,
-    open_trials,
-    schema_versions,
+    find_interrupted,
+    read_open_trials,
+    read_schema_versions,
 )
 from tuner.study.record import CLAIM
 from tuner.study.storage import open_storage
@@ -53,7 +53,7 @@ def test_a_sound_storage_is_ok(url: str) -> None:
     assert found.state == "ok", found
     assert (
         "1 study" in found.message
-        and schema_versions(make_url(url))[0] in found.message
+        and read_schema_versions(make_url(url))[0] in found.message
         and "write-ahead" in found.message
     )
 
@@ -61,7 +61,7 @@ def test_a_sound_storage_is_ok(url: str) -> None:
 def test_the_schema_is_the_one_that_optuna_makes(url: str, tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "tuner.db")) as connection:
         (made,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    head, known = schema_versions(make_url(url))
+    head, known = read_schema_versions(make_url(url))
     assert made == head and head in known and "v3.0.0.a" in known
 
 
@@ -70,13 +70,13 @@ def test_a_database_without_a_version_gets_none(url: str, tmp_path: Path) -> Non
     change(tmp_path, "PRAGMA wal_checkpoint(TRUNCATE)")
     before = (tmp_path / "tuner.db").read_bytes()
     found = check_storage(url)
-    assert found.state == "ok" and "without studies yet" in found.message
+    assert found.state == "ok" and "no studies yet" in found.message
     assert (tmp_path / "tuner.db").read_bytes() == before
 
 
 def test_a_storage_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     found = check_storage(f"sqlite:///{tmp_path}/deep/tuner.db")
-    assert found.state == "ok" and "a launch makes it" in found.message
+    assert found.state == "ok" and "a launch creates it" in found.message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +131,7 @@ def test_a_storage_of_which_nothing_can_be_read_is_a_fail_with_the_way_out(url: 
         database.write(b"\xff" * 3996)
     found = check_storage(url)
     assert found.state == "fail" and "malformed" in found.message and f"sqlite3 {file} .recover" in found.remedy
-    assert open_trials(url) == []
+    assert read_open_trials(url) == []
 
 
 def test_a_locked_storage_says_who_holds_it(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,21 +162,21 @@ def test_a_server_is_not_asked_in_a_hurry_and_its_password_not_shown() -> None:
     found = check_storage(url)
     assert found.state == "fail" and "can't be opened" in found.message
     assert "secret" not in found.message + found.remedy
-    assert open_trials(url) == []
+    assert read_open_trials(url) == []
 
 
 def test_a_network_filesystem_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "filesystem", lambda folder: "nfs4")
+    monkeypatch.setattr(module, "find_filesystem_type", lambda folder: "nfs4")
     found = check_storage(f"sqlite:///{tmp_path}/tuner.db")
     assert found.state == "warn" and "on nfs4" in found.message and "PostgreSQL" in found.remedy
 
 
 def test_the_filesystem_is_that_of_the_mount_above() -> None:
-    assert module.filesystem(Path("/proc/1")) == "proc"
+    assert module.find_filesystem_type(Path("/proc/1")) == "proc"
 
 
 def test_a_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: Path) -> None:
-    (trial,) = open_trials(url)
+    (trial,) = read_open_trials(url)
     assert (trial.study, trial.number, trial.host) == ("toy", 1, platform.node())
     assert trial.started is not None and abs(datetime.now() - trial.started) < timedelta(minutes=5)
     (found,) = check_interrupted([trial], tmp_path / "runs")
@@ -189,23 +189,23 @@ def test_a_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: P
 
 def test_a_trial_that_has_not_said_where_it_runs_is_looked_for_by_its_number(tmp_path: Path) -> None:
     trial = OpenTrial("toy", 3, datetime.now())
-    assert interrupted([trial], tmp_path) == [trial]
+    assert find_interrupted([trial], tmp_path) == [trial]
     with lock_folder(tmp_path / "toy" / "trial-00003", CLAIM):
-        assert interrupted([trial], tmp_path) == []
+        assert find_interrupted([trial], tmp_path) == []
 
 
 def test_a_full_runs_curve_is_held_by_the_trainers_lock(tmp_path: Path) -> None:
     trial = OpenTrial("toy.full", 0, datetime.now(), platform.node(), tmp_path / "full-trial-00001")
     (found,) = check_interrupted([trial], tmp_path)
-    assert "tuner promote toy to go on" in found.remedy
+    assert "tuner promote toy to continue" in found.remedy
     with lock_folder(tmp_path / "full-trial-00001"):
-        assert interrupted([trial], tmp_path) == []
+        assert find_interrupted([trial], tmp_path) == []
 
 
 def test_a_trial_of_another_machine_is_doubted_after_a_day(tmp_path: Path) -> None:
     started = datetime.now() - timedelta(hours=2)
     fresh = OpenTrial("toy", 5, started, "another-machine", tmp_path)
-    assert interrupted([fresh], tmp_path) == [] and list(check_lost([fresh])) == []
+    assert find_interrupted([fresh], tmp_path) == [] and list(check_lost([fresh])) == []
     old = OpenTrial("toy", 5, started - timedelta(days=2), "another-machine", tmp_path)
     (found,) = check_lost([old], "toy")
     assert found.state == "warn" and "another-machine" in found.message and "--trial-number 5" in found.remedy

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tuner.studies_for_tests import values
 from trainer import UserError
-from tuner.spec.search import MAX_DELAY, MAX_EXCESS, unevenness
+from tuner.spec.search import MAX_DELAY, MAX_EXCESS, find_unevenness
 from tuner.spec.study_toml import StudySpec
 from tuner.study.record import read_spec
 
@@ -37,7 +37,7 @@ def test_what_is_refused_is_what_a_count_of_steps_finds_uneven(evaluations: int)
     for samples, sizes in product((40, 160, 200, 210, 1000, 1200, 16_000), ([8], [8, 12], [4, 8, 16], [1, 24, 32])):
         for accumulations in ([1], [1, 3]):
             steps = [size * accumulation for size, accumulation in product(sizes, accumulations)]
-            reason = unevenness(samples, evaluations, sizes, accumulations)
+            reason = find_unevenness(samples, evaluations, sizes, accumulations)
             assert (reason is None) == all(is_even(samples, evaluations, step) for step in steps), (samples, steps)
             verdicts.add(reason is None)
             if reason is not None:
@@ -50,28 +50,28 @@ def test_what_is_refused_is_what_a_count_of_steps_finds_uneven(evaluations: int)
 
 def test_a_line_names_the_batch_what_it_sees_and_a_budget_that_fits() -> None:
     assert (
-        unevenness(40, 1, [8, 32], [1])
+        find_unevenness(40, 1, [8, 32], [1])
         == "samples 40: with a batch of 32 a trial sees 64, 60.0% more; use samples = 64"
     )
-    assert unevenness(160, 4, [8, 12], [1]) == (
+    assert find_unevenness(160, 4, [8, 12], [1]) == (
         "samples 160: with a batch of 12 a trial sees 168, 5.0% more; use samples = 192"
     )
-    assert unevenness(192, 4, [8, 32], [1]) == (
+    assert find_unevenness(192, 4, [8, 32], [1]) == (
         "evaluations 4: with a batch of 32 the point of 48 samples is validated at 64, and others near it; "
         "use samples = 256, or fewer evaluations"
     )
 
 
 def test_the_usual_batches_divide_what_the_studies_give_them() -> None:
-    assert unevenness(16_000, 8, [4, 8, 16, 32], [1]) is None
-    assert unevenness(200_000, 10, [8, 16, 24, 32], [1]) is None
-    assert unevenness(1_200, 6, [4, 8, 16, 32], [1]) is None, "the demo: 1,216 samples are 1.3% more"
+    assert find_unevenness(16_000, 8, [4, 8, 16, 32], [1]) is None
+    assert find_unevenness(200_000, 10, [8, 16, 24, 32], [1]) is None
+    assert find_unevenness(1_200, 6, [4, 8, 16, 32], [1]) is None, "the demo: 1,216 samples are 1.3% more"
 
 
 def test_a_range_without_end_is_judged_at_once() -> None:
-    reason = unevenness(10**9, 8, range(1, 10**12), range(1, 10**6))
+    reason = find_unevenness(10**9, 8, range(1, 10**12), range(1, 10**6))
     assert reason is not None and "use samples = " in reason
-    assert unevenness(10**15, 8, range(1, 10**9), [1, 2, 4]) is None
+    assert find_unevenness(10**15, 8, range(1, 10**9), [1, 2, 4]) is None
 
 
 def test_a_study_whose_trials_are_run_is_past_judging(tmp_path: Path) -> None:

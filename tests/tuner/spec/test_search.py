@@ -6,7 +6,7 @@ import pytest
 
 from trainer import TrainConfig
 from trainer.config import PositiveFloat, PositiveInt
-from tuner.spec.search import Choices, Range, flatten, is_whole, plain_types
+from tuner.spec.search import Choices, Range, flatten, is_whole, list_types
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def test_a_fields_type_says_whether_it_takes_whole_numbers_only(annotation: Any,
 
 
 def test_the_types_of_a_field_are_found_under_its_constraints() -> None:
-    assert plain_types(TrainConfig.model_fields["num_workers"].annotation) == {int, type(None)}
-    assert plain_types(TrainConfig.model_fields["schedule"].annotation) == {Literal}
-    assert plain_types(tuple[int, ...]) == {tuple}
+    assert list_types(TrainConfig.model_fields["num_workers"].annotation) == {int, type(None)}
+    assert list_types(TrainConfig.model_fields["schedule"].annotation) == {Literal}
+    assert list_types(tuple[int, ...]) == {tuple}
 
 
 def test_a_range_holds_the_values_of_its_grid() -> None:
@@ -43,9 +43,9 @@ def test_a_range_holds_the_values_of_its_grid() -> None:
 
 
 def test_all_whole_numbers_of_a_dimension_rise() -> None:
-    assert Choices(choices=(16, 4, 8)).whole_numbers() == [4, 8, 16]
-    assert list(Range(low=4, high=16, step=4).whole_numbers()) == [4, 8, 12, 16]
-    assert len(Range(low=1, high=10**12, log=True).whole_numbers()) == 10**12
+    assert Choices(choices=(16, 4, 8)).list_whole_numbers() == [4, 8, 16]
+    assert list(Range(low=4, high=16, step=4).list_whole_numbers()) == [4, 8, 12, 16]
+    assert len(Range(low=1, high=10**12, log=True).list_whole_numbers()) == 10**12
 
 
 def test_tables_are_flattened_and_dimensions_are_not() -> None:

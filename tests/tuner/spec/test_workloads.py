@@ -88,7 +88,7 @@ def test_a_study_that_was_moved_goes_on_from_its_new_place(tmp_path: Path) -> No
     del sys.modules["moved_study"]
     sys.path.remove(str(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(UserError, match=rf"no module moved_study in {tmp_path}/old .* folder is gone: .* tuner launch"):
+    with pytest.raises(UserError, match=rf"no module moved_study in {tmp_path}/old .* does not exist: .* tuner launch"):
         read_spec(opened)
     again = open_study(StudySpec.load(tmp_path / "new/study.toml"), storage)
     assert again.user_attrs["base_dir"] == str(tmp_path / "new")

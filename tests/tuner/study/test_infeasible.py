@@ -313,5 +313,5 @@ def test_a_trial_that_comes_further_each_time_is_not_infeasible(
 
 @pytest.mark.parametrize("key", ["train.micro_batch_size", "train.num_workers", "workload.digest"])
 def test_what_changes_nothing_that_is_measured_can_not_be_searched(key: str) -> None:
-    with pytest.raises(UserError, match=rf'search\."{key}": it changes nothing that is measured; set it in \['):
+    with pytest.raises(UserError, match=rf'search\."{key}": it changes no result; set it in \['):
         build(**{f"search.{key}": {"choices": [1, 2]}})
