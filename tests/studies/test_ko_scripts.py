@@ -83,7 +83,7 @@ def settings(given: list[str]) -> dict[str, Any]:
     return dict(parse_override(value) for option, value in pairwise(given) if option == "--set")
 
 
-def test_a_run_is_trained_and_resumed(folder: Path) -> None:
+def test_run_is_trained_and_resumed(folder: Path) -> None:
     trained = script(folder, "train", TRAIN_MANIFEST="data/train_pairs.jsonl::ko,data/val_pairs.jsonl")
     assert trained.returncode == 0, trained.stderr
     assert "[Step 1] Loss: " in trained.stdout and "[Step 2] validation after 12 samples" in trained.stdout
@@ -125,7 +125,7 @@ def test_resuming_names_the_newest_checkpoint_or_the_given_one(folder: Path) -> 
 
 
 @pytest.mark.parametrize("separator", [",", " ", ", ", "\n"])
-def test_manifests_stand_apart_by_commas_or_blanks(folder: Path, separator: str) -> None:
+def test_manifests_are_separated_by_commas_or_blanks(folder: Path, separator: str) -> None:
     names = separator.join(["data/train_pairs.jsonl::ko", "b.jsonl::en", str(folder / "c.jsonl")])
     assert settings(arguments(folder, "train", TRAIN_MANIFEST=names))["workload.train_manifests"] == [
         f"{folder}/data/train_pairs.jsonl::ko",
@@ -156,7 +156,7 @@ def test_names_may_hold_blanks_and_quotes(folder: Path) -> None:
         ("resume", {"RESUME": "adamw.pth"}, "adamw.pth is a checkpoint of adamw and this run uses prodigy"),
     ],
 )
-def test_a_mistake_is_one_line(folder: Path, name: str, variables: dict[str, str], message: str) -> None:
+def test_mistake_is_one_line(folder: Path, name: str, variables: dict[str, str], message: str) -> None:
     state: dict[str, Any] = {"model": {}, "optimizer": {}, "optimizer_type": "adamw", "step": 3}
     write_checkpoint(state, folder / "adamw.pth")
     result = script(folder, name, **variables)
@@ -165,7 +165,7 @@ def test_a_mistake_is_one_line(folder: Path, name: str, variables: dict[str, str
     assert not (folder / "out/latest.pth").exists()
 
 
-def test_the_defaults_are_those_of_the_original_training(folder: Path) -> None:
+def test_defaults_are_those_of_the_original_training(folder: Path) -> None:
     found = arguments(folder, "train", **dict.fromkeys(GIVEN, ""))
     assert found[:4] == ["train", f"{ROOT}/studies/indextts2/study.toml", "--run-dir", f"{folder}/runs/ko_prodigy"]
     assert settings(found) == {

@@ -160,13 +160,13 @@ class ReadInOrder(Toy):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Toy) else "",
 )
-def test_a_law_that_is_broken_is_named(workload: Toy, message: str) -> None:
+def test_broken_law_is_named(workload: Toy, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_workload(workload)
 
 
 @pytest.mark.parametrize("num_train", [1, 2, 3, 9])
-def test_a_small_set_keeps_the_laws(num_train: int) -> None:
+def test_small_set_keeps_the_laws(num_train: int) -> None:
     check_workload(Toy(num_train=num_train))
 
 

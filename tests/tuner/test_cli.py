@@ -29,7 +29,7 @@ def tuner(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_the_path_from_launch_to_promotion(tmp_path: Path) -> None:
+def test_path_from_launch_to_promotion(tmp_path: Path) -> None:
     write(tmp_path)
     launched = tuner(tmp_path, "launch", "study.toml", "--no-track")
     assert launched.returncode == 0, launched.stderr
@@ -49,7 +49,7 @@ def test_the_path_from_launch_to_promotion(tmp_path: Path) -> None:
     assert "toy: " in tuner(tmp_path, "status").stdout
 
 
-def test_train_takes_overrides_and_continues(tmp_path: Path) -> None:
+def test_train_takes_overrides_and_resumes(tmp_path: Path) -> None:
     write(tmp_path)
     command = ("train", "study.toml", "--no-track", "--set", "train.optimizer=adamw", "--run-dir", "out")
     first = tuner(tmp_path, *command, "--set", "full.steps=5")
@@ -90,7 +90,7 @@ def test_train_takes_overrides_and_continues(tmp_path: Path) -> None:
         (["launch", "cp949.toml"], "can't be read as UTF-8 text"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_mistake_is_one_line_and_exit_code_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -112,7 +112,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in errors and len(errors.strip().splitlines()) == 1, errors
 
 
-def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
+def test_defect_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "broken_workload.py").write_text(
         "from tests.toy import Toy\nclass Broken(Toy):\n    def build_model(self):\n        return 1 / 0\n"
     )
@@ -141,6 +141,6 @@ def test_durations(text: str, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "h", "-5m", "8 hours"])
-def test_what_is_no_duration(text: str) -> None:
+def test_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="8h, 30m, 90s"):
         parse_duration(text)

@@ -27,7 +27,7 @@ def events(output: str) -> list[str]:
     return [json.loads(line)["event"] for line in output.splitlines()]
 
 
-def test_as_json_nothing_else_is_on_stdout(tmp_path: Path) -> None:
+def test_json_format_prints_events_alone(tmp_path: Path) -> None:
     write(tmp_path)
     launched = tuner(tmp_path, "launch", "study.toml", "--no-track", "--trials", "1", "--log-format", "json")
     assert launched.returncode == 0, launched.stderr
@@ -42,7 +42,7 @@ def test_as_json_nothing_else_is_on_stdout(tmp_path: Path) -> None:
     assert "[Step 60] Loss: " in promoted.stderr
 
 
-def test_a_confirmation_is_told_run_by_run_and_as_a_whole(tmp_path: Path) -> None:
+def test_confirmation_has_events_for_each_run_and_the_whole(tmp_path: Path) -> None:
     write(tmp_path)
     assert tuner(tmp_path, "launch", "study.toml", "--no-track", "--trials", "2").returncode == 0
     promoted = tuner(tmp_path, "promote", "toy", "--confirm", "1", "--no-track", "--log-format", "json")
@@ -55,7 +55,7 @@ def test_a_confirmation_is_told_run_by_run_and_as_a_whole(tmp_path: Path) -> Non
     assert f"confirmation of trial {told['winner']}, seed 1, of toy" in runs
 
 
-def test_warnings_go_where_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_follow_the_format(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("trainer.test")
     with shown_log(Format.plain, logging.WARNING):
         log.info("not this")
@@ -67,7 +67,7 @@ def test_warnings_go_where_the_format_says(capsys: pytest.CaptureFixture[str]) -
     assert events(out) == ["warning"] and err == "the GPU is idle\n"
 
 
-def test_a_run_is_followed_as_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_events_follow_the_format(capsys: pytest.CaptureFixture[str]) -> None:
     with follow_run("a run", Format.json) as run:
         run.track({"train/loss": 1.0}, step=1, samples=8)
     assert events(capsys.readouterr().out) == ["run_started", "metrics"]
@@ -93,7 +93,7 @@ def started(tmp_path: Path, text: str, *, stdout: int) -> subprocess.Popen[str]:
     )
 
 
-def test_a_launch_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path: Path) -> None:
+def test_launch_into_a_closed_pipe_stops_with_a_checkpoint(tmp_path: Path) -> None:
     with started(tmp_path, LONG, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert "trial 0" in process.stdout.readline()
@@ -105,7 +105,7 @@ def test_a_launch_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path: Path) -
     assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
 
 
-def test_a_program_started_without_a_standard_output_trains(tmp_path: Path) -> None:
+def test_closed_standard_output_does_not_stop_training(tmp_path: Path) -> None:
     command = f"{sys.executable} -m tuner.cli train {write(tmp_path)} --no-track --run-dir {tmp_path}/run >&-"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, shell=True, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
@@ -113,7 +113,7 @@ def test_a_program_started_without_a_standard_output_trains(tmp_path: Path) -> N
     assert (tmp_path / "run/latest.pth").exists()
 
 
-def test_a_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
+def test_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
     with started(tmp_path, LONG, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert "trial 0" in process.stdout.readline()
@@ -123,7 +123,7 @@ def test_a_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
 
 
-def test_a_launch_outlives_its_terminal(tmp_path: Path) -> None:
+def test_launch_outlives_its_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     with started(tmp_path, TOML, stdout=theirs) as process:
         os.close(theirs)
@@ -136,9 +136,7 @@ def test_a_launch_outlives_its_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["plain", "json"])
-def test_a_terminal_without_utf_8_shows_what_it_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_format: str
-) -> None:
+def test_terminal_without_utf_8_gets_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
     folder = tmp_path / "한국어"
     folder.mkdir()
     write(folder)

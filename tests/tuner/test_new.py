@@ -22,9 +22,7 @@ from tuner.template.workload import MyModel
 ROOT = Path(__file__).parents[2]
 
 
-def test_what_it_writes_is_launched_from_its_folder_and_promoted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_study_is_launched_and_promoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "cd studies/my.model-2 && tuner launch study.toml && tuner promote my.model-2" in new(
         Path("studies/my.model-2")
@@ -44,7 +42,7 @@ def test_what_it_writes_is_launched_from_its_folder_and_promoted(
     assert json.loads(tuner("status", "my.model-2", "--json"))["full_runs"][0]["state"] == "finished"
 
 
-def test_the_template_keeps_the_three_laws_and_learns(runtime: Runtime, tmp_path: Path) -> None:
+def test_template_keeps_the_three_laws_and_learns(runtime: Runtime, tmp_path: Path) -> None:
     check_workload(MyModel())
     spec = StudySpec.load(TEMPLATE / "study.toml", {"study.workload": "tuner.template.workload:MyModel"})
     study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=1)
@@ -53,7 +51,7 @@ def test_the_template_keeps_the_three_laws_and_learns(runtime: Runtime, tmp_path
     assert result.metrics["val/accuracy"] > 0.8
 
 
-def test_the_files_are_the_templates_but_for_the_name(tmp_path: Path) -> None:
+def test_files_are_the_templates_but_for_the_name(tmp_path: Path) -> None:
     new(tmp_path / "mine")
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == sorted(FILES)
     for name in FILES:
@@ -63,7 +61,7 @@ def test_the_files_are_the_templates_but_for_the_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["two words", ".hidden", "-x", "a/..", "한국어", "x;y", "line\n"])
-def test_a_name_that_a_study_can_not_have_is_refused(name: str, tmp_path: Path) -> None:
+def test_invalid_study_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder's name becomes the study's"):
         new(tmp_path / name)
     assert not list(tmp_path.iterdir())
@@ -83,7 +81,7 @@ def test_a_name_that_a_study_can_not_have_is_refused(name: str, tmp_path: Path) 
         (".", ".: the folder's name becomes the study's"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_mistake_is_one_line_and_exit_code_2(
     name: str,
     message: str,
     tmp_path: Path,

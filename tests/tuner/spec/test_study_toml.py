@@ -18,7 +18,7 @@ def test_both_spellings_of_a_searched_field_are_the_same(tmp_path: Path) -> None
     assert baseline_params(spec) == {"train.batch_size": 8, "train.d_coef": 1.0}
 
 
-def test_a_spec_survives_being_stored() -> None:
+def test_spec_survives_a_round_trip_through_the_storage() -> None:
     spec = build()
     stored = StudySpec.build(spec.to_dict(), base_dir=spec.base_dir)
     assert spec.differences(stored) == []
@@ -130,7 +130,7 @@ def test_a_spec_survives_being_stored() -> None:
         ({"study.name": "toy.full"}, r"study\.name \"toy\.full\": .*full runs of another one; choose another"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
+def test_mistake_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         build(**changes)
     assert "\n" not in str(error.value)
@@ -144,19 +144,19 @@ def test_a_mistake_is_one_line_with_its_key(changes: dict[str, Any], message: st
         (TOML + '\n[sampler]\nname = "tpe"\n[prunner]\nname = "x"', r"unknown key prunner; did you mean pruner\?"),
     ],
 )
-def test_a_broken_file_is_one_line_with_its_name(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_file_is_one_line_with_its_name(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=message) as error:
         StudySpec.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such study spec"):
         StudySpec.load(tmp_path / "none.toml")
 
 
-def test_a_field_that_takes_fractions_is_searched_in_fractions(tmp_path: Path) -> None:
+def test_fractional_field_is_searched_in_fractions(tmp_path: Path) -> None:
     spec = build(**{"train.d_coef": 1.5, "search.train.d_coef": {"low": 1, "high": 10}})
     trial = optuna.create_study().ask()
     suggest(trial, spec)
@@ -165,7 +165,7 @@ def test_a_field_that_takes_fractions_is_searched_in_fractions(tmp_path: Path) -
     assert isinstance(suggest(optuna.create_study().ask(), whole)["train.batch_size"], int)
 
 
-def test_a_whole_number_that_may_be_absent_is_searched_in_whole_numbers() -> None:
+def test_optional_whole_number_is_searched_in_whole_numbers() -> None:
     spec = build(**{"train.schedule_steps": 10, "search.train.schedule_steps": {"low": 10, "high": 30, "step": 10}})
     assert suggest(optuna.create_study().ask(), spec)["train.schedule_steps"] in (10, 20, 30)
 
@@ -184,15 +184,13 @@ def test_whole_numbers_do_where_fractions_are_expected_and_floats_that_are_whole
         ("sampler", {"name": 3}, r"sampler\.name 3: input should be a valid string"),
     ],
 )
-def test_an_option_of_sampler_or_pruner_that_can_not_be_is_one_line(
-    section: str, options: dict[str, Any], message: str
-) -> None:
+def test_impossible_sampler_or_pruner_option_is_one_line(section: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         StudySpec.build({**values(), section: options}, base_dir=Path.cwd())
     assert "\n" not in str(error.value)
 
 
-def test_a_search_over_nothing_is_an_error_of_a_study_and_none_of_a_run(tmp_path: Path) -> None:
+def test_empty_search_is_an_error_for_a_study_but_not_for_a_run(tmp_path: Path) -> None:
     path = write(
         tmp_path, "".join(line for line in TOML.splitlines(True) if "choices" not in line and "low" not in line)
     )
@@ -211,7 +209,7 @@ STUDIES = Path(__file__).parents[3] / "studies"
 
 
 @pytest.mark.parametrize("name", ["indextts2", "korean_chars", "korean_demo"])
-def test_the_studies_of_the_repository_are_without_mistake(name: str) -> None:
+def test_studies_of_the_repository_are_without_mistake(name: str) -> None:
     assert StudySpec.load(STUDIES / name / "study.toml").search
 
 
@@ -227,12 +225,12 @@ def test_overrides_replace_values_and_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["batch_size=8", "train.batch_size"])
-def test_an_override_needs_section_key_and_value(text: str) -> None:
+def test_override_needs_section_key_and_value(text: str) -> None:
     with pytest.raises(UserError, match=r"section\.key=value"):
         parse_override(text)
 
 
-def test_a_trial_is_a_prefix_of_its_full_run() -> None:
+def test_trial_is_a_prefix_of_its_full_run() -> None:
     spec = build(**{"train.schedule": "cosine"})
     params = {"train.batch_size": 16, "train.d_coef": 0.5}
     trial, full = trial_setup(spec, params).config, full_setup(spec, params).config
@@ -242,7 +240,7 @@ def test_a_trial_is_a_prefix_of_its_full_run() -> None:
 
 
 @pytest.mark.parametrize("unit", ["samples", "steps", "seconds"])
-def test_the_grid_is_the_same_for_all_batch_sizes(unit: str) -> None:
+def test_grid_is_the_same_for_all_batch_sizes(unit: str) -> None:
     changed = values()
     changed["trial"] = {unit: 160, "evaluations": 4}
     spec = StudySpec.build(changed, base_dir=Path.cwd())
@@ -268,7 +266,7 @@ class Mine(Toy):
 """
 
 
-def test_a_workload_is_found_beside_its_spec_and_its_paths_become_absolute(tmp_path: Path) -> None:
+def test_workload_is_found_beside_its_spec_and_its_paths_become_absolute(tmp_path: Path) -> None:
     (tmp_path / "workload_beside.py").write_text(WORKLOAD)
     text = TOML.replace("tests.toy:Toy", "workload_beside:Mine").replace("num_train = 128", 'corpus = "data/x"')
     spec = StudySpec.load(write(tmp_path, text))

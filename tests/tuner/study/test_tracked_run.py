@@ -48,9 +48,7 @@ def test_without_tracking_there_is_no_aim_run(tmp_path: Path, runtime: Runtime) 
     assert not (runtime.run_root / ".aim").exists()
 
 
-def test_the_codes_digest_is_that_of_the_files_beside_the_workload(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_digest_is_that_of_the_files_beside_the_workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "of_a_study.py").write_text("from tests.toy import Toy\nclass Mine(Toy): ...\n")
     workload = load_workload_class("of_a_study:Mine", tmp_path)()

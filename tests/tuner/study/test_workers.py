@@ -138,7 +138,7 @@ def test_more_workers_than_gpus_are_refused() -> None:
         worker_environments(3, ["0", "1"], threads=8)
 
 
-def test_a_storage_in_memory_is_refused_and_a_database_is_opened_by_its_url(url: str) -> None:
+def test_storage_in_memory_is_refused_and_a_database_is_opened_by_its_url(url: str) -> None:
     with pytest.raises(UserError, match="can't share a storage in memory: use a database"):
         for_other_processes(InMemoryStorage())
     study = optuna.create_study(storage=open_storage(url))
@@ -156,9 +156,7 @@ def test_workers_that_die_again_and_again_end_the_launch(supervise: Callable[...
     assert 2 * MAX_DEATHS <= num_starts(tmp_path) <= 2 * MAX_DEATHS + 1
 
 
-def test_deaths_between_which_a_trial_was_validated_do_not_add_up(
-    supervise: Callable[..., Supervisor], tmp_path: Path
-) -> None:
+def test_deaths_with_a_validation_between_do_not_add_up(supervise: Callable[..., Supervisor], tmp_path: Path) -> None:
     last = 3 * MAX_DEATHS
     code = f"if number >= {last}: {EXIT}"
     code += "else: pipe.send(('track', 0, {'val/loss': 1.0}, 1, 8)); os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -166,7 +164,7 @@ def test_deaths_between_which_a_trial_was_validated_do_not_add_up(
     assert num_starts(tmp_path) >= last
 
 
-def test_a_mistake_in_one_worker_stops_all_and_is_said_once(supervise: Callable[..., Supervisor]) -> None:
+def test_user_error_in_one_worker_stops_all_and_is_raised_once(supervise: Callable[..., Supervisor]) -> None:
     code = 'if number == 1: pipe.send(("exit", "mistake", "no weights: give some"))\nelse:\n    ' + UNTIL_STOPPED
     code = code.replace("pipe.recv()\n", "pipe.recv(); ")
     with pytest.raises(UserError, match=r"^no weights: give some$"):
@@ -174,18 +172,18 @@ def test_a_mistake_in_one_worker_stops_all_and_is_said_once(supervise: Callable[
     assert not children()
 
 
-def test_a_defect_in_one_worker_is_raised_with_its_traceback(supervise: Callable[..., Supervisor]) -> None:
+def test_defect_in_one_worker_is_raised_with_its_traceback(supervise: Callable[..., Supervisor]) -> None:
     with pytest.raises(WorkerError, match="ZeroDivisionError"):
         supervise('pipe.send(("exit", "defect", "ZeroDivisionError"))').run()
 
 
-def test_a_stop_reaches_all_workers(supervise: Callable[..., Supervisor]) -> None:
+def test_stop_reaches_all_workers(supervise: Callable[..., Supervisor]) -> None:
     began = time.monotonic()
     assert not supervise(UNTIL_STOPPED, stop=lambda: time.monotonic() > began + 0.3).run()
     assert not children()
 
 
-def test_a_second_interrupt_leaves_no_worker_behind(supervise: Callable[..., Supervisor]) -> None:
+def test_second_interrupt_leaves_no_worker_behind(supervise: Callable[..., Supervisor]) -> None:
     def interrupted() -> bool:
         raise KeyboardInterrupt
 
@@ -209,7 +207,7 @@ def test_two_workers_share_a_study_and_none_of_its_trials_runs_twice(runtime: Ru
     assert study.user_attrs["ended"] == "the study has its 6 trials"
 
 
-def test_a_killed_workers_trial_goes_on(runtime: Runtime, url: str) -> None:
+def test_trial_of_a_killed_worker_resumes(runtime: Runtime, url: str) -> None:
     killed: list[int] = []
 
     def kill(what: str, number: int) -> None:
@@ -239,7 +237,7 @@ class Refusing(Toy):
 """
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, url: str) -> None:
+def test_mistake_is_one_line_and_exit_code_2(tmp_path: Path, url: str) -> None:
     (tmp_path / "refusing.py").write_text(REFUSING)
     spec = write(tmp_path, TOML.replace("tests.toy:Toy", "refusing:Refusing"))
     command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--workers", "2"]
@@ -252,7 +250,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, url: str) -> None
     assert states == {TrialState.RUNNING}
 
 
-def test_ctrl_c_stops_all_workers_with_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, url: str) -> None:
+def test_ctrl_c_stops_all_workers_with_a_checkpoint(tmp_path: Path, url: str) -> None:
     spec = write(tmp_path, TOML.replace("samples = 160", "samples = 40_000\n", 1))
     command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--workers", "2"]
     command += ["--run-root", str(tmp_path / "runs")]
