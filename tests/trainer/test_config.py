@@ -47,10 +47,7 @@ def test_every_field_has_a_decided_role() -> None:
     assert not identity & {"steps", "samples", "seconds", "log_every", "save_every", "num_workers", "device"}
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), True, "2"])
-@pytest.mark.parametrize(
-    "name", ["batch_size", "warmup_steps", "d_coef", "weight_decay", "max_grad_norm", "num_workers"]
-)
+@pytest.mark.parametrize(("name", "value"), [("d_coef", float("inf")), ("batch_size", True), ("warmup_steps", "2")])
 def test_number_must_be_finite_and_unquoted(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         TrainConfig(steps=1, **{name: value})

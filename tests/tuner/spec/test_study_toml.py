@@ -36,7 +36,7 @@ def test_spec_survives_a_round_trip_through_the_storage() -> None:
         ({"full.steps": 5}, r"full: give exactly one of steps and samples"),
         ({"train.steps": 5}, r"train\.steps: the length .* set in \[trial\] and \[full\]"),
         ({"train.eval_every": 5}, r"train\.eval_every: .*remove it from \[train\]"),
-        ({"train.batch_size": 0}, r"train\.batch_size 0: "),
+        ({"train.batch_size": 0}, r"train\.batch_size 0: input should be greater than 0"),
         ({"train.d_coef": 20.0}, r"train\.d_coef = 20\.0 lies outside its search space"),
         ({"train.batch_size": 5}, r"train\.batch_size = 5 lies outside its search space"),
         ({"search.train.samples": {"low": 1, "high": 9}}, r"decides the budget"),
@@ -62,8 +62,6 @@ def test_spec_survives_a_round_trip_through_the_storage() -> None:
         ({"search.train.d_coef": [1.0, 2.0]}, r"search\.train\.d_coef \[1\.0, 2\.0\]: write it as \{ choices = "),
         ({"search.train.d_coef": {}}, r"search\.train\.d_coef\.low is missing"),
         ({"search.train.d_coef": {"low": 0.1, "high": float("inf")}}, r"d_coef\.high inf: input should be a finite"),
-        ({"search.train.d_coef": {"low": float("nan"), "high": 1.0}}, r"d_coef\.low nan: input should be a finite"),
-        ({"search.train.d_coef": {"low": 0.1, "high": 1, "step": float("inf")}}, r"step inf: input should be a finite"),
         ({"search.train.d_coef": {"low": 0.1, "high": 10**400}}, r"numbers end at 2\*\*63"),
         ({"search.train.d_coef": {"low": 1.0, "high": 1.0}}, r"low and high are both 1\.0: .*outside \[search\]"),
         ({"search.train.d_coef": {"choices": [1.0]}}, r"nothing to choose: .*outside \[search\]"),
@@ -95,13 +93,10 @@ def test_spec_survives_a_round_trip_through_the_storage() -> None:
             r"batch_size = 8 lies outside its search space",
         ),
         ({"search.train.batch_size": {"low": 0, "high": 16}}, r"train\.batch_size 0: input should be greater than 0"),
-        ({"search.train.batch_size": {"low": -4, "high": 16}}, r"train\.batch_size -4: input should be greater than 0"),
         ({"search.train.batch_size": {"low": 4, "high": 10**12}}, r"with a batch of 1000000000000 a trial sees"),
-        ({"search.train.batch_size": {"choices": [8, -2]}}, r"train\.batch_size -2"),
         ({"search.train.batch_size": {"choices": [8, 16.5]}}, r"train\.batch_size 16\.5"),
         ({"search.train.batch_size": {"choices": [8, "16"]}}, r"train\.batch_size \"16\": a number is needed"),
         ({"search.train.batch_size": {"choices": [8, True]}}, r"train\.batch_size true: a number is needed"),
-        ({"search.train.batch_size": {"choices": ["large", 8]}}, r"train\.batch_size \"large\": a number is needed"),
         (
             {"search.train.batch_size": {"choices": [8, 32]}, "trial.samples": 40},
             r"trial\.samples 40: with a batch of 32 a trial sees 64, 60\.0% more; use samples = 128",
@@ -111,16 +106,12 @@ def test_spec_survives_a_round_trip_through_the_storage() -> None:
             r"with a batch of 48 \(batch_size x grad_accumulation\) the point of 60 samples is validated at 96",
         ),
         ({"train.d_coef": float("inf")}, r"train\.d_coef inf: input should be a finite number"),
-        ({"train.weight_decay": float("nan")}, r"train\.weight_decay nan: input should be a finite number"),
-        ({"trial.min_delta": float("inf"), "trial.patience": 1}, r"trial\.min_delta inf: input should be a finite"),
         ({"train.batch_size": True}, r"train\.batch_size true: a number is needed"),
         ({"train.batch_size": "16"}, r"train\.batch_size \"16\": a number is needed, without quotes"),
         (
             {"train.micro_batch_size": "4"},
             r"train\.micro_batch_size \"4\": a number is needed.*, or input should be 'auto'",
         ),
-        ({"trial.num_trials": True}, r"trial\.num_trials true: a number is needed"),
-        ({"full.samples": "480"}, r"full\.samples \"480\": a number is needed, without quotes"),
         ({"trial.samples": 3}, r"4 evaluations in 3 samples: use fewer"),
         ({"study.metric": "loss"}, r"study\.metric"),
         ({"study.workload": "tests.toy:Toys"}, r"no class Toys"),
@@ -180,7 +171,6 @@ def test_whole_numbers_do_where_fractions_are_expected_and_floats_that_are_whole
     [
         ("pruner", {"name": "hyperband", "min_resource": 161}, r"min_resource 161 lies beyond a trial's 160 samples"),
         ("pruner", {"name": "percentile", "percentile": float("nan")}, r"pruner: percentile nan: .*a finite number"),
-        ("sampler", {"name": "tpe", "prior_weight": float("inf")}, r"sampler: prior_weight inf: .*a finite number"),
         ("sampler", {"name": 3}, r"sampler\.name 3: input should be a valid string"),
     ],
 )
@@ -197,12 +187,6 @@ def test_empty_search_is_an_error_for_a_study_but_not_for_a_run(tmp_path: Path) 
     with pytest.raises(UserError, match=r"\[search\] is empty"):
         StudySpec.load(path)
     assert StudySpec.load(path, search=False).search == {}
-
-
-def test_seconds_without_an_end_are_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path, TOML.replace("samples = 160", "seconds = inf"))
-    with pytest.raises(UserError, match=r"trial\.seconds inf: input should be a finite number"):
-        StudySpec.load(path)
 
 
 STUDIES = Path(__file__).parents[3] / "studies"
