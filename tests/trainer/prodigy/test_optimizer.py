@@ -138,15 +138,13 @@ def replay(gradients, build, other=theirs, make=list, rel: float = 1e-5, **setti
     assert_close(one, ours, two, yours, rel)
 
 
-def bound(gradients, make=list, **settings) -> float:
-    """The relative difference to allow: 1e-5, or where few numbers count, a quarter of prodigyopt's own rounding error.
+def bound_of_few(gradients, make=list, **settings) -> float:
+    """The relative difference to allow where d rests on few numbers: a quarter of prodigyopt's own rounding error.
 
     With slice_p 11, d comes from some hundred numbers, and its end value from the first 25 steps, whose updates are
     about 100 times a rounding of a parameter near 1. One rounding that falls the other way, by the order of a sum
     (threads, vector width), changes d by up to 1e-5. prodigyopt's d in float32 is 1.5e-4 from its d in float64.
     """
-    if settings["slice_p"] == 1:
-        return 1e-5
     estimates = []
     for dtype in (torch.float32, torch.float64):
         params = [nn.Parameter(p.detach().to(dtype)) for p in tiny_gpt().parameters()]
@@ -155,7 +153,7 @@ def bound(gradients, make=list, **settings) -> float:
             feed(optimizer, params, [gradient.to(dtype) for gradient in step])
         estimates.append(d_of(optimizer))
     single, double = estimates
-    return max(1e-5, abs(single / double - 1) / 4)
+    return abs(single / double - 1) / 4
 
 
 @pytest.mark.parametrize(
@@ -165,13 +163,14 @@ def bound(gradients, make=list, **settings) -> float:
 def test_thousand_recorded_gradients_give_prodigyopts_numbers(recorded, name, slice_p) -> None:
     enough = 200 if name in ("large eps", "no momentum") else 1000
     settings = {"slice_p": slice_p, **SETTINGS[name]}
-    replay(recorded[:enough], Prodigy, rel=bound(recorded[:50], **settings), **settings)
+    few = (name, slice_p) == ("default", 11)
+    replay(recorded[:enough], Prodigy, rel=bound_of_few(recorded[:50], **settings) if few else 1e-5, **settings)
 
 
 @pytest.mark.parametrize(("lr", "slice_p"), [(1.0, 1), (0.0, 11)])
 def test_thousand_recorded_gradients_in_two_groups(recorded, slice_p, lr) -> None:
     settings = {"make": lambda params: two_groups(params, lr), "slice_p": slice_p, "weight_decay": 0.1}
-    replay(recorded, Prodigy, rel=bound(recorded[:50], **settings), **settings)
+    replay(recorded, Prodigy, rel=1e-5 if slice_p == 1 else bound_of_few(recorded[:50], **settings), **settings)
 
 
 @SLICES
