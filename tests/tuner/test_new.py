@@ -22,24 +22,41 @@ from tuner.template.workload import MyModel
 ROOT = Path(__file__).parents[2]
 
 
+COMMANDS = """
+import sys
+from tuner.cli import main
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["tuner", *line.split()]
+    try:
+        main()
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
+"""
+
+
 def test_written_study_is_launched_and_promoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "cd studies/my.model-2 && tuner launch study.toml && tuner promote my.model-2" in new(
         Path("studies/my.model-2")
     )
-
+    commands = [
+        "launch study.toml --no-track --trials 1",
+        "promote my.model-2 --no-track --steps 200",
+        "status my.model-2 --json",
+    ]
     # A process of its own: the module's name, workload, stays free in this one.
-    def tuner(*arguments: str) -> str:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TUNER_STORAGE": ""}
-        command = [sys.executable, "-m", "tuner.cli", *arguments]
-        folder = tmp_path / "studies/my.model-2"
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "[1/1 trials]" in tuner("launch", "study.toml", "--no-track", "--trials", "1")
-    assert "step 200, " in tuner("promote", "my.model-2", "--no-track", "--steps", "200")
-    assert json.loads(tuner("status", "my.model-2", "--json"))["full_runs"][0]["state"] == "finished"
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        input="\n".join(commands),
+        cwd=tmp_path / "studies/my.model-2",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TUNER_STORAGE": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[1/1 trials]" in done.stdout and "step 200, " in done.stdout
+    assert json.loads(done.stdout[done.stdout.index("\n{") :])["full_runs"][0]["state"] == "finished"
 
 
 def test_template_keeps_the_three_laws_and_learns(runtime: Runtime, tmp_path: Path) -> None:

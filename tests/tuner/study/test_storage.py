@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import sqlite3
 import subprocess
 import sys
@@ -81,6 +82,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a storage with the study "toy", which another connection writes to all the time."""
     monkeypatch.setattr(storage_module, "BUSY_TIMEOUT_S", 0.1)
+    # Optuna pauses up to two seconds between its attempts.
+    monkeypatch.setattr(random, "random", lambda: 0.0)
     write(tmp_path)
     storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
     open_study(StudySpec.load(tmp_path / "study.toml"), storage)
