@@ -15,7 +15,7 @@ from tuner.cli import main
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left."""
+    """Exit code and output of a command."""
 
     returncode: int
     stdout: str

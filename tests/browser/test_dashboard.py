@@ -85,7 +85,7 @@ class Gate:
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         if "val/loss" in values:
-            assert self._permits.acquire(timeout=300), "nobody let the run on"
+            assert self._permits.acquire(timeout=300), "the run got no permit"
 
     def close(self) -> None:
         """Nothing to write at the end."""
@@ -107,7 +107,7 @@ def test_curve_of_a_full_run_grows_on_an_open_page(url: str, run_root: Path, ser
             reload.click()
             page.wait_for_timeout(200)
         full.click()
-        # The past of the trial from which it goes on; then each validation is one more, without a click.
+        # The curve of the trial from which it continues; each validation then adds a point, without a click.
         page.wait_for_function(f"{FULL_CURVE} == 4")
         gate.let_on()
         page.wait_for_function(f"{FULL_CURVE} == 5")

@@ -59,7 +59,7 @@ def test_compiled_run_equals_the_eager_run_and_compiles_once(tmp_path: Path, run
 
 
 def test_dropout_and_checkpointing_are_one_graph_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The graph is what matters here; generating its code would take most of the time.
+    # The test needs the graph alone; code generation takes most of the time.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     curve = losses(
         tmp_path, "run", dropout=0.1, layers=1, gradient_checkpointing=True, compile="on", grad_accumulation=2

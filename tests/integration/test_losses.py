@@ -1,4 +1,4 @@
-"""A change of the machinery leaves the numbers of training what they were, step by step."""
+"""The losses of training equal the recorded ones, step by step."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short noise for speech: enough for what does not depend on the voices, and much faster."""
+    """Short noise in place of speech: much faster, and enough for tests that need no voices."""
 
     def speak(
         utterances: list[speech.Utterance], num_workers: int, progressed: speech.Progressed

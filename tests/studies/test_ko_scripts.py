@@ -73,7 +73,7 @@ def script(folder: Path, name: str, *arguments: str, **variables: str) -> subpro
 
 
 def arguments(folder: Path, name: str, *given: str, **variables: str) -> list[str]:
-    """What the script gives to `tuner`."""
+    """The script's arguments to `tuner`."""
     (folder / "bin/tuner").write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
     result = script(folder, name, *given, **variables)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""The model is the published function, sample by sample, whatever stands beside a sample."""
+"""The model is the published function, sample by sample, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ UTTERANCES = [reference_utterance(sample) for sample in REFERENCE["samples"]]
 
 
 def only_row(batch: Batch, row: int) -> dict[str, torch.Tensor]:
-    """The batch with the targets of one row alone; everything else stands as it was."""
+    """The batch with the targets of one row alone; everything else is unchanged."""
     length = batch.num_slots // batch.num_samples
     inputs = dict(batch.inputs)
     for kind in ("text", "mel"):

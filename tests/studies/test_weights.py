@@ -1,4 +1,4 @@
-"""A checkpoint loads in each of its forms, and what does not fit is listed."""
+"""A checkpoint loads in each of its forms, and keys that do not fit are listed."""
 
 from __future__ import annotations
 

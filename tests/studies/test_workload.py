@@ -1,4 +1,4 @@
-"""The options of `[workload]`, the batches, and what a run is told about the data."""
+"""The options of `[workload]`, the batches, and the run's log lines about the data."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def test_few_steps_never_repay_compilation(device: str, steps: int) -> None:
 
 def test_cpu_compiles_only_on_request() -> None:
     assert not decide("CPU with AMX", replace(REAL, remaining_steps=10**9)).compile
-    told = decide("CPU with AMX", compile="on")
-    assert told.compile and told.pad_multiple == 8
+    explicit = decide("CPU with AMX", compile="on")
+    assert explicit.compile and explicit.pad_multiple == 8
 
 
 def test_compilation_is_chosen_from_the_length_that_repays_it_on() -> None:

@@ -1,4 +1,4 @@
-"""What a run will need, estimated without contents, against real tensors that were counted."""
+"""Memory estimates under FakeTensorMode, against the bytes of real tensors."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_parts_of_the_toy_model_are_estimated() -> None:
     assert found.step_peak >= found.parameters + found.gradients + found.optimizer_state
     assert found.total == found.peak == max(found.training_peak, found.step_peak, found.evaluation_peak)
     assert found.fits(found.total) and not found.fits(found.total - 1)
-    # At least the logits and what softmax keeps of them.
+    # At least the logits and the copy that softmax keeps.
     assert found.activations > 2 * 4 * 8 * 39 * 17
 
 

@@ -1,4 +1,4 @@
-"""Aim: what a run writes is read back through Aim's own API; what fails there never reaches training."""
+"""Aim: its API reads back the metrics of a run, and its failures never reach training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {"batch_size": 4, "log_every": 5, "eval_every": 40}
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked here is what Aim was told, not how soon, on a machine with other work."""
+    """The tests check the contents of Aim, not the speed, which depends on the machine's load."""
     monkeypatch.setattr(AimTracker, "PATIENCE_S", 300.0)
 
 
@@ -85,17 +85,17 @@ def test_curves_checkpoints_best_values_and_the_device_are_read_back_from_aim(tm
 
 def test_repeated_step_after_a_crash_replaces_its_metrics(tmp_path: Path) -> None:
     for first, value in ((1, 1.0), (3, 2.0)):
-        following = tracker(tmp_path)
+        aim_tracker = tracker(tmp_path)
         for step in range(first, first + 4):
-            following.track({"train/loss": value}, step=step, samples=step)
-        following.close()
+            aim_tracker.track({"train/loss": value}, step=step, samples=step)
+        aim_tracker.close()
     (run,) = runs(tmp_path / "repo").values()
     assert series(run, "loss", subset="train") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
 
 
-def write_one(following: AimTracker) -> None:
-    following.track({"train/loss": 1.0}, step=1, samples=1)
-    following.close()
+def write_one(aim_tracker: AimTracker) -> None:
+    aim_tracker.track({"train/loss": 1.0}, step=1, samples=1)
+    aim_tracker.close()
 
 
 def test_missing_aim_run_is_named_by_the_new_one(tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_failed_tracker_is_logged_once_and_training_continues(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING, "trainer"):
         result = train(Toy(), TrainConfig(steps=20, **CONFIG), run_dir=tmp_path / "run", tracker=tracker(tmp_path))
     assert result.finished
-    said = [record.message for record in caplog.records if "Aim" in record.message]
-    assert said == ["Aim stopped tracking (OSError: too many open files); training goes on without it"]
+    messages = [record.message for record in caplog.records if "Aim" in record.message]
+    assert messages == ["Aim stopped tracking (OSError: too many open files); training goes on without it"]
     assert aim_run(tmp_path / "run") is None
 
 

@@ -1,4 +1,4 @@
-"""train(): continuing, refusing, stopping, and what it leaves behind."""
+"""train(): resuming, refusing, stopping, and the files of a run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
 def test_validation_loss_does_not_depend_on_the_training_batch_size(tmp_path: Path) -> None:
     seen: dict[int, list[Evaluation]] = {4: [], 16: []}
     for batch_size, evaluations in seen.items():
-        # So small a step that the weights stay what they were.
+        # Steps so small that the weights do not change.
         frozen = config(steps=1, batch_size=batch_size, optimizer="adamw", lr=1e-12, val_samples=30)
         train(Toy(), frozen, run_dir=tmp_path / str(batch_size), on_eval=evaluations.append)
     assert seen[4][-1].metrics["val/loss"] == pytest.approx(seen[16][-1].metrics["val/loss"], rel=1e-6)
@@ -298,7 +298,7 @@ def test_run_without_any_update_ends_as_diverged(tmp_path: Path, log_every: int)
 
 
 class Broken(Recorder):
-    """A display that fails at the third thing it is told."""
+    """A display that fails at its third call."""
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         super().track(values, step=step, samples=samples)
@@ -310,8 +310,8 @@ def test_failed_tracker_is_dropped_and_the_run_continues(tmp_path: Path, caplog:
     broken, whole = Broken(), Recorder()
     assert train(Toy(), config(), run_dir=tmp_path, tracker=Trackers([broken, whole])).finished
     assert len(broken.values) == 3 < len(whole.values)
-    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert said.getMessage() == "Broken failed; training goes on without it" and said.exc_info
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.getMessage() == "Broken failed; training goes on without it" and warning.exc_info
 
 
 def test_failed_tracker_is_closed(tmp_path: Path) -> None:

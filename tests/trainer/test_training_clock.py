@@ -20,7 +20,7 @@ STEP_SECONDS = 0.25
 
 
 class Clock:
-    """Stands still but for what a step takes."""
+    """Advances only by the time that a step takes."""
 
     def __init__(self) -> None:
         self.now = 0.0

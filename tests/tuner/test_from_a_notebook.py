@@ -31,7 +31,7 @@ def note(number: int, frame: object) -> None:
 
 
 class Arrays:
-    """Samples to pack: rows of numbers, and what reading one does besides."""
+    """Samples to pack: rows of numbers; reading one calls `seen`."""
 
     def __init__(self, seen: Callable[[], None]) -> None:
         self.lengths = np.ones(40, np.int64)
@@ -46,7 +46,7 @@ class Arrays:
 
 
 class Watched(Toy):
-    """Tells a list which signal handlers are in force at each training batch."""
+    """Appends the signal handlers in force at each training batch to a list."""
 
     def loss_sums(self, model: Any, inputs: Any) -> Any:
         seen.append(handlers())
@@ -61,7 +61,7 @@ def handlers() -> dict[signal.Signals, Any]:
 
 
 def tune(runtime: Runtime, workload: str = f"{__name__}:Watched") -> tuple[optuna.Study, int]:
-    """What a notebook's cells do; returns the study and the full run's samples."""
+    """Launch and promote as a notebook does; returns the study and the full run's samples."""
     url = f"sqlite:///{runtime.run_root.parent}/tuner.db"
     spec = build(**{"study.workload": workload, "trial.num_trials": 2})
     study = launch(spec, storage=url, runtime=runtime)

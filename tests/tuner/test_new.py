@@ -1,4 +1,4 @@
-"""tuner new: what it writes runs as it is, and what it can't write it says in a line."""
+"""tuner new: the written study runs unchanged, and a mistake is one line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_template_keeps_the_three_laws_and_learns(runtime: Runtime, tmp_path: Pa
     spec = StudySpec.load(TEMPLATE / "study.toml", {"study.workload": "tuner.template.workload:MyModel"})
     study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=1)
     result = promote(study, steps=300, runtime=runtime)
-    # A sixteenth would be chance; nine steps of ten can be told from the ones before.
+    # Chance would be a sixteenth; nine steps of ten follow from the ones before.
     assert result.metrics["val/accuracy"] > 0.8
 
 

@@ -73,7 +73,7 @@ def test_damaged_validation_sample_is_skipped_too() -> None:
 
 
 class FewLengths(Toy):
-    """Of 256 samples only ten would ever be drawn."""
+    """Of 256 samples only ten would ever be chosen."""
 
     def train_data(self) -> Sequences:
         data = super().train_data()

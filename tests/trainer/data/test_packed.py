@@ -368,7 +368,7 @@ def test_store_larger_than_its_estimate_is_abandoned(
     monkeypatch.setattr(packing, "RECORD_EVERY", 0.0)
     monkeypatch.setattr(packed_module, "AUTO_BYTES", 20_000)
     data = Samples(num_speakers=NUM_SAMPLES)
-    # Those drawn beforehand have one voice, all others one each.
+    # Those probed beforehand have one voice, all others one each.
     for index in np.random.default_rng(0).choice(NUM_SAMPLES, packing.NUM_PROBED, replace=False):
         data.speakers[index] = data.speakers[10]
     assert pack(data, tmp_path) is data
@@ -437,7 +437,7 @@ def test_arrays_go_into_tensors_by_a_copy_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drawn", "total", "expected"),
+    ("probed", "total", "expected"),
     [
         ([1, 1, 1, 1], 1000, 1000),
         ([5, 4, 3], 1000, 3),
@@ -446,6 +446,6 @@ def test_arrays_go_into_tensors_by_a_copy_only(tmp_path: Path) -> None:
     ],
 )
 def test_number_of_distinct_arrays_is_estimated_from_those_drawn(
-    drawn: list[int], total: int, expected: int
+    probed: list[int], total: int, expected: int
 ) -> None:
-    assert num_distinct(Counter({bytes([kind]): count for kind, count in enumerate(drawn)}), total) == expected
+    assert num_distinct(Counter({bytes([kind]): count for kind, count in enumerate(probed)}), total) == expected

@@ -1,4 +1,4 @@
-"""`tuner bench`: every row trains the same thing, and the figures are what the rounds say."""
+"""`tuner bench`: every row trains the same thing, and the figures follow from the rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tuner doctor` finds in a spec, and how it says it."""
+"""The checks of `tuner doctor` on a spec, and its output."""
 
 from __future__ import annotations
 

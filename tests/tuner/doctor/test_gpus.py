@@ -1,4 +1,4 @@
-"""What holds the GPUs' memory, from answers of the driver that are written down here."""
+"""Processes that hold the GPUs' memory, from recorded answers of the driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `launch`, `promote` and `train` begin with."""
+"""The checks at the start of `launch`, `promote` and `train`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Listed").r
 
 
 def test_healthy_machine_prints_nothing(tmp_path: Path) -> None:
-    said = io.StringIO()
-    check_first(before_spec(build(), tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db"), said)
-    assert said.getvalue() == "" and list(tmp_path.iterdir()) == []
+    output = io.StringIO()
+    check_first(before_spec(build(), tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db"), output)
+    assert output.getvalue() == "" and list(tmp_path.iterdir()) == []
 
 
 def test_quick_checks_cost_little(tmp_path: Path) -> None:
@@ -37,12 +37,12 @@ def test_quick_checks_cost_little(tmp_path: Path) -> None:
 
 
 def test_warning_is_printed_and_fail_raises() -> None:
-    said = io.StringIO()
+    output = io.StringIO()
     checks = [Check("clock", "warn", "is late", "set it"), Check("disk", "ok", "9 GB"), Check("a", "fail", "b", "c")]
     with pytest.raises(UserError, match=r"^d e; f\.$"):
-        check_first([*checks, Check("d", "fail", "e", "f")], said)
-    assert said.getvalue() == "tuner: warning: clock is late; set it.\ntuner: a b; c.\n"
-    check_first(checks[:2], said)
+        check_first([*checks, Check("d", "fail", "e", "f")], output)
+    assert output.getvalue() == "tuner: warning: clock is late; set it.\ntuner: a b; c.\n"
+    check_first(checks[:2], output)
 
 
 def test_gpu_invisible_to_torch_is_a_warning_unless_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

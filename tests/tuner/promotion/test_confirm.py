@@ -54,7 +54,7 @@ def study(runtime: Runtime, tmp_path: Path) -> optuna.Study:
 
 
 def with_trials(tmp_path: Path, *values: float, **changes: object) -> optuna.Study:
-    """A study with complete trials that nobody trained; the first is the baseline."""
+    """A study with complete trials without training; the first is the baseline."""
     study = open_study(build(**changes), f"sqlite:///{tmp_path}/made.db")
     distributions = {
         "train.batch_size": optuna.distributions.CategoricalDistribution([4, 8, 16]),

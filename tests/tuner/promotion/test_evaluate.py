@@ -1,4 +1,4 @@
-"""`tuner evaluate`: the loss that the run itself reported, and what is refused."""
+"""`tuner evaluate`: the loss that the run itself reported, and the errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tuner export`: which checkpoint is taken, what is refused, and that the run itself says what made it."""
+"""`tuner export`: the choice of the checkpoint, the errors, and the workload recorded in the run."""
 
 from __future__ import annotations
 

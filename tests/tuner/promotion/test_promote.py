@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -91,20 +92,21 @@ def test_promotion_killed_before_its_first_step_restarts_with_its_lineage(
         promote(study, runtime=runtime)
     result = promote(study, runtime=runtime)
     assert result.metrics == whole.metrics
-    (record,), (drawn,) = study.user_attrs["promotions"], curves(study)
+    (record,), (resumed_curve,) = study.user_attrs["promotions"], curves(study)
     assert record["continued_from"] == expected["continued_from"] is not None
-    assert drawn.intermediate_values == curve.intermediate_values
-    assert drawn.user_attrs["continued_from"] == curve.user_attrs["continued_from"]
+    assert resumed_curve.intermediate_values == curve.intermediate_values
+    assert resumed_curve.user_attrs["continued_from"] == curve.user_attrs["continued_from"]
     lineages = [read_checkpoint(run.run_dir / "latest.pth")["lineage"]["continued_from"] for run in (result, whole)]
     assert lineages[0] == lineages[1] == {"run_dir": record["continued_from"], "step": record["continued_at"]}
 
 
-def test_fresh_run_without_a_checkpoint_restarts_at_step_zero(
-    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(Killed), monkeypatch.context() as patch:
-        patch.setattr("tuner.promotion.promote.tracked_train", lambda *_, **__: (_ for _ in ()).throw(Killed))
-        promote(study, runtime=runtime, fresh=True, confirmed=confirm(study, 1, num_seeds=1, runtime=runtime))
+def test_fresh_run_without_a_checkpoint_restarts_at_step_zero(study: optuna.Study, runtime: Runtime) -> None:
+    def kill() -> bool:
+        raise Killed
+
+    confirmed = confirm(study, 1, num_seeds=1, runtime=runtime)
+    with pytest.raises(Killed):
+        promote(study, runtime=replace(runtime, stop=kill), fresh=True, confirmed=confirmed)
     verdict = study.user_attrs["promotions"][0]["confirmation"]["verdict"]
     promote(study, runtime=runtime)
     (record,) = study.user_attrs["promotions"]
@@ -426,8 +428,8 @@ def test_measured_speed_is_logged_once_beside_the_baselines(caplog: pytest.LogCa
         timed = {"train/samples_per_second": 2.0, "train/timed_steps": 17 if step == 20 else 20}
         speed.track(timed, step=step, samples=8 * step)
         speed.track({"val/loss": 1.0}, step=step, samples=8 * step)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said == (
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
         "measured over 57 steps under its own plan: 11.1 h in all, 11.0 h left, 3.2 GB of memory at the peak, "
         "80,000 samples, 2.50 epochs; the baseline (trial 0) would take about 12.5 h"
     )

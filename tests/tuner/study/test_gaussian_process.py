@@ -96,7 +96,7 @@ def test_proposals_depend_on_the_seed_and_the_trials_alone() -> None:
     first, again = (search(GaussianProcessSampler(5), 10) for _ in range(2))
     assert [t.params for t in first.trials] == [t.params for t in again.trials]
     assert [t.params for t in search(GaussianProcessSampler(6), 10).trials] != [t.params for t in first.trials]
-    # A new process goes on as the old one would have.
+    # A new process continues as the old one would have.
     continued = optuna.create_study(sampler=GaussianProcessSampler(5))
     continued.add_trials(first.trials[:7])
     proposed = continued.ask(dict(first.trials[7].distributions))

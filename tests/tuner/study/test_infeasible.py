@@ -1,4 +1,4 @@
-"""Trials that can't be trained: each kind is told to the sampler, its memory comes back, and the study goes on."""
+"""Trials that can't be trained: the sampler learns each kind, its memory is freed, and the study continues."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_unresettable_peak_counts_only_when_it_rose(tmp_path: Path, monkeypatch:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: the process could not do anything more."""
+    """In place of SIGKILL: the process can't do anything more."""
 
 
 class Kernel:
@@ -254,7 +254,7 @@ class Kernel:
 def killed_launch(
     runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch, *, at: int, spec: StudySpec | None = None
 ) -> None:
-    """A launch whose process the kernel kills: nobody tells the study."""
+    """A launch whose process is killed by the kernel: the study gets no result."""
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", lambda *_, **__: None)
         with pytest.raises(Killed):

@@ -1,4 +1,4 @@
-"""launch(): the baseline first, the grid, going on after an interruption, refusing what is not comparable."""
+"""launch(): the baseline first, the grid, resuming after an interruption, refusing incomparable settings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from tests.toy import Toy
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import locked, read_checkpoint
@@ -140,7 +141,7 @@ def test_stopped_trial_resumes_under_its_number(runtime: Runtime, url: str, tmp_
         num_trials=2,
     )
     assert study.trials[0].intermediate_values == uninterrupted.trials[0].intermediate_values
-    # Seeded by trial number: the interruption does not change what is proposed.
+    # Seeded by trial number: the interruption does not change the proposals.
     assert study.trials[1].params == uninterrupted.trials[1].params
 
 
@@ -162,7 +163,7 @@ def test_trial_claimed_by_another_process_is_skipped(runtime: Runtime, url: str)
 def test_failed_baseline_is_retried_as_the_baseline(
     runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.toy.Toy.loss_sums", lambda *_: 1 / 0)
+    monkeypatch.setattr(Toy, "loss_sums", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         launch(build(), storage=url, runtime=runtime)
     monkeypatch.undo()
@@ -242,7 +243,7 @@ def test_missing_data_leaves_no_half_made_study(runtime: Runtime, url: str, monk
     def missing(_: object) -> str:
         raise UserError("manifest train.jsonl can't be read")
 
-    monkeypatch.setattr("tests.toy.Toy.data_digest", missing)
+    monkeypatch.setattr(Toy, "data_digest", missing)
     with pytest.raises(UserError, match="manifest"):
         launch(build(), storage=url, runtime=runtime)
     monkeypatch.undo()

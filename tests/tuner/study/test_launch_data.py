@@ -1,4 +1,4 @@
-"""What a launch says of data and losses that do not fit, before a study is made."""
+"""Errors of a launch about data and losses that do not fit, before it creates a study."""
 
 from __future__ import annotations
 

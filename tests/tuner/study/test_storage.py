@@ -114,7 +114,7 @@ def test_locked_database_is_a_one_line_error_from_python(busy: str) -> None:
     study = load_study("toy", open_storage(busy))
     with pytest.raises(UserError, match=r"database is locked: another process holds it"):
         study.ask()
-    # What goes on without its storage, a full run or a live view, knows it by Optuna's type.
+    # A full run and a live view continue without the storage: they catch Optuna's type.
     with pytest.raises(StorageInternalError, match=r"database is locked"):
         study.set_user_attr("a", 1)
 
@@ -165,8 +165,8 @@ def test_infinite_gpu_memory_is_refused(capsys: pytest.CaptureFixture[str], monk
 def test_version_is_printed_without_a_heavy_import() -> None:
     code = "import sys; sys.argv = ['tuner', '--version']\nfrom tuner.cli import main\ntry: main()\n"
     code += "finally: assert not {'torch', 'optuna', 'aim'} & sys.modules.keys(), 'heavy import'"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (said.returncode, said.stdout) == (0, f"prodigy-tuner {version('prodigy-tuner')}\n"), said.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"prodigy-tuner {version('prodigy-tuner')}\n"), result.stderr
 
 
 def test_broken_database_is_a_user_error(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_codes_digest_is_that_of_the_files_beside_the_workload(tmp_path: Path, m
     before = folder_digest(tmp_path)
     assert code_digest(workload) == before
     (tmp_path / "notes.txt").write_text("no code")
-    # What an editor leaves beside an unsaved file, and a folder of that name.
+    # An editor's link beside an unsaved file, and a folder with a suffix.
     (tmp_path / ".#of_a_study.py").symlink_to("nobody@nowhere")
     (tmp_path / "folder.py").mkdir()
     assert folder_digest(tmp_path) == before

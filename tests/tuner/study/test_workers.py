@@ -1,4 +1,4 @@
-"""`launch --workers N`: a machine divided, one study shared, and what becomes of workers that stop, err or die."""
+"""`launch --workers N`: the shares of a machine, the shared study, and workers that stop, fail or die."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tuner.study.storage import for_other_processes, load_study, open_storage
 from tuner.study.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
 from tuner.study.tracked_run import Runtime
 
-# A worker's side of the pipe without what takes seconds to import: it leaves the job unread, and knows its number.
+# A worker's side of the pipe without the imports that take seconds: it ignores the job, and knows its number.
 PRETEND = """
 import os, signal, sys, time
 from multiprocessing.connection import Connection
@@ -48,7 +48,7 @@ UNTIL_STOPPED = "pipe.recv()\n" + EXIT
 
 
 class Witness:
-    """A display that notes what it is told, and may do something then."""
+    """A display that records its calls, and may act on them."""
 
     def __init__(self, do: Callable[[str, int], None] = lambda *_: None) -> None:
         self.seen: list[tuple[str, int]] = []
@@ -59,7 +59,7 @@ class Witness:
         self._do(what, number)
 
     def numbers(self, what: str) -> list[int]:
-        return sorted(number for said, number in self.seen if said == what)
+        return sorted(number for event, number in self.seen if event == what)
 
     def trial_started(self, trial: TrialRecord, resumed: bool) -> Tracker:
         self.note("resumed" if resumed else "started", trial.number)
