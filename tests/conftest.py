@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.commands import run_command  # noqa: F401
 from tuner.study.tracked_run import Runtime
 
 # Tests that run in the background or under nohup ignore Ctrl-C and hang-ups, and their child processes inherit that.

@@ -1,4 +1,4 @@
-"""The pages do what they say: their code runs, their tables, trees, keys and links are right."""
+"""The docs are true: their code runs, and their tables, trees, keys and links are right."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 PATIENCE_MS = 60_000
-"""For what a page draws: on a machine with other work, seconds go by."""
+"""Milliseconds for a page to draw: on a busy machine it takes seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page of its own: nobody has given it a token yet."""
+    """A page of its own, without a token."""
     with browser.new_context(viewport={"width": 1200, "height": 900}) as context:
         context.set_default_timeout(PATIENCE_MS)
         yield context.new_page()

@@ -30,13 +30,13 @@ CURVES = """
 """
 
 
-def test_without_the_token_a_browser_is_told_how_to_get_in(serve: Serve, page: Page) -> None:
+def test_browser_without_the_token_is_shown_the_way_in(serve: Serve, page: Page) -> None:
     page.goto(at(serve(), "/dashboard/studies/1"))
     page.get_by_text("Open the address that `tuner dashboard` printed").wait_for()
     assert "toy" not in page.inner_text("body")
 
 
-def test_the_address_that_the_command_prints_opens_the_list_of_studies(url: str, page: Page) -> None:
+def test_address_that_the_command_prints_opens_the_list_of_studies(url: str, page: Page) -> None:
     command = [sys.executable, "-m", "tuner.cli", "dashboard", "--port", "0", "--storage", url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -49,7 +49,7 @@ def test_the_address_that_the_command_prints_opens_the_list_of_studies(url: str,
     assert "token=" in address and "token" not in page.url, "the token must not stay in the address bar"
 
 
-def test_a_study_opens_with_its_plots_and_its_note(serve: Serve, page: Page) -> None:
+def test_study_opens_with_its_plots_and_its_note(serve: Serve, page: Page) -> None:
     page.goto(serve())
     page.get_by_text("1. toy").click()
     for title in ("Learning curves", "Prodigy's d", "Loss against time", "val/loss over the search space"):
@@ -62,7 +62,7 @@ def test_a_study_opens_with_its_plots_and_its_note(serve: Serve, page: Page) -> 
     assert "baseline" in note and "tuner promote toy" in note
 
 
-def test_a_trial_shows_its_intermediate_values(url: str, serve: Serve, page: Page) -> None:
+def test_trial_shows_its_intermediate_values(url: str, serve: Serve, page: Page) -> None:
     trial = load_study("toy", open_storage(url)).trials[0]
     page.goto(serve())
     page.get_by_text("1. toy").click()
@@ -85,15 +85,13 @@ class Gate:
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         if "val/loss" in values:
-            assert self._permits.acquire(timeout=300), "nobody let the run on"
+            assert self._permits.acquire(timeout=300), "the run got no permit"
 
     def close(self) -> None:
         """Nothing to write at the end."""
 
 
-def test_a_full_runs_curve_grows_on_an_open_page_while_it_trains(
-    url: str, run_root: Path, serve: Serve, page: Page
-) -> None:
+def test_curve_of_a_full_run_grows_on_an_open_page(url: str, run_root: Path, serve: Serve, page: Page) -> None:
     gate, results = Gate(), []
 
     def train() -> None:
@@ -109,7 +107,7 @@ def test_a_full_runs_curve_grows_on_an_open_page_while_it_trains(
             reload.click()
             page.wait_for_timeout(200)
         full.click()
-        # The past of the trial from which it goes on; then each validation is one more, without a click.
+        # The curve of the trial from which it continues; each validation then adds a point, without a click.
         page.wait_for_function(f"{FULL_CURVE} == 4")
         gate.let_on()
         page.wait_for_function(f"{FULL_CURVE} == 5")
@@ -135,7 +133,7 @@ def delete_study(page: Page, name: str) -> int:
     return answer.value.status
 
 
-def test_a_read_only_dashboard_refuses_to_delete_a_study_and_says_so(url: str, serve: Serve, page: Page) -> None:
+def test_read_only_dashboard_refuses_to_delete_a_study_with_a_message(url: str, serve: Serve, page: Page) -> None:
     page.goto(serve(read_only=True))
     page.get_by_text("1. toy").wait_for()
     assert delete_study(page, "1. toy") == 403

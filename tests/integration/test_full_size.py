@@ -81,7 +81,7 @@ def tuner(folder: Path, *arguments: str) -> float:
     return gb
 
 
-def test_the_real_configuration_runs_in_24_gb(tmp_path: Path) -> None:
+def test_real_configuration_runs_in_24_gb(tmp_path: Path) -> None:
     if shutil.disk_usage(tmp_path).free < 45e9:
         pytest.skip("needs 45 GB of disk")
     write_tiny_corpus(tmp_path, num_train=8, num_val=2, width=1280, max_text_len=30, max_code_len=120)

@@ -1,4 +1,4 @@
-"""A change of the machinery leaves the numbers of training what they were, step by step."""
+"""The losses of training equal the recorded ones, step by step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def losses(folder: Path, name: str, **changes: Any) -> list[float]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
-def test_float32_losses_are_what_they_were(tmp_path: Path, optimizer: str, accumulation: int) -> None:
+def test_float32_losses_equal_the_recorded_ones(tmp_path: Path, optimizer: str, accumulation: int) -> None:
     lr = {"prodigy": None, "adamw": 1e-3}[optimizer]
     found = losses(tmp_path, "run", optimizer=optimizer, lr=lr, grad_accumulation=accumulation)
     assert found == pytest.approx(RECORDED[f"{optimizer}, accumulation {accumulation}"], rel=1e-5)

@@ -12,12 +12,12 @@ import pytest
 from scripts.bench.common import RECORDS, read_memory, run_child, summarize, summarize_ratio, write_record
 
 
-def test_a_summary_of_several_values() -> None:
+def test_summary_of_several_values() -> None:
     summary = summarize([4.0, 1.0, 3.0, 2.0, 5.0])
     assert summary == {"median": 3.0, "min": 1.0, "q1": 1.5, "q3": 4.5, "max": 5.0, "runs": 5}
 
 
-def test_a_summary_of_one_value() -> None:
+def test_summary_of_one_value() -> None:
     assert summarize([2.0]) == {"median": 2.0, "min": 2.0, "q1": 2.0, "q3": 2.0, "max": 2.0, "runs": 1}
 
 
@@ -26,22 +26,22 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 @pytest.mark.parametrize(("name", "rows"), [("optimizer_epyc", None), ("curves_demo", "curves")])
-def test_a_record_is_written_as_it_was_recorded(tmp_path: Path, name: str, rows: str | None) -> None:
+def test_record_is_written_unchanged(tmp_path: Path, name: str, rows: str | None) -> None:
     recorded = RECORDS / f"{name}.json"
     write_record(tmp_path / "new" / "record.json", json.loads(recorded.read_text(encoding="utf-8")), rows=rows)
     assert (tmp_path / "new" / "record.json").read_bytes() == recorded.read_bytes()
 
 
-def test_a_child_process_returns_the_result() -> None:
+def test_child_process_returns_the_result() -> None:
     assert 1e6 < run_child(read_memory, "VmHWM") < 1e10
 
 
-def test_a_failed_child_process_ends_the_benchmark() -> None:
+def test_failed_child_process_ends_the_benchmark() -> None:
     with pytest.raises(SystemExit, match="read_memory exited with 1"):
         run_child(read_memory, "no such line")
 
 
-def test_a_benchmark_runs_as_a_module() -> None:
+def test_benchmark_runs_as_a_module() -> None:
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, "-m", "scripts.bench.loss", "--help"]
     output = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout

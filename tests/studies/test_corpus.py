@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short noise for speech: enough for what does not depend on the voices, and much faster."""
+    """Short noise in place of speech: much faster, and enough for tests that need no voices."""
 
     def speak(
         utterances: list[speech.Utterance], num_workers: int, progressed: speech.Progressed
@@ -80,7 +80,7 @@ def test_manifests_point_to_arrays_of_the_form_they_state(made: Path, split: str
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_prompt_is_another_utterance_of_its_speaker_and_split(made: Path, split: str) -> None:
+def test_prompt_is_another_utterance_of_its_speaker_and_split(made: Path, split: str) -> None:
     pairs = read_pairs(made, split)
     speakers = {pair["target_id"]: pair["speaker"] for pair in pairs}
     assert len({pair["id"] for pair in pairs}) == len(pairs)
@@ -109,13 +109,13 @@ def test_text_ids_are_a_sentence_and_codes_are_centres(made: Path) -> None:
     assert np.bincount(codes).max() < 0.1 * len(codes)  # no code stands for silence all over
 
 
-def test_a_longer_text_is_a_longer_speech(made: Path) -> None:
+def test_longer_text_is_a_longer_speech(made: Path) -> None:
     pairs = read_pairs(made, "train")
     lengths = np.array([(pair["target_text_len"], pair["target_code_len"]) for pair in pairs])
     assert np.corrcoef(lengths.T)[0, 1] > 0.9  # so the codes are those of the text
 
 
-def test_no_sentence_stands_in_both_splits(made: Path) -> None:
+def test_no_sentence_is_in_both_splits(made: Path) -> None:
     train, val = (
         {tuple(np.load(made / pair["target_text_ids_path"])) for pair in read_pairs(made, split)}
         for split in ("train", "val")
@@ -124,7 +124,7 @@ def test_no_sentence_stands_in_both_splits(made: Path) -> None:
     assert 0.05 * len(train) < len(val) < 0.3 * len(train)
 
 
-def test_the_speakers_sound_different(made: Path) -> None:
+def test_speakers_sound_different(made: Path) -> None:
     pairs = read_pairs(made, "train")
     frequencies, conditions, texts = {}, {}, {}
     for name in sorted({pair["speaker"] for pair in pairs}):
@@ -144,12 +144,12 @@ def test_the_speakers_sound_different(made: Path) -> None:
     assert any(texts[one] & texts[other] for one in names for other in names if one != other)
 
 
-def test_the_same_call_makes_the_same_bytes_with_any_number_of_workers(made: Path, tmp_path: Path) -> None:
+def test_same_call_makes_the_same_bytes_with_any_number_of_workers(made: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "again", num_workers=1)["reused"] is False
     assert contents(tmp_path / "again") == contents(made)
 
 
-def test_a_whole_corpus_is_not_made_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_corpus_is_not_rebuilt(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PACKAGES", ("a_package_that_is_not_there",))
     about = make(made)
     assert about.pop("reused") is True
@@ -157,7 +157,7 @@ def test_a_whole_corpus_is_not_made_again(made: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("harm", ["no corpus.json", "torn corpus.json", "file lost", "file changed"])
-def test_a_damaged_corpus_is_made_again(made: Path, noise: None, tmp_path: Path, harm: str) -> None:
+def test_damaged_corpus_is_rebuilt(made: Path, noise: None, tmp_path: Path, harm: str) -> None:
     folder = shutil.copytree(made, tmp_path / "korean_demo")
     about, codes = folder / "corpus.json", next((folder / "codes").iterdir())
     if harm == "no corpus.json":
@@ -182,7 +182,7 @@ def test_other_parameters_or_another_recipe_make_another_corpus(
     assert make(folder, width=8)["reused"] is False
 
 
-def test_an_interruption_leaves_the_corpus_as_it_was(
+def test_interruption_keeps_the_old_corpus(
     made: Path, noise: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(made, tmp_path / "korean_demo")
@@ -197,7 +197,7 @@ def test_an_interruption_leaves_the_corpus_as_it_was(
     assert sorted(os.listdir(tmp_path)) == [".korean_demo.lock", "korean_demo"]
 
 
-def test_what_a_killed_process_left_behind_is_cleared_or_put_back(made: Path, noise: None, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_or_restored(made: Path, noise: None, tmp_path: Path) -> None:
     folder = shutil.copytree(made, tmp_path / "korean_demo")
     (tmp_path / ".korean_demo.making" / "codes").mkdir(parents=True)
     folder.rename(tmp_path / ".korean_demo.replaced")  # killed between the two renames
@@ -207,7 +207,7 @@ def test_what_a_killed_process_left_behind_is_cleared_or_put_back(made: Path, no
     assert sorted(os.listdir(tmp_path)) == [".korean_demo.lock", "korean_demo"]
 
 
-def test_what_exceeds_the_limits_is_dropped(noise: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_utterances_beyond_the_limits_are_dropped(noise: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "MAX_CODE_LEN", 50)
     monkeypatch.setattr(corpus, "MAX_TEXT_LEN", 40)
     about = make(tmp_path / "korean_demo")
@@ -225,14 +225,14 @@ def test_sentences_are_korean_distinct_and_of_bounded_length() -> None:
     assert "대한민국의 주권은 국민에게 있고, 모든 권력은 국민으로부터 나온다." in sentences
 
 
-def test_a_missing_package_is_a_users_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_a_user_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PACKAGES", ("konlpy", "a_package_that_is_not_there"))
     with pytest.raises(UserError, match=r"a_package_that_is_not_there.*pip install 'prodigy-tuner\[demo\]'"):
         make(tmp_path / "korean_demo")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.txt"):
         make(tmp_path)
@@ -247,9 +247,7 @@ def test_impossible_arguments_are_users_errors(tmp_path: Path, wrong: dict[str, 
         make(tmp_path / "korean_demo", **wrong)
 
 
-def test_the_command_ends_with_2_and_one_line_on_a_users_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_exits_2_with_one_line_on_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").touch()
     assert corpus.main(["--folder", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
@@ -257,7 +255,7 @@ def test_the_command_ends_with_2_and_one_line_on_a_users_mistake(
     assert "thesis.txt" in err
 
 
-def test_the_command_says_what_is_there(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corpus_command_prints_its_contents(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = json.loads((made / "corpus.json").read_text())
     folder = made.with_name("default_form")
     shutil.copytree(made, folder)
@@ -267,7 +265,7 @@ def test_the_command_says_what_is_there(made: Path, capsys: pytest.CaptureFixtur
     assert f"{about['num_train']} training and {about['num_val']} validation pairs" in capsys.readouterr().out
 
 
-def test_a_speaking_process_that_fails_ends_the_making(
+def test_failed_speech_process_ends_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     mute = speech.Speaker("mute", "xx-no-such-voice", 50, 175)

@@ -83,7 +83,7 @@ def test_every_form_of_a_gpt_pth_has_one_loss(
     assert found.metrics == expected.metrics
 
 
-def test_a_base_with_rows_to_move_has_the_loss_of_its_runs_first_validation(
+def test_base_with_rows_to_move_has_the_loss_of_its_runs_first_validation(
     corpus: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
 ) -> None:
@@ -102,7 +102,7 @@ def test_a_base_with_rows_to_move_has_the_loss_of_its_runs_first_validation(
         assert reported != pytest.approx(found.metrics, abs=1e-6)
 
 
-def test_a_base_checkpoint_is_not_read_for_nothing(corpus: Path) -> None:
+def test_base_checkpoint_is_not_read_needlessly(corpus: Path) -> None:
     torch.save(published(), corpus / "gpt.pth")
     study = spec(corpus, base_checkpoint="is/not/there.pth")
     with pytest.raises(UserError, match="does not exist"):
@@ -110,14 +110,14 @@ def test_a_base_checkpoint_is_not_read_for_nothing(corpus: Path) -> None:
     assert evaluate_checkpoint(study, corpus / "gpt.pth").samples == 18
 
 
-def test_another_duration_than_the_runs_is_said(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_duration_than_the_runs_is_logged(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = run(spec(corpus, duration="length"), corpus)
     found = evaluate_checkpoint(spec(corpus), run_dir / "latest.pth")
     assert found.metrics != pytest.approx(read_checkpoint(run_dir / "latest.pth")["metrics"], abs=1e-6)
     assert "workload.duration was 'length' and is now 'binary'" in caplog.text
 
 
-def test_text_of_another_tokenizer_is_said_with_the_vocabulary(
+def test_text_of_another_tokenizer_is_an_error_with_the_vocabulary(
     tmp_path: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
 ) -> None:
@@ -127,7 +127,7 @@ def test_text_of_another_tokenizer_is_said_with_the_vocabulary(
         run(spec(tmp_path, tokenizer=str(tokenizers[1])), tmp_path)
 
 
-def test_codes_of_another_codebook_are_said_with_its_size(tmp_path: Path) -> None:
+def test_codes_of_another_codebook_are_an_error_with_its_size(tmp_path: Path) -> None:
     write_tiny_corpus(tmp_path, num_train=8, num_val=4, num_codes=500)
     with pytest.raises(UserError, match=r"has the id \d+, beyond the codebook of 32"):
         run(spec(tmp_path), tmp_path)

@@ -80,7 +80,7 @@ def full_disk(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_the_keys_are_all_of_the_published_file() -> None:
+def test_keys_are_all_of_the_published_file() -> None:
     assert len(published()) == len(KEYS) == 665
     assert sum(key.startswith(ENCODERS) for key, _ in KEYS) == 665 - len(new_model(layers=24).state_dict())
 
@@ -95,7 +95,9 @@ def test_the_keys_are_all_of_the_published_file() -> None:
         lambda state: {key: t.half() if t.is_floating_point() else t for key, t in state.items()},
     ],
 )
-def test_in_and_out_again_changes_nothing(tmp_path: Path, form: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
+def test_loading_and_exporting_changes_nothing(
+    tmp_path: Path, form: Callable[[dict[str, Tensor]], dict[str, Any]]
+) -> None:
     content = form(published())
     torch.save(content, tmp_path / "gpt.pth")
     work = workload(tmp_path)
@@ -111,7 +113,7 @@ def test_in_and_out_again_changes_nothing(tmp_path: Path, form: Callable[[dict[s
     assert_same(found.get("model", found), expected)
 
 
-def test_a_run_leaves_with_its_trained_part_alone_replaced(
+def test_exported_run_replaces_the_trained_part_alone(
     corpus: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
 ) -> None:
@@ -140,7 +142,7 @@ def test_a_run_leaves_with_its_trained_part_alone_replaced(
     )
 
 
-def test_what_was_dropped_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_keys_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(with_aliases(with_lora(published())), tmp_path / "gpt.pth")
     work = workload(tmp_path)
     state = work.build_model().state_dict()
@@ -152,7 +154,7 @@ def test_what_was_dropped_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("base", [None, "gpt.pth"])
-def test_without_encoders_the_trained_keys_are_written_and_it_says_so(
+def test_trained_keys_alone_are_written_without_encoders_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, base: str | None
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -172,7 +174,7 @@ def test_without_encoders_the_trained_keys_are_written_and_it_says_so(
         (lambda state: state | {"_orig_mod.emo_layer.bias": torch.zeros(3)}, "holds emo_layer.bias twice"),
     ],
 )
-def test_a_base_checkpoint_of_another_model_is_refused(
+def test_base_checkpoint_of_another_model_is_refused(
     tmp_path: Path, base: Callable[[dict[str, Tensor]], dict[str, Tensor]], complaint: str
 ) -> None:
     torch.save(base(published()), tmp_path / "gpt.pth")
@@ -189,7 +191,7 @@ def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["pth", "safetensors"])
 @pytest.mark.parametrize("large", [False, True])
-def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, format: Any, large: bool) -> None:
+def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path: Path, format: Any, large: bool) -> None:
     torch.save(published(), tmp_path / "gpt.pth")
     (tmp_path / "out").write_text("old")
     state = new_model(layers=24).state_dict()
@@ -204,7 +206,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, format: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt.pth", "out"]
 
 
-def test_the_base_checkpoint_itself_may_be_replaced(tmp_path: Path) -> None:
+def test_base_checkpoint_itself_may_be_replaced(tmp_path: Path) -> None:
     base = published()
     torch.save(base, tmp_path / "gpt.pth")
     trained = new_model(seed=5, layers=24).state_dict()
@@ -212,7 +214,7 @@ def test_the_base_checkpoint_itself_may_be_replaced(tmp_path: Path) -> None:
     assert_same(torch.load(tmp_path / "gpt.pth", weights_only=True), base | dict(trained))
 
 
-def test_what_the_run_was_made_from_is_not_replaced(corpus: Path, tmp_path: Path) -> None:
+def test_input_file_of_the_run_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     torch.save(published(), corpus / "gpt.pth")
     runtime = Runtime(tmp_path / "runs", track=False)
     config = TrainConfig(steps=1, batch_size=2, device="cpu")
@@ -232,7 +234,7 @@ def test_odd_missing_and_extra_encoder_keys_load_and_leave_as_they_are(tmp_path:
     assert_same(torch.load(tmp_path / "out.pth", weights_only=True), base)
 
 
-def test_a_best_checkpoint_counts_as_a_trainers(tmp_path: Path) -> None:
+def test_best_checkpoint_counts_as_a_training_checkpoint(tmp_path: Path) -> None:
     # Its text rows have been moved already, though it holds no optimizer.
     torch.save({"model": new_model().state_dict(), "identity": {}, "metrics": {}}, tmp_path / "best_mel_model.pth")
     assert read_weights(tmp_path / "best_mel_model.pth").is_training_checkpoint

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from studies.indextts2.weights import count_pieces
+from tests.commands import Command
 from tests.studies.test_weights import published, tokenizers  # noqa: F401
 from tests.studies.test_workload import CONFIG_YAML
 from tests.studies.tiny_corpus import write_tiny_corpus
@@ -71,10 +72,10 @@ def script(folder: Path, name: str, *arguments: str, **variables: str) -> subpro
     )
 
 
-def arguments(folder: Path, name: str, **variables: str) -> list[str]:
-    """What the script gives to `tuner`."""
+def arguments(folder: Path, name: str, *given: str, **variables: str) -> list[str]:
+    """The script's arguments to `tuner`."""
     (folder / "bin/tuner").write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
-    result = script(folder, name, **variables)
+    result = script(folder, name, *given, **variables)
     assert result.returncode == 0, result.stderr
     return result.stdout.split("\0")[:-1]
 
@@ -83,7 +84,7 @@ def settings(given: list[str]) -> dict[str, Any]:
     return dict(parse_override(value) for option, value in pairwise(given) if option == "--set")
 
 
-def test_a_run_is_trained_and_resumed(folder: Path) -> None:
+def test_run_is_trained_and_resumed(folder: Path, run_command: Command) -> None:
     trained = script(folder, "train", TRAIN_MANIFEST="data/train_pairs.jsonl::ko,data/val_pairs.jsonl")
     assert trained.returncode == 0, trained.stderr
     assert "[Step 1] Loss: " in trained.stdout and "[Step 2] validation after 12 samples" in trained.stdout
@@ -97,15 +98,16 @@ def test_a_run_is_trained_and_resumed(folder: Path) -> None:
     assert options["train_manifests"] == [f"{folder}/data/train_pairs.jsonl::ko", f"{folder}/data/val_pairs.jsonl"]
     assert options["base_checkpoint"] == f"{folder}/gpt.pth"
 
+    # Again in this process: the script replaces itself by the command.
     manifests = "data/train_pairs.jsonl::ko data/val_pairs.jsonl"
-    again = script(folder, "train", TRAIN_MANIFEST=manifests)
+    again = run_command(*arguments(folder, "train", TRAIN_MANIFEST=manifests))
     assert again.returncode == 2 and "holds a run at step 4" in again.stderr
-    resumed = script(folder, "resume", "--set", "full.steps=5", TRAIN_MANIFEST=manifests)
+    here = ("--set", "full.steps=5", "--set", "train.num_workers=0")
+    resumed = run_command(*arguments(folder, "resume", *here, TRAIN_MANIFEST=manifests))
     assert resumed.returncode == 0 and "at step 4" in resumed.stdout, resumed.stderr
     assert read_checkpoint(folder / "out/latest.pth")["step"] == 5
-    elsewhere = script(
-        folder, "resume", RESUME="out/latest.pth", OUTPUT_DIR="new", MAX_STEPS="6", TRAIN_MANIFEST=manifests
-    )
+    new = {"RESUME": "out/latest.pth", "OUTPUT_DIR": "new", "MAX_STEPS": "6", "NUM_WORKERS": "0"}
+    elsewhere = run_command(*arguments(folder, "resume", TRAIN_MANIFEST=manifests, **new))
     assert elsewhere.returncode == 0 and "at step 5" in elsewhere.stdout, elsewhere.stderr
     assert read_checkpoint(folder / "new/latest.pth")["step"] == 6
 
@@ -125,7 +127,7 @@ def test_resuming_names_the_newest_checkpoint_or_the_given_one(folder: Path) -> 
 
 
 @pytest.mark.parametrize("separator", [",", " ", ", ", "\n"])
-def test_manifests_stand_apart_by_commas_or_blanks(folder: Path, separator: str) -> None:
+def test_manifests_are_separated_by_commas_or_blanks(folder: Path, separator: str) -> None:
     names = separator.join(["data/train_pairs.jsonl::ko", "b.jsonl::en", str(folder / "c.jsonl")])
     assert settings(arguments(folder, "train", TRAIN_MANIFEST=names))["workload.train_manifests"] == [
         f"{folder}/data/train_pairs.jsonl::ko",
@@ -156,7 +158,7 @@ def test_names_may_hold_blanks_and_quotes(folder: Path) -> None:
         ("resume", {"RESUME": "adamw.pth"}, "adamw.pth is a checkpoint of adamw and this run uses prodigy"),
     ],
 )
-def test_a_mistake_is_one_line(folder: Path, name: str, variables: dict[str, str], message: str) -> None:
+def test_mistake_is_one_line(folder: Path, name: str, variables: dict[str, str], message: str) -> None:
     state: dict[str, Any] = {"model": {}, "optimizer": {}, "optimizer_type": "adamw", "step": 3}
     write_checkpoint(state, folder / "adamw.pth")
     result = script(folder, name, **variables)
@@ -165,7 +167,7 @@ def test_a_mistake_is_one_line(folder: Path, name: str, variables: dict[str, str
     assert not (folder / "out/latest.pth").exists()
 
 
-def test_the_defaults_are_those_of_the_original_training(folder: Path) -> None:
+def test_defaults_are_those_of_the_original_training(folder: Path) -> None:
     found = arguments(folder, "train", **dict.fromkeys(GIVEN, ""))
     assert found[:4] == ["train", f"{ROOT}/studies/indextts2/study.toml", "--run-dir", f"{folder}/runs/ko_prodigy"]
     assert settings(found) == {

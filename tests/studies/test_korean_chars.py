@@ -21,13 +21,13 @@ needs_konlpy = pytest.mark.skipif(importlib.util.find_spec("konlpy") is None, re
 
 @needs_konlpy
 @pytest.mark.parametrize("context", [64, 50])
-def test_it_keeps_the_three_laws(context: int) -> None:
+def test_workload_keeps_the_three_laws(context: int) -> None:
     # 50: padded to a multiple of 32, a batch is longer than the position table.
     check_workload(KoreanChars(context=context, width=32, layers=1))
 
 
 @needs_konlpy
-def test_no_validation_window_lies_in_the_training_text() -> None:
+def test_no_validation_window_is_in_the_training_text() -> None:
     workload = KoreanChars()
     train, val = workload.train_data(), workload.val_data()
     assert len(train) > 1_000 and len(val) > 50
@@ -51,7 +51,7 @@ def test_windows_predict_every_character_but_the_first_once() -> None:
 
 
 @needs_konlpy
-def test_its_study_is_launched_and_promoted(tmp_path: Path, runtime: Runtime) -> None:
+def test_study_is_launched_and_promoted(tmp_path: Path, runtime: Runtime) -> None:
     short = {"trial.samples": 128, "trial.evaluations": 1, "full.samples": 512, "workload.width": 32}
     spec = StudySpec.load(SPEC, short)
     study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=2)
@@ -61,7 +61,7 @@ def test_its_study_is_launched_and_promoted(tmp_path: Path, runtime: Runtime) ->
     assert 0 < result.metrics["val/char_top1"] < 1
 
 
-def test_without_konlpy_one_line_says_what_to_install(
+def test_missing_konlpy_is_one_line_with_the_remedy(
     tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "konlpy", None)

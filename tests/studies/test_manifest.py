@@ -44,7 +44,7 @@ def num_indexed(caplog: pytest.LogCaptureFixture) -> int:
     return sum(record.getMessage().startswith("indexing") for record in caplog.records)
 
 
-def test_a_sample_is_what_its_files_hold(corpus: Path) -> None:
+def test_sample_equals_its_files(corpus: Path) -> None:
     data = PairedUtterances([f"{corpus}/train_pairs.jsonl::ko"], CONFIG)
     assert len(data) == 6
     for i, record in enumerate(records(corpus / "train_pairs.jsonl")):
@@ -77,13 +77,11 @@ def test_several_manifests_are_mixed_one_after_the_other(corpus: Path, tmp_path:
         ("a::b/c.jsonl", ("a::b/c.jsonl", None)),
     ],
 )
-def test_the_language_suffix_is_split_off(spec: str, parts: tuple[str, str | None]) -> None:
+def test_language_suffix_is_split_off(spec: str, parts: tuple[str, str | None]) -> None:
     assert split_language(spec) == parts
 
 
-def test_the_index_is_built_once_and_again_when_the_manifest_changes(
-    corpus: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_index_is_rebuilt_only_when_the_manifest_changes(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     path = corpus / "train_pairs.jsonl"
     first = open_manifest(str(path))
@@ -102,7 +100,7 @@ def test_the_index_is_built_once_and_again_when_the_manifest_changes(
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"{}" + content[2:], lambda _: b""])
-def test_a_damaged_index_is_built_again(
+def test_damaged_index_is_rebuilt(
     corpus: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -115,7 +113,7 @@ def test_a_damaged_index_is_built_again(
     assert num_indexed(caplog) == 2
 
 
-def test_where_the_manifests_folder_is_closed_the_index_lies_under_data(
+def test_index_is_under_data_if_the_manifest_folder_is_read_only(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -169,7 +167,7 @@ def test_blank_lines_crlf_and_a_byte_order_mark_are_read(corpus: Path) -> None:
     assert [manifest.record(i)["id"] for i in range(6)] == ids
 
 
-def test_the_prompts_emotion_is_used_before_the_targets(corpus: Path) -> None:
+def test_prompts_emotion_is_used_before_the_targets(corpus: Path) -> None:
     vectors = {name: np.full(32, value, np.float32) for name, value in (("prompt", 1), ("target", 2))}
     for name, vector in vectors.items():
         np.save(corpus / f"{name}.npy", vector)
@@ -185,7 +183,7 @@ def test_the_prompts_emotion_is_used_before_the_targets(corpus: Path) -> None:
     assert [float(data[i].emo_vec[0]) for i in range(3)] == [1, 2, 2]
 
 
-def test_utterances_longer_than_the_position_tables_are_left_out_and_counted(
+def test_utterances_longer_than_the_position_tables_are_dropped_and_counted(
     corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -250,7 +248,7 @@ def replace_line(line: bytes) -> Callable[[Path], None]:
         (lambda path: (path.unlink(), path.mkdir()), "is not a file"),
     ],
 )
-def test_a_broken_manifest_is_refused_in_one_line_that_names_the_place(
+def test_broken_manifest_is_refused_in_one_line_with_its_position(
     corpus: Path, break_it: Callable[[Path], object], complaint: str
 ) -> None:
     path = corpus / "train_pairs.jsonl"
@@ -264,7 +262,7 @@ def test_a_broken_manifest_is_refused_in_one_line_that_names_the_place(
     assert not index.exists() or not list(index.iterdir())
 
 
-def test_a_path_may_take_a_turn_inside_the_folder(corpus: Path) -> None:
+def test_path_may_contain_dot_dot_inside_the_folder(corpus: Path) -> None:
     set_key("target_codes_path", "text_ids/../codes/train_00002.npy")(corpus / "train_pairs.jsonl")
     rewrite(
         corpus / "train_pairs.jsonl",
@@ -331,7 +329,7 @@ def change_entry(place: int, value: int) -> Callable[[Path], None]:
         ("prompt_emo_vec_path", save(np.full(32, np.nan, np.float32)), "has entries that are not finite"),
     ],
 )
-def test_a_damaged_sample_is_named_with_its_file_and_fault(
+def test_damaged_sample_is_named_with_its_file_and_fault(
     corpus: Path, key: str, damage: Callable[[Path], object], complaint: str
 ) -> None:
     record = records(corpus / "train_pairs.jsonl")[2]
@@ -343,7 +341,7 @@ def test_a_damaged_sample_is_named_with_its_file_and_fault(
     assert "\n" not in str(caught.value)
 
 
-def test_a_manifest_that_changes_under_a_run_is_noticed(corpus: Path) -> None:
+def test_manifest_changed_during_a_run_is_detected(corpus: Path) -> None:
     path = corpus / "train_pairs.jsonl"
     data = PairedUtterances([str(path)], CONFIG)
     lines = path.read_text().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""The model is the published function, sample by sample, whatever stands beside a sample."""
+"""The model is the published function, sample by sample, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ UTTERANCES = [reference_utterance(sample) for sample in REFERENCE["samples"]]
 
 
 def only_row(batch: Batch, row: int) -> dict[str, torch.Tensor]:
-    """The batch with the targets of one row alone; everything else stands as it was."""
+    """The batch with the targets of one row alone; everything else is unchanged."""
     length = batch.num_slots // batch.num_samples
     inputs = dict(batch.inputs)
     for kind in ("text", "mel"):
@@ -73,7 +73,7 @@ def assert_is_reference(model: IndexTTS2GPT, inputs: dict[str, torch.Tensor], sa
 
 
 @pytest.mark.parametrize("row", range(3))
-def test_a_sample_alone_has_the_reference_losses_and_gradient_norms(row: int) -> None:
+def test_sample_alone_has_the_reference_losses_and_gradient_norms(row: int) -> None:
     batch = collate([UTTERANCES[row]], CONFIG)
     assert batch.num_tokens == batch.num_slots == 32 + 2 + batch.counts["text_loss"] + 1 + batch.counts["mel_loss"]
     assert_is_reference(reference_model(), batch.inputs, REFERENCE["samples"][row])
@@ -86,7 +86,7 @@ def test_in_a_padded_batch_each_sample_has_the_reference_losses_and_gradient_nor
     assert_is_reference(reference_model(), only_row(batch, row), REFERENCE["samples"][row])
 
 
-def test_the_length_mode_differs_from_the_reference_function() -> None:
+def test_length_mode_differs_from_the_reference_function() -> None:
     sums = reference_model(duration="length")(collate(UTTERANCES[:1], CONFIG).inputs)
     mean = sums["mel_loss"].item() / (REFERENCE["samples"][0]["code_len"] + 1)
     assert mean != pytest.approx(REFERENCE["samples"][0]["mel_loss"], abs=1e-4)
@@ -164,7 +164,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_under_dropout() -> None
     assert gradients[1][1] < gradients[0][1] / 2
 
 
-def test_length_mode_tells_the_number_of_codes_by_its_mel_position_clamped() -> None:
+def test_length_mode_gives_the_number_of_codes_as_a_clamped_mel_position() -> None:
     model = reference_model(duration="length")
     batch = collate(UTTERANCES, CONFIG)
     model(batch.inputs)["mel_loss"].backward()
@@ -224,7 +224,7 @@ def test_losses_are_summed_in_float32_under_bfloat16_autocast() -> None:
         assert sums[name].item() == pytest.approx(exact[name].item(), rel=0.02)
 
 
-def test_the_published_configs_other_keys_are_accepted() -> None:
+def test_published_configs_other_keys_are_accepted() -> None:
     config = GPTConfig.model_validate(
         {"model_dim": 64, "heads": 4, "condition_type": "conformer_perceiver", "checkpointing": False,
          "condition_module": {"output_size": 512}, "train_solo_embeddings": False}
@@ -240,6 +240,6 @@ def test_the_published_configs_other_keys_are_accepted() -> None:
         ({"layers": 0}, "greater than 0"),
     ],
 )
-def test_an_impossible_config_is_refused(change: dict, complaint: str) -> None:
+def test_impossible_config_is_refused(change: dict, complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
         GPTConfig(**{**REFERENCE["config"], **change})

@@ -1,4 +1,4 @@
-"""A checkpoint loads in each of its forms, and what does not fit is listed."""
+"""A checkpoint loads in each of its forms, and keys that do not fit are listed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_torchs_older_file_form_loads(tmp_path: Path) -> None:
     assert_loaded(model, published())
 
 
-def test_the_file_is_mapped_not_copied(tmp_path: Path) -> None:
+def test_file_is_mapped_not_copied(tmp_path: Path) -> None:
     torch.save(published(), tmp_path / "gpt.pth")
     weights = read_weights(tmp_path / "gpt.pth")
     assert str(tmp_path / "gpt.pth") in Path("/proc/self/maps").read_text()
@@ -139,7 +139,7 @@ def truncate(path: Path, num_bytes: int, content: Any = None) -> None:
         (lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))), "nothing in it was run"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_not_run(
+def test_other_file_than_a_checkpoint_is_refused_and_not_run(
     tmp_path: Path, write: Callable[[Path], object], complaint: str
 ) -> None:
     path = tmp_path / "gpt.pth"
@@ -181,13 +181,13 @@ def test_keys_that_do_not_fit_are_listed_and_nothing_is_loaded(
     assert_loaded(model, new_model().state_dict())
 
 
-def test_a_list_of_keys_is_short_and_counts_them_all(tmp_path: Path) -> None:
+def test_list_of_keys_is_short_and_counts_them_all(tmp_path: Path) -> None:
     torch.save(published(layers=1), tmp_path / "gpt.pth")
     with pytest.raises(UserError, match=r"does not fit: 12 missing \((gpt\.h\.1\.\S+, ){4}\.\.\.\): use the config"):
         load_base_checkpoint(new_model(), tmp_path / "gpt.pth")
 
 
-def test_a_width_that_disagrees_with_the_checkpoint_is_said_with_both(tmp_path: Path) -> None:
+def test_width_that_differs_from_the_checkpoint_is_an_error_with_both(tmp_path: Path) -> None:
     torch.save(published(), tmp_path / "gpt.pth")
     with pytest.raises(UserError, match=r"is 32 wide and the config's model_dim is 64"):
         load_base_checkpoint(new_model(model_dim=64), tmp_path / "gpt.pth")
@@ -249,7 +249,7 @@ def test_text_rows_move_by_piece_and_the_other_new_rows_stay_fresh(
             assert torch.equal(tensor[row], expected), (key, row)
 
 
-def test_a_trainers_checkpoint_has_its_rows_moved_already(tmp_path: Path, tokenizers: tuple[Path, Path]) -> None:
+def test_training_checkpoint_has_its_rows_moved(tmp_path: Path, tokenizers: tuple[Path, Path]) -> None:
     size = count_pieces(tokenizers[1])
     state = new_model(seed=0, number_text_tokens=size).state_dict()
     for content in ({"model": state, "optimizer_type": "prodigy"}, {"model": state, "optimizer": {}}, state):
@@ -277,7 +277,7 @@ def test_tokenizers_of_one_size_move_the_rows_of_a_base_checkpoint_alone(
         assert torch.equal(model.text_head.weight, state["text_head.weight"]) != moved
 
 
-def test_a_vocabulary_of_another_size_needs_both_tokenizers(tmp_path: Path, tokenizers: tuple[Path, Path]) -> None:
+def test_vocabulary_of_another_size_needs_both_tokenizers(tmp_path: Path, tokenizers: tuple[Path, Path]) -> None:
     size = count_pieces(tokenizers[1])
     torch.save(published(number_text_tokens=count_pieces(tokenizers[0])), tmp_path / "gpt.pth")
     model = new_model(number_text_tokens=size)
@@ -287,7 +287,7 @@ def test_a_vocabulary_of_another_size_needs_both_tokenizers(tmp_path: Path, toke
         load_base_checkpoint(model, tmp_path / "gpt.pth", tokenizer=tokenizers[1], base_tokenizer=tokenizers[1])
 
 
-def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         count_pieces(tmp_path / "bpe.model")
     (tmp_path / "bpe.model").write_text("hello")

@@ -1,4 +1,4 @@
-"""The options of `[workload]`, the batches, and what a run is told about the data."""
+"""The options of `[workload]`, the batches, and the run's log lines about the data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def mean_loss(work: IndexTTS2, model: torch.nn.Module, num_samples: int = 4) -> 
     return sum(weight * float(sums[name]) / batch.counts[name] for name, weight in work.loss_weights.items())
 
 
-def test_the_laws_of_a_workload_hold(corpus: Path) -> None:
+def test_laws_of_a_workload_hold(corpus: Path) -> None:
     check_workload(workload(corpus))
 
 
@@ -95,7 +95,7 @@ def test_options_that_make_no_sense_are_refused(corpus: Path, options: dict[str,
         workload(corpus, **options)
 
 
-def test_the_model_is_built_from_the_config_file(corpus: Path) -> None:
+def test_model_is_built_from_the_config_file(corpus: Path) -> None:
     model = workload(corpus, config="config.yaml").build_model()
     assert len(model.gpt.h) == 3
     assert model.text_embedding.weight.shape == (31, 32)
@@ -114,7 +114,7 @@ def test_the_model_is_built_from_the_config_file(corpus: Path) -> None:
         ("gpt: [", "is not YAML"),
     ],
 )
-def test_a_broken_config_is_refused_in_one_line(tmp_path: Path, content: str | None, complaint: str) -> None:
+def test_broken_config_is_refused_in_one_line(tmp_path: Path, content: str | None, complaint: str) -> None:
     if content is not None:
         (tmp_path / "config.yaml").write_text(content)
     for use in (IndexTTS2.build_model, IndexTTS2.train_data):
@@ -133,14 +133,14 @@ def test_packages_of_the_extra_are_named_where_they_are_missing(corpus: Path, mo
             workload(corpus, **options).build_model()
 
 
-def test_the_vocabulary_is_the_tokenizers(corpus: Path, tokenizers: tuple[Path, Path]) -> None:  # noqa: F811
+def test_vocabulary_is_the_tokenizers(corpus: Path, tokenizers: tuple[Path, Path]) -> None:  # noqa: F811
     work = workload(corpus, tokenizer=tokenizers[1])
     size = work.gpt_config.number_text_tokens
     assert size != 30
     assert work.build_model().text_head.weight.shape == (size + 1, 32)
 
 
-def test_a_base_checkpoint_is_loaded_and_its_rows_moved(
+def test_base_checkpoint_is_loaded_and_its_rows_moved(
     corpus: Path,
     tmp_path: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
@@ -156,7 +156,7 @@ def test_a_base_checkpoint_is_loaded_and_its_rows_moved(
     assert len(model.text_embedding.weight) != len(base.text_embedding.weight)
 
 
-def test_a_seed_repeats_the_initialisation(corpus: Path) -> None:
+def test_seed_repeats_the_initialisation(corpus: Path) -> None:
     states = []
     for _ in range(2):
         torch.manual_seed(11)
@@ -164,7 +164,7 @@ def test_a_seed_repeats_the_initialisation(corpus: Path) -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def test_a_padded_batch_has_few_shapes_and_real_counts(corpus: Path) -> None:
+def test_padded_batch_has_few_shapes_and_real_counts(corpus: Path) -> None:
     work = workload(corpus)
     data = work.train_data()
     for indices in ([0, 1, 2, 3], [7, 4, 6, 5]):
@@ -199,7 +199,7 @@ def batches(work: IndexTTS2, num_workers: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_packed_corpus_gives_the_same_batches_bit_for_bit(corpus: Path, num_workers: int) -> None:
+def test_packed_corpus_gives_the_same_batches_bit_for_bit(corpus: Path, num_workers: int) -> None:
     packed, plain = workload(corpus, pack=True), workload(corpus, pack=False)
     assert packed.train_data().mapped and not hasattr(plain.train_data(), "mapped")
     for one, other in zip(batches(packed, num_workers), batches(plain, 0), strict=True):
@@ -213,7 +213,7 @@ def stores(folder: Path) -> list[Path]:
     return sorted(folder.glob(".tuner-index/*.packed"))
 
 
-def test_the_store_lies_beside_the_manifest_and_is_made_by_reading_only(tmp_path: Path) -> None:
+def test_store_is_beside_the_manifest_and_made_by_reading_only(tmp_path: Path) -> None:
     write_tiny_corpus(tmp_path, num_train=8, num_val=4)
     work = workload(tmp_path)
     digest = work.data_digest()
@@ -223,7 +223,7 @@ def test_the_store_lies_beside_the_manifest_and_is_made_by_reading_only(tmp_path
     assert workload(tmp_path, pack=False).data_digest() == workload(tmp_path).data_digest() == digest
 
 
-def test_a_changed_manifest_has_its_store_made_again(tmp_path: Path) -> None:
+def test_changed_manifest_rebuilds_its_store(tmp_path: Path) -> None:
     write_tiny_corpus(tmp_path, num_train=8, num_val=4)
     before = workload(tmp_path).train_data()
     manifest = tmp_path / "train_pairs.jsonl"
@@ -234,7 +234,7 @@ def test_a_changed_manifest_has_its_store_made_again(tmp_path: Path) -> None:
     assert len(stores(tmp_path)) == 1
 
 
-def test_a_model_with_other_checks_has_a_store_of_its_own(tmp_path: Path) -> None:
+def test_model_with_other_checks_has_its_own_store(tmp_path: Path) -> None:
     write_tiny_corpus(tmp_path, num_train=32, num_val=4)
     assert max(int(workload(tmp_path).train_data()[i].codes.max()) for i in range(32)) >= 16
     smaller = workload(tmp_path, gpt=TINY_GPT | {"start_mel_token": 16}, pack=True)
@@ -245,7 +245,7 @@ def test_a_model_with_other_checks_has_a_store_of_its_own(tmp_path: Path) -> Non
     assert max(len(shorter[i].codes) for i in range(len(shorter))) <= 20
 
 
-def test_where_the_manifests_folder_is_closed_the_store_lies_under_data(
+def test_store_is_under_data_if_the_manifest_folder_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_corpus(tmp_path, num_train=8, num_val=4)
@@ -257,7 +257,7 @@ def test_where_the_manifests_folder_is_closed_the_store_lies_under_data(
     assert len(list(Path("data/index").glob("train_pairs.jsonl-*.packed"))) == 1
 
 
-def test_a_sample_damaged_when_packed_is_skipped_and_counted_until_it_is_mended(
+def test_sample_damaged_when_packed_is_skipped_and_counted_until_repaired(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_tiny_corpus(tmp_path, num_train=128, num_val=4)
@@ -293,7 +293,7 @@ def test_dropout_duration_and_checkpointing_reach_the_model(corpus: Path) -> Non
     assert workload(corpus).build_model().dropout == 0.1
 
 
-def test_frozen_parts_stay_as_they_are(corpus: Path) -> None:
+def test_frozen_parts_stay_unchanged(corpus: Path) -> None:
     work = workload(corpus, freeze=["gpt.h.0.", "text_embedding"], dropout=0.0)
     model = work.build_model()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -318,7 +318,7 @@ def test_freezing_nothing_or_everything_is_an_error(corpus: Path, freeze: list[s
         workload(corpus, freeze=freeze).build_model()
 
 
-def test_the_digest_is_of_the_contents_wherever_they_lie(tmp_path: Path) -> None:
+def test_digest_depends_on_the_contents_alone(tmp_path: Path) -> None:
     digests = []
     for place, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_tiny_corpus(tmp_path / place, num_train=4, num_val=2, seed=seed)
@@ -332,7 +332,7 @@ def test_the_digest_is_of_the_contents_wherever_they_lie(tmp_path: Path) -> None
     assert more_heads.data_digest() != digests[0]
 
 
-def test_a_model_learns_the_tiny_corpus(corpus: Path) -> None:
+def test_model_learns_the_tiny_corpus(corpus: Path) -> None:
     torch.manual_seed(0)
     work = workload(corpus, dropout=0.0)
     model = work.build_model()
@@ -353,7 +353,7 @@ def test_best_checkpoints_go_by_text_and_by_mel_loss(corpus: Path) -> None:
     assert list(workload(corpus).best_checkpoints().items()) == list(files.items()), "the first is exported"
 
 
-def test_the_input_files_are_the_manifests_without_their_language(corpus: Path) -> None:
+def test_input_files_are_the_manifests_without_their_language(corpus: Path) -> None:
     files = [("train_manifests", corpus / "train_pairs.jsonl"), ("val_manifests", corpus / "val_pairs.jsonl")]
     assert workload(corpus).input_files() == files
 
@@ -372,7 +372,7 @@ def test_gradient_checkpointing_saves_memory_where_it_is_off(corpus: Path) -> No
     assert workload(corpus, **options).memory_savers() == ()
 
 
-def test_the_real_study_names_options_that_exist() -> None:
+def test_real_study_names_options_that_exist() -> None:
     folder = Path(studies.indextts2.__file__).parent
     study = tomllib.loads((folder / "study.toml").read_text())
     assert study["study"]["workload"] == "studies.indextts2:IndexTTS2"

@@ -43,7 +43,7 @@ def decide(device: str, size: RunSize = REAL, **settings: Any) -> Any:
         ("CPU without", "fp32", False, ("flash", "math"), 0, 1),
     ],
 )
-def test_the_full_run_on_each_device(
+def test_full_run_works_on_each_device(
     device: str, precision: str, tf32: bool, sdpa: tuple[str, ...], workers: int, pad_multiple: int
 ) -> None:
     chosen = decide(device)
@@ -56,16 +56,16 @@ def test_the_full_run_on_each_device(
 
 @pytest.mark.parametrize("device", [name for name in DEVICES if DEVICES[name].kind == "cuda"])
 @pytest.mark.parametrize("steps", [1, 50, 120])
-def test_a_few_steps_never_repay_compilation(device: str, steps: int) -> None:
+def test_few_steps_never_repay_compilation(device: str, steps: int) -> None:
     chosen = decide(device, replace(DEMO, remaining_steps=steps))
     assert not chosen.compile
     assert any(f"compile: off: {steps} steps would not repay about" in reason for reason in chosen.log_lines().values())
 
 
-def test_a_cpu_compiles_only_where_it_is_told_to() -> None:
+def test_cpu_compiles_only_on_request() -> None:
     assert not decide("CPU with AMX", replace(REAL, remaining_steps=10**9)).compile
-    told = decide("CPU with AMX", compile="on")
-    assert told.compile and told.pad_multiple == 8
+    explicit = decide("CPU with AMX", compile="on")
+    assert explicit.compile and explicit.pad_multiple == 8
 
 
 def test_compilation_is_chosen_from_the_length_that_repays_it_on() -> None:
@@ -83,7 +83,7 @@ def test_compiled_code_on_disk_is_used_by_shorter_runs() -> None:
     assert sum(warm) > sum(cold)
 
 
-def test_a_budget_in_seconds_decides_by_them() -> None:
+def test_budget_in_seconds_decides_by_them() -> None:
     short = RunSize(527_000_000, 302, 2800.0, remaining_steps=None, remaining_seconds=60)
     assert not decide("RTX 4090", short).compile
     assert decide("RTX 4090", replace(short, remaining_seconds=36_000)).compile
@@ -119,7 +119,7 @@ def test_mapped_data_needs_no_workers() -> None:
         ("fused_optimizer", False, "fused optimizer: off: as set"),
     ],
 )
-def test_every_choice_can_be_overridden_and_says_so(setting: str, value: Any, reason: str) -> None:
+def test_every_choice_can_be_overridden_with_a_reason(setting: str, value: Any, reason: str) -> None:
     given = {"sdpa": "math", "compile": "off"}.get(setting, value)
     before, after = decide("RTX 4090"), decide("RTX 4090", **{setting: given})
     assert getattr(before, setting) != value and getattr(after, setting) == value
@@ -134,7 +134,7 @@ def test_every_choice_can_be_overridden_and_says_so(setting: str, value: Any, re
         ("CPU without", {"sdpa": "efficient"}),
     ],
 )
-def test_a_kernel_that_can_not_run_is_refused(device: str, settings: dict[str, Any]) -> None:
+def test_unusable_kernel_is_refused(device: str, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f'train.sdpa "{settings["sdpa"]}"'):
         decide(device, **settings)
 
@@ -156,7 +156,7 @@ def test_this_machine_is_described() -> None:
     assert found.kind == "cpu" and found.cores >= 1 and found.memory > 10**8
 
 
-def test_a_missing_gpu_is_one_line() -> None:
+def test_missing_gpu_is_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(UserError, match=r'train\.device "cuda": this machine shows no CUDA device'):

@@ -21,7 +21,7 @@ def figures(loss: float = 1.0, busy: float | None = None, data_wait: float = 0.0
 
 
 @pytest.mark.parametrize(
-    ("busy", "data_wait", "said"),
+    ("busy", "data_wait", "logged"),
     [
         (0.95, 0.0, None),
         (0.80, 0.2, None),
@@ -31,19 +31,19 @@ def figures(loss: float = 1.0, busy: float | None = None, data_wait: float = 0.0
         (0.0, 0.5, "waiting for data"),
     ],
 )
-def test_an_idle_gpu_has_a_likely_cause(busy: float, data_wait: float, said: str | None) -> None:
+def test_idle_gpu_has_a_likely_cause(busy: float, data_wait: float, said: str | None) -> None:
     text = check_utilization(busy, data_wait)
     assert text is None if said is None else text is not None and said in text
 
 
 def idle(advice: Advice, intervals: int, busy: float, step: int = 0) -> list[str]:
-    said = []
+    logged = []
     for number in range(intervals):
-        said += advice.check_interval(figures(loss=-number, busy=busy, data_wait=0.5), step=step + number, seconds=60)
-    return said
+        logged += advice.check_interval(figures(loss=-number, busy=busy, data_wait=0.5), step=step + number, seconds=60)
+    return logged
 
 
-def test_a_gpu_that_idles_for_minutes_is_said_once() -> None:
+def test_idle_gpu_is_logged_once() -> None:
     advice = Advice()
     # One minute of compilation and two of idling are not enough.
     assert idle(advice, 3, 0.4) == []
@@ -52,7 +52,7 @@ def test_a_gpu_that_idles_for_minutes_is_said_once() -> None:
     assert idle(advice, 20, 0.4, step=4) == []
 
 
-def test_a_busy_gpu_and_a_cpu_say_nothing_and_a_pause_does_not_count_for_ever() -> None:
+def test_busy_gpu_and_cpu_log_nothing_and_a_pause_is_forgotten() -> None:
     advice = Advice()
     assert idle(advice, 10, 0.99) == []
     assert len(idle(advice, 6, 0.5, step=10)) == 1
@@ -72,15 +72,17 @@ def test_a_busy_gpu_and_a_cpu_say_nothing_and_a_pause_does_not_count_for_ever() 
         ([7.0, 7.2] * 50 + [6.0] * 100, True),
     ],
 )
-def test_a_loss_that_has_not_fallen(losses: list[float], falls: bool) -> None:
+def test_flat_loss_is_detected(losses: list[float], falls: bool) -> None:
     assert (check_loss_falls(losses, 100) is None) == falls
 
 
-def test_it_is_judged_once_after_five_intervals_and_a_hundred_steps() -> None:
+def test_loss_is_judged_once_after_five_intervals_and_a_hundred_steps() -> None:
     for every, judged_at in ((5, 100), (100, 500)):
         advice = Advice()
-        said = [step for step in range(every, 2000, every) if advice.check_interval(figures(7.0), step=step, seconds=1)]
-        assert said == [judged_at]
+        logged = [
+            step for step in range(every, 2000, every) if advice.check_interval(figures(7.0), step=step, seconds=1)
+        ]
+        assert logged == [judged_at]
     resumed = Advice(step=1000)
     assert not any(resumed.check_interval(figures(7.0), step=step, seconds=1) for step in range(1100, 3000, 100))
 
@@ -92,13 +94,13 @@ class Flat(Toy):
         return {name: value * 0.0 for name, value in super().loss_sums(model, inputs).items()}
 
 
-def test_a_run_whose_loss_stays_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_with_a_flat_loss_logs_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "trainer"):
         train(Flat(), TrainConfig(steps=90, batch_size=4, log_every=10), run_dir=tmp_path / "too short to say")
         train(Flat(), TrainConfig(steps=150, batch_size=4, log_every=10), run_dir=tmp_path / "flat")
         train(Toy(), TrainConfig(steps=150, batch_size=4, log_every=10, d0=1e-3), run_dir=tmp_path / "falls")
-    (said,) = caplog.messages
-    assert said.startswith("[Step 100] the loss has not fallen over the first 100 steps (0.0000 at first, 0.0000 now)")
+    (line,) = caplog.messages
+    assert line.startswith("[Step 100] the loss has not fallen over the first 100 steps (0.0000 at first, 0.0000 now)")
 
 
 def test_compilation_is_announced_with_its_length(
@@ -107,7 +109,7 @@ def test_compilation_is_announced_with_its_length(
     def same(function: Any, **_: Any) -> Any:
         return function
 
-    # What is said beforehand matters here, not what is compiled.
+    # The message before compilation matters here, not the compilation.
     monkeypatch.setattr("trainer.compilation.torch.compile", same)
     with caplog.at_level(logging.WARNING, "trainer"):
         train(Toy(dropout=0.0), TrainConfig(steps=2, batch_size=4, compile="on"), run_dir=tmp_path)

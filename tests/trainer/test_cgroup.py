@@ -34,14 +34,14 @@ def member(folder: Path, text: str) -> Path:
     return path
 
 
-def test_what_a_container_has_left_counts_its_file_cache_as_free(tmp_path: Path) -> None:
+def test_container_memory_counts_the_file_cache_as_free(tmp_path: Path) -> None:
     group(tmp_path, f"{8 * GB}\n", used=5 * GB, cached=2 * GB)
     own = member(tmp_path, "0::/\n")
     assert memory_limit(tmp_path, own) == 8 * GB
     assert memory_left(tmp_path, own) == 5 * GB
 
 
-def test_the_tightest_of_the_groups_above_counts(tmp_path: Path) -> None:
+def test_tightest_of_the_groups_above_counts(tmp_path: Path) -> None:
     group(tmp_path / "user.slice/run.scope", "max", used=1 * GB)
     group(tmp_path / "user.slice", str(6 * GB), used=4 * GB)
     group(tmp_path, str(100 * GB), used=4 * GB)
@@ -69,7 +69,7 @@ def test_more_than_the_limit_leaves_nothing(tmp_path: Path) -> None:
     assert memory_left(tmp_path, member(tmp_path, "0::/\n")) == 0
 
 
-def test_a_run_may_take_what_its_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_may_use_the_memory_left_by_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "memory_left", lambda: 123)
     assert available_memory("cpu") == 123
     monkeypatch.setattr(memory, "memory_left", lambda: 10**15)

@@ -21,7 +21,7 @@ def save_all(run_dir: Path, *steps: int, keep: int = 2) -> None:
             checkpoints.save(state(step))
 
 
-def test_the_last_few_are_kept_and_latest_is_the_newest(tmp_path: Path) -> None:
+def test_last_few_are_kept_and_latest_is_the_newest(tmp_path: Path) -> None:
     save_all(tmp_path, 10, 20, 30)
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
         "latest.pth",
@@ -31,7 +31,7 @@ def test_the_last_few_are_kept_and_latest_is_the_newest(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "latest.pth")["step"] == 30
 
 
-def test_a_snapshot_does_not_follow_later_changes(tmp_path: Path) -> None:
+def test_snapshot_does_not_follow_later_changes(tmp_path: Path) -> None:
     live = state(1)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         gate = threading.Event()
@@ -43,7 +43,7 @@ def test_a_snapshot_does_not_follow_later_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
+def test_damaged_newest_checkpoint_is_replaced_by_the_previous_one(tmp_path: Path, damage: str) -> None:
     save_all(tmp_path, 10, 20)
     newest = tmp_path / "step_000000020.pth"
     content = bytearray(newest.read_bytes())
@@ -68,7 +68,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
         checkpoints.find()
 
 
-def test_a_failed_write_is_not_lost(tmp_path: Path) -> None:
+def test_failed_write_is_raised_later(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"could not be written .*free some space"),
         Checkpoints(tmp_path / "run", keep=1) as checkpoints,
@@ -76,7 +76,7 @@ def test_a_failed_write_is_not_lost(tmp_path: Path) -> None:
         checkpoints.save(state(1))  # The folder is not there.
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "best.pth"
     write_checkpoint(state(1), path)
 
@@ -104,7 +104,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", pickle.dumps(Malicious(), protocol=2), "zip"])
-def test_what_is_no_checkpoint_is_refused_and_not_run(
+def test_other_file_than_a_checkpoint_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -119,13 +119,13 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:
+def test_tensor_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(torch.zeros(2), tmp_path / "tensor.pth")
     with pytest.raises(UserError, match="holds no weights by name but a Tensor"):
         read_checkpoint(tmp_path / "tensor.pth")
 
 
-def test_a_run_directory_is_held_by_one(tmp_path: Path) -> None:
+def test_run_directory_has_one_holder(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     with lock_folder(tmp_path):
         assert is_locked(tmp_path)
@@ -134,13 +134,13 @@ def test_a_run_directory_is_held_by_one(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
 
 
-def test_an_empty_digest_counts_as_none(tmp_path: Path) -> None:
+def test_empty_digest_counts_as_none(tmp_path: Path) -> None:
     write_checkpoint(state(1), tmp_path / "a.pth")
     (tmp_path / "a.pth.sha256").write_text("")
     assert read_checkpoint(tmp_path / "a.pth")["step"] == 1
 
 
-def test_what_a_killed_write_left_is_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     (tmp_path / "step_000000007.pth.tmp").write_bytes(b"half")
     save_all(tmp_path, 8)
     assert not list(tmp_path.glob("*.tmp"))

@@ -5,13 +5,13 @@ from trainer import TrainConfig
 from trainer.config import differences, identity_fields
 
 
-def test_a_typo_is_an_error() -> None:
+def test_unknown_key_is_an_error() -> None:
     with pytest.raises(ValidationError, match="d_coeff"):
         TrainConfig(steps=1, d_coeff=1.0)
 
 
 @pytest.mark.parametrize("length", [{}, {"steps": 1, "samples": 8}, {"samples": 8, "seconds": 1.0}])
-def test_the_length_is_exactly_one_of_three(length: dict[str, float]) -> None:
+def test_length_is_exactly_one_of_three(length: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="exactly one of steps, samples and seconds"):
         TrainConfig(**length)
 
@@ -20,7 +20,7 @@ def test_samples_are_rounded_up_to_whole_steps() -> None:
     assert TrainConfig(samples=100, batch_size=8, grad_accumulation=3).num_steps == 5
 
 
-def test_a_schedule_in_seconds_needs_a_horizon() -> None:
+def test_schedule_in_seconds_needs_a_horizon() -> None:
     with pytest.raises(ValidationError, match="schedule_steps"):
         TrainConfig(seconds=5, schedule="cosine")
     assert TrainConfig(seconds=5, schedule="cosine", schedule_steps=10).horizon == 10
@@ -47,16 +47,13 @@ def test_every_field_has_a_decided_role() -> None:
     assert not identity & {"steps", "samples", "seconds", "log_every", "save_every", "num_workers", "device"}
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), True, "2"])
-@pytest.mark.parametrize(
-    "name", ["batch_size", "warmup_steps", "d_coef", "weight_decay", "max_grad_norm", "num_workers"]
-)
-def test_a_number_is_finite_and_nothing_else(name: str, value: object) -> None:
+@pytest.mark.parametrize(("name", "value"), [("d_coef", float("inf")), ("batch_size", True), ("warmup_steps", "2")])
+def test_number_must_be_finite_and_unquoted(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         TrainConfig(steps=1, **{name: value})
 
 
-def test_a_whole_number_is_taken_as_it_is_written() -> None:
+def test_whole_number_keeps_its_type() -> None:
     config = TrainConfig(steps=2e5, d_coef=1, micro_batch_size="auto")
     assert config.steps == 200_000 and isinstance(config.steps, int)
     assert config.d_coef == 1.0 and isinstance(config.d_coef, float)

@@ -60,7 +60,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert head.weight.grad is None and head.bias.grad is not None and x.grad is not None
 
 
-def test_where_no_gradient_is_wanted_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     x, head, targets = setting()
     made: list[object] = []
     monkeypatch.setattr(Tensor, "scatter_add_", lambda *arguments: made.append(arguments))

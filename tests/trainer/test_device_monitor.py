@@ -76,7 +76,7 @@ def test_utilization_is_the_mean_since_the_last_reading() -> None:
     assert nvml.uuids == ["GPU-1"]
 
 
-def test_a_driver_that_hangs_is_not_waited_for() -> None:
+def test_hanging_driver_does_not_delay_training() -> None:
     nvml = FakeNvml(iter(()))
     with watched(nvml) as monitor:
         assert nvml.exhausted.wait(30)
@@ -85,7 +85,7 @@ def test_a_driver_that_hangs_is_not_waited_for() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_a_lost_driver_is_said_once_and_the_allocator_still_knows_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_driver_is_logged_once_and_memory_comes_from_the_allocator(caplog: pytest.LogCaptureFixture) -> None:
     nvml = FakeNvml(chain([70], repeat(Lost("GPU is lost"))))
     with caplog.at_level(logging.WARNING, "trainer"), watched(nvml) as monitor:
         wait_for(lambda: bool(caplog.messages))
@@ -96,7 +96,7 @@ def test_a_lost_driver_is_said_once_and_the_allocator_still_knows_the_memory(cap
     assert nvml.calls == 2
 
 
-def test_without_pynvml_the_allocator_is_asked(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+def test_memory_comes_from_the_allocator_without_pynvml(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
 
@@ -107,7 +107,7 @@ def test_without_pynvml_the_allocator_is_asked(caplog: pytest.LogCaptureFixture,
     assert caplog.messages == ["GPU utilisation is not shown: nvidia-ml-py is not installed"]
 
 
-def test_it_ends_with_the_run() -> None:
+def test_monitor_ends_with_the_run() -> None:
     nvml = FakeNvml(repeat(50))
     before = threading.active_count()
     with watched(nvml):
@@ -138,7 +138,7 @@ class Recorder:
         pass
 
 
-def test_the_tracker_has_the_figures_at_each_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_has_the_figures_at_each_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = FakeNvml(repeat(40))
 
     def on_a_gpu(kind: str) -> DeviceMonitor:
@@ -154,7 +154,7 @@ def test_the_tracker_has_the_figures_at_each_interval(tmp_path: Path, monkeypatc
     assert "system/memory_bytes" not in intervals[0]
 
 
-def test_the_tracker_is_told_of_checkpoints_and_best_values(tmp_path: Path) -> None:
+def test_tracker_gets_checkpoints_and_best_values(tmp_path: Path) -> None:
     recorder = Recorder()
     config = TrainConfig(steps=20, batch_size=4, log_every=5, save_every=10, eval_every=40, device="cpu")
     result = train(Toy(), config, run_dir=tmp_path, tracker=recorder)
@@ -168,7 +168,7 @@ def test_the_tracker_is_told_of_checkpoints_and_best_values(tmp_path: Path) -> N
     assert all(values["system/memory_bytes"] > 0 for _, values in recorder.values if "train/loss" in values)
 
 
-def test_training_goes_on_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = FakeNvml(Lost(str(number)) for number in count())
     monkeypatch.setattr("trainer.loop.DeviceMonitor", lambda kind: watched(broken))
     assert train(Toy(), TrainConfig(steps=20, batch_size=4, device="cpu"), run_dir=tmp_path).finished

@@ -1,4 +1,4 @@
-"""What the laws find in a workload that breaks them."""
+"""Workloads that break a law, and the errors that name it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trainer import Batch
 from trainer.laws import check_workload
 
 
-def drawn(num_samples: int = 64) -> Sequences:
+def make_sequences(num_samples: int = 64) -> Sequences:
     """Other samples at every call, as an unseeded split has them."""
     return Sequences(num_samples, int(np.random.default_rng().integers(2**31)))
 
 
 class DrawnAnew(Toy):
     def train_data(self) -> Sequences:
-        return drawn()
+        return make_sequences()
 
 
 class DrawnOnce(Toy):
@@ -31,18 +31,18 @@ class DrawnOnce(Toy):
 
     @cached_property
     def _train(self) -> Sequences:
-        return drawn()
+        return make_sequences()
 
 
 class ValidationDrawnAnew(Toy):
     def val_data(self) -> Sequences:
-        return drawn()
+        return make_sequences()
 
 
 class ValidationDrawnOnce(Toy):
     @cached_property
     def _val(self) -> Sequences:
-        return drawn()
+        return make_sequences()
 
     def val_data(self) -> Sequences:
         return self._val
@@ -160,13 +160,13 @@ class ReadInOrder(Toy):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Toy) else "",
 )
-def test_a_law_that_is_broken_is_named(workload: Toy, message: str) -> None:
+def test_broken_law_is_named(workload: Toy, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_workload(workload)
 
 
 @pytest.mark.parametrize("num_train", [1, 2, 3, 9])
-def test_a_small_set_keeps_the_laws(num_train: int) -> None:
+def test_small_set_keeps_the_laws(num_train: int) -> None:
     check_workload(Toy(num_train=num_train))
 
 

@@ -28,7 +28,7 @@ class Readers:
             return sum(look.result() for look in self._looks)
 
 
-def test_who_looks_does_not_keep_others_out(tmp_path: Path) -> None:
+def test_reader_does_not_block_the_lock(tmp_path: Path) -> None:
     readers, held = Readers(tmp_path), 0
     for _ in range(100):
         # Raises where it is kept out.
@@ -38,7 +38,7 @@ def test_who_looks_does_not_keep_others_out(tmp_path: Path) -> None:
     assert held == 100
 
 
-def test_two_who_look_do_not_take_each_other_for_the_holder(tmp_path: Path) -> None:
+def test_two_readers_do_not_take_each_other_for_the_holder(tmp_path: Path) -> None:
     with lock_folder(tmp_path):
         pass
     readers = Readers(tmp_path)

@@ -1,4 +1,4 @@
-"""What a run will need, estimated without contents, against real tensors that were counted."""
+"""Memory estimates under FakeTensorMode, against the bytes of real tensors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tensors_without_contents_take_as_many_bytes_as_real_ones(
     assert estimated.parameters == counted.parameters and estimated.optimizer_state == counted.optimizer_state
 
 
-def test_a_count_of_known_tensors() -> None:
+def test_known_tensors_are_counted() -> None:
     live = LiveBytes()
     before = torch.zeros(1000)
     with live:
@@ -82,7 +82,7 @@ def test_a_count_of_known_tensors() -> None:
         assert live.peak_without([before, y, z]) == 8000
 
 
-def test_the_parts_of_the_toy_model() -> None:
+def test_parts_of_the_toy_model_are_estimated() -> None:
     num_parameters = sum(p.numel() for p in ToyModel(64, 0.0).parameters())
     found = toy_estimate(batch_size=8)
     assert found.parameters == found.gradients == 4 * num_parameters
@@ -91,7 +91,7 @@ def test_the_parts_of_the_toy_model() -> None:
     assert found.step_peak >= found.parameters + found.gradients + found.optimizer_state
     assert found.total == found.peak == max(found.training_peak, found.step_peak, found.evaluation_peak)
     assert found.fits(found.total) and not found.fits(found.total - 1)
-    # At least the logits and what softmax keeps of them.
+    # At least the logits and the copy that softmax keeps.
     assert found.activations > 2 * 4 * 8 * 39 * 17
 
 
@@ -148,7 +148,7 @@ def test_activations_are_counted_without_the_gradients() -> None:
     assert found.training_peak > found.parameters + found.optimizer_state + 0.9 * found.gradients
 
 
-def test_a_validation_larger_than_a_step_is_what_counts() -> None:
+def test_validation_larger_than_a_step_decides_the_estimate() -> None:
     found = toy_estimate(batch_size=1)
     assert found.evaluation_peak > found.training_peak and found.peak == found.evaluation_peak
 
@@ -193,7 +193,7 @@ def test_bf16_halves_what_is_kept_between_linear_layers(corpus: Path) -> None:
     assert 0.4 * full < half < 0.9 * full
 
 
-def test_the_largest_batch_size_that_fits_is_found() -> None:
+def test_largest_batch_size_that_fits_is_found() -> None:
     probe = Probe(Toy(width=64), config(batch_size=8), device="cpu", precision="fp32")
     for wanted in (20, 37, 200):
         needed = probe.estimate(wanted).total
@@ -203,18 +203,18 @@ def test_the_largest_batch_size_that_fits_is_found() -> None:
     assert probe.largest_batch_size(1e12) == 256, "no more than the data has"
 
 
-def test_an_estimate_leaves_the_random_state_and_the_weights_alone() -> None:
+def test_estimate_keeps_the_random_state_and_the_weights() -> None:
     before = torch.get_rng_state()
     toy_estimate()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_larger_than_the_machine_is_estimated_too() -> None:
+def test_model_larger_than_the_machine_is_estimated_too() -> None:
     found = toy_estimate(toy=Toy(width=1_000_000), optimizer="adamw")
     assert found.parameters > 4e12 and found.optimizer_state == pytest.approx(2 * found.parameters)
 
 
-def test_a_base_checkpoint_costs_nothing_and_must_be_there(
+def test_base_checkpoint_is_free_and_must_exist(
     corpus: Path,
     tmp_path: Path,
     tokenizers: tuple[Path, Path],  # noqa: F811
@@ -241,19 +241,19 @@ class Reading(Toy):
 
 
 @pytest.mark.parametrize("how", ["item", "tolist", "numpy", "nonzero"])
-def test_a_model_that_reads_values_has_no_estimate(how: str) -> None:
+def test_model_that_reads_values_has_no_estimate(how: str) -> None:
     with pytest.raises(NoEstimate, match="reads the values"):
         toy_estimate(toy=Reading(how=how))
 
 
-def test_damaged_samples_are_passed_over() -> None:
+def test_damaged_samples_are_skipped() -> None:
     longest = Toy().train_data().lengths.argsort()[::-1][:4]
     assert toy_estimate(toy=Toy(width=64, damaged=tuple(map(int, longest)))).parameters > 0
     with pytest.raises(UserError, match=r"4 training samples 0 could be read.* tokens\.npy is missing"):
         toy_estimate(toy=Toy(num_train=4, damaged=(0, 1, 2, 3)))
 
 
-def test_a_probe_on_a_device_decides_the_precision_as_a_plan_does() -> None:
+def test_probe_chooses_the_precision_of_the_plan() -> None:
     gpu = Capabilities("cuda", "GPU", cores=4, memory=10**10, compute_capability=(8, 9))
     avx = Capabilities("cpu", "CPU", cores=4, memory=10**10, avx512_bf16=True)
     for device, settings, precision in [(gpu, {}, "bf16"), (gpu, {"precision": "fp32"}, "fp32"), (avx, {}, "fp32")]:

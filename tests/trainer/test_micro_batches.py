@@ -47,7 +47,7 @@ def test_weights_and_loss_are_those_of_the_whole_batch(tmp_path: Path, micro_bat
     assert cut["samples"] == whole["samples"] == STEPS * 16
 
 
-def test_a_size_that_cuts_nothing_changes_no_bit(tmp_path: Path) -> None:
+def test_size_that_cuts_nothing_changes_no_bit(tmp_path: Path) -> None:
     """With dropout, which draws other numbers for rows in another order."""
     whole, same = (trained(tmp_path / str(size), Toy(), micro_batch_size=size)["model"] for size in (None, 8))
     assert all(torch.equal(same[name], whole[name]) for name in whole)
@@ -95,7 +95,7 @@ def test_samples_of_like_length_are_together_the_longest_first() -> None:
     assert [part.tolist() for part in parts] == [[101, 105, 103], [102, 104, 100]]
 
 
-def test_damaged_samples_are_left_out_and_may_leave_a_micro_batch_empty(
+def test_damaged_samples_are_skipped_and_may_empty_a_micro_batch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     batches = BatchOrder(Toy().train_data().lengths, 8).epoch(0)
@@ -110,7 +110,7 @@ def test_damaged_samples_are_left_out_and_may_leave_a_micro_batch_empty(
         torch.testing.assert_close(cut["model"][name], weights, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_stopped_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", Toy(), micro_batch_size=3, grad_accumulation=2)
     asked = iter(range(100))
     result = train(
@@ -124,7 +124,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(resumed["model"][name], whole["model"][name]) for name in whole["model"])
 
 
-def test_a_run_may_go_on_with_another_size(tmp_path: Path) -> None:
+def test_run_may_resume_with_another_micro_batch_size(tmp_path: Path) -> None:
     trained(tmp_path / "run", steps=6, micro_batch_size=3)
     resumed = trained(tmp_path / "run", micro_batch_size=1)
     whole = trained(tmp_path / "whole")
@@ -153,7 +153,7 @@ def test_auto_cuts_nothing_where_the_memory_is_ample() -> None:
     assert memory_fit.micro_batch_size == 8 and "the whole batch needs" in memory_fit.reason
 
 
-def test_where_one_sample_does_not_fit_it_is_said() -> None:
+def test_one_sample_that_does_not_fit_is_reported() -> None:
     memory_fit = estimate_fit(Toy(width=64), config(micro_batch_size="auto"), CPU, 1000)
     assert memory_fit.micro_batch_size == 1 and not memory_fit.fits(1000)
 
@@ -165,7 +165,7 @@ def test_auto_is_decided_before_a_run_and_logged(tmp_path: Path, caplog: pytest.
     assert whole["config"]["micro_batch_size"] == 8
 
 
-def test_a_run_that_can_not_fit_is_a_users_error_before_a_model_is_built(tmp_path: Path) -> None:
+def test_run_that_can_not_fit_is_a_user_error_before_the_model_is_built(tmp_path: Path) -> None:
     """4 TB of parameters."""
     with pytest.raises(UserError, match=r"one sample at a time needs .* GB and the device has .* GB: use") as error:
         train(Toy(width=1_000_000), config(micro_batch_size="auto"), run_dir=tmp_path)
@@ -179,20 +179,20 @@ class Reading(Toy):
         return sums
 
 
-def test_a_model_without_an_estimate_is_not_cut() -> None:
+def test_model_without_an_estimate_is_not_cut() -> None:
     memory_fit = estimate_fit(Reading(), config(micro_batch_size="auto"), CPU, 1000)
     assert (memory_fit.micro_batch_size, memory_fit.needs) == (8, None) and memory_fit.fits(1000)
     assert memory_fit.reason.startswith("no estimate, so batches are not split (the model reads the values")
 
 
-def test_less_goes_through_the_model_at_once() -> None:
+def test_micro_batches_need_less_memory() -> None:
     assert needed(64) > 1.5 * needed(64, micro_batch_size=16)
     probe = Probe(Toy(width=64), config(batch_size=64), device="cpu", precision="fp32")
     cut = probe.estimate(micro_batch_size=16)
     assert (cut.batch_size, cut.num_slots) == (64, 16 * 39)
 
 
-def test_an_estimate_of_micro_batches_is_within_rounding_of_the_counted_bytes() -> None:
+def test_estimate_of_micro_batches_is_within_rounding_of_the_counted_bytes() -> None:
     estimated, counted = (
         Probe(Toy(width=64), config(batch_size=32, micro_batch_size=10), device="cpu", precision="fp32", contents=real)
         .estimate()
@@ -203,6 +203,6 @@ def test_an_estimate_of_micro_batches_is_within_rounding_of_the_counted_bytes() 
 
 
 @pytest.mark.parametrize("size", [0, -1, "all"])
-def test_another_word_is_refused(size: Any) -> None:
+def test_unknown_micro_batch_size_is_refused(size: Any) -> None:
     with pytest.raises(ValueError, match="micro_batch_size"):
         config(micro_batch_size=size)

@@ -71,7 +71,7 @@ def steps(run: Run, batches: Iterator[Batch], meter: IntervalMeter, precision: s
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_step_reads_nothing_on_the_host(
+def test_step_reads_nothing_on_the_host(
     workload: IndexTTS2, tmp_path: Path, settings: dict[str, Any], precision: str
 ) -> None:
     run, batches, meter = started(workload, tmp_path, settings)
@@ -84,7 +84,7 @@ def test_a_step_reads_nothing_on_the_host(
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_step_runs_on_tensors_without_values(workload: IndexTTS2, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_step_runs_on_tensors_without_values(workload: IndexTTS2, tmp_path: Path, settings: dict[str, Any]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         run, batches, meter = started(workload, tmp_path, settings)
         steps(run, batches, meter, "fp32")

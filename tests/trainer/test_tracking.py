@@ -1,4 +1,4 @@
-"""Aim: what a run writes is read back through Aim's own API; what fails there never reaches training."""
+"""Aim: its API reads back the metrics of a run, and its failures never reach training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {"batch_size": 4, "log_every": 5, "eval_every": 40}
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked here is what Aim was told, not how soon, on a machine with other work."""
+    """The tests check the contents of Aim, not the speed, which depends on the machine's load."""
     monkeypatch.setattr(AimTracker, "PATIENCE_S", 300.0)
 
 
@@ -58,7 +58,7 @@ def tracker(tmp_path: Path, name: str = "run", **params: Any) -> AimTracker:
     return AimTracker(tmp_path / "repo", run_dir=tmp_path / name, experiment="toy", params=params)
 
 
-def test_a_run_and_its_continuation_are_one_run_in_aim(tmp_path: Path) -> None:
+def test_resumed_run_is_the_same_run_in_aim(tmp_path: Path) -> None:
     for steps in (10, 20):
         train(Toy(), TrainConfig(steps=steps, **CONFIG), run_dir=tmp_path / "run", tracker=tracker(tmp_path))
     ((run_hash, run),) = runs(tmp_path / "repo").items()
@@ -83,22 +83,22 @@ def test_curves_checkpoints_best_values_and_the_device_are_read_back_from_aim(tm
     assert run["checkpoints"] == {"latest.pth": 20, "best_token_model.pth": 20}
 
 
-def test_a_step_that_is_trained_again_after_a_crash_replaces_what_it_had_written(tmp_path: Path) -> None:
+def test_repeated_step_after_a_crash_replaces_its_metrics(tmp_path: Path) -> None:
     for first, value in ((1, 1.0), (3, 2.0)):
-        following = tracker(tmp_path)
+        aim_tracker = tracker(tmp_path)
         for step in range(first, first + 4):
-            following.track({"train/loss": value}, step=step, samples=step)
-        following.close()
+            aim_tracker.track({"train/loss": value}, step=step, samples=step)
+        aim_tracker.close()
     (run,) = runs(tmp_path / "repo").values()
     assert series(run, "loss", subset="train") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
 
 
-def write_one(following: AimTracker) -> None:
-    following.track({"train/loss": 1.0}, step=1, samples=1)
-    following.close()
+def write_one(aim_tracker: AimTracker) -> None:
+    aim_tracker.track({"train/loss": 1.0}, step=1, samples=1)
+    aim_tracker.close()
 
 
-def test_where_the_aim_run_is_gone_a_new_one_names_it(tmp_path: Path) -> None:
+def test_missing_aim_run_is_named_by_the_new_one(tmp_path: Path) -> None:
     write_one(tracker(tmp_path, "other"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "aim_run").write_text("0123456789abcdef01234567")
@@ -108,7 +108,7 @@ def test_where_the_aim_run_is_gone_a_new_one_names_it(tmp_path: Path) -> None:
     assert series(run, "loss", subset="train") == [(1, 1.0)]
 
 
-def test_where_the_aim_run_is_open_elsewhere_a_new_one_names_it(
+def test_aim_run_open_elsewhere_is_named_by_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from filelock import Timeout
@@ -143,7 +143,7 @@ def test_file_handles_do_not_grow_with_the_number_of_runs(tmp_path: Path) -> Non
     assert len(runs(tmp_path / "repo")) == 6
 
 
-def test_the_command_that_opens_the_curves_can_be_pasted() -> None:
+def test_printed_aim_command_can_be_pasted() -> None:
     assert aim_command(Path("my runs")) == "aim up --repo 'my runs'"
 
 
@@ -157,20 +157,16 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("broken")
-def test_a_tracker_that_fails_says_so_once_and_training_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failed_tracker_is_logged_once_and_training_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "trainer"):
         result = train(Toy(), TrainConfig(steps=20, **CONFIG), run_dir=tmp_path / "run", tracker=tracker(tmp_path))
     assert result.finished
-    said = [record.message for record in caplog.records if "Aim" in record.message]
-    assert said == ["Aim stopped tracking (OSError: too many open files); training continues without it"]
+    messages = [record.message for record in caplog.records if "Aim" in record.message]
+    assert messages == ["Aim stopped tracking (OSError: too many open files); training continues without it"]
     assert aim_run(tmp_path / "run") is None
 
 
-def test_a_tracker_that_hangs_delays_the_end_by_its_patience_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_tracker_delays_the_end_by_its_patience_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AimTracker, "PATIENCE_S", 0.2)
     monkeypatch.setattr(AimTracker, "CAPACITY", 2)
     monkeypatch.setattr(AimTracker, "_open", lambda self: time.sleep(5))

@@ -1,4 +1,4 @@
-"""train(): continuing, refusing, stopping, and what it leaves behind."""
+"""train(): resuming, refusing, stopping, and the files of a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def states_equal(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
 @pytest.mark.parametrize("stopped_at", [7, 23])
-def test_a_stopped_and_continued_run_equals_one_never_stopped(tmp_path: Path, optimizer: str, stopped_at: int) -> None:
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, optimizer: str, stopped_at: int) -> None:
     # 31 samples: 40 steps of 2 x 4 cross several epochs, so the sample order is continued too.
     workload, run = Toy(num_train=70), config(optimizer=optimizer, grad_accumulation=2, schedule="cosine")
     train(workload, run, run_dir=tmp_path / "whole")
@@ -58,7 +58,7 @@ def test_a_stopped_and_continued_run_equals_one_never_stopped(tmp_path: Path, op
     assert whole["progress"]["best"] == parts["progress"]["best"]
 
 
-def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path: Path) -> None:
+def test_finished_run_continues_when_extended(tmp_path: Path) -> None:
     train(Toy(), config(steps=20), run_dir=tmp_path / "parts")
     train(Toy(), config(steps=40), run_dir=tmp_path / "parts")
     train(Toy(), config(steps=40), run_dir=tmp_path / "whole")
@@ -66,7 +66,7 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path: Path) -> None:
     assert states_equal(whole["model"], parts["model"])
 
 
-def test_the_best_value_survives_a_continuation(tmp_path: Path) -> None:
+def test_best_value_survives_a_resume(tmp_path: Path) -> None:
     train(Toy(), config(steps=20), run_dir=tmp_path)
     best = read_checkpoint(tmp_path / "best_token_model.pth")
     # From here on the weights are ruined, so no later validation is better.
@@ -93,22 +93,22 @@ def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(losses["four"][key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_the_validation_loss_does_not_depend_on_the_training_batch_size(tmp_path: Path) -> None:
+def test_validation_loss_does_not_depend_on_the_training_batch_size(tmp_path: Path) -> None:
     seen: dict[int, list[Evaluation]] = {4: [], 16: []}
     for batch_size, evaluations in seen.items():
-        # So small a step that the weights stay what they were.
+        # Steps so small that the weights do not change.
         frozen = config(steps=1, batch_size=batch_size, optimizer="adamw", lr=1e-12, val_samples=30)
         train(Toy(), frozen, run_dir=tmp_path / str(batch_size), on_eval=evaluations.append)
     assert seen[4][-1].metrics["val/loss"] == pytest.approx(seen[16][-1].metrics["val/loss"], rel=1e-6)
 
 
-def test_evaluations_lie_on_the_grid_of_samples(tmp_path: Path) -> None:
+def test_evaluations_are_on_the_grid_of_samples(tmp_path: Path) -> None:
     seen: list[Evaluation] = []
     train(Toy(), config(steps=None, samples=100, batch_size=12, eval_every=25), run_dir=tmp_path, on_eval=seen.append)
     assert [(e.point, e.samples) for e in seen] == [(25, 36), (50, 60), (75, 84), (100, 108)]
 
 
-def test_a_run_in_seconds_ends_and_is_evaluated_on_its_grid(tmp_path: Path) -> None:
+def test_run_in_seconds_ends_and_is_evaluated_on_its_grid(tmp_path: Path) -> None:
     seen: list[Evaluation] = []
     run = config(steps=None, seconds=0.6, eval_every=0.2, eval_unit="seconds")
     result = train(Toy(), run, run_dir=tmp_path, on_eval=seen.append)
@@ -144,13 +144,13 @@ def test_free_fields_may_change(tmp_path: Path) -> None:
     assert result.step == 8
 
 
-def test_a_checkpoint_of_the_other_optimizer_says_what_to_do(tmp_path: Path) -> None:
+def test_checkpoint_of_the_other_optimizer_is_refused_with_the_remedy(tmp_path: Path) -> None:
     train(Toy(), config(steps=5, optimizer="adamw"), run_dir=tmp_path / "adamw")
     with pytest.raises(UserError, match=r"checkpoint of adamw .*--set train.optimizer=adamw.*--init "):
         train(Toy(), config(), run_dir=tmp_path / "adamw")
 
 
-def test_resuming_from_a_path_goes_on_when_given_again(tmp_path: Path) -> None:
+def test_repeated_resume_from_a_path_continues(tmp_path: Path) -> None:
     train(Toy(), config(steps=10), run_dir=tmp_path / "one")
     source = tmp_path / "one" / "latest.pth"
     stopped = train(Toy(), config(), run_dir=tmp_path / "two", resume=source, stop=stop_after(5))
@@ -160,7 +160,7 @@ def test_resuming_from_a_path_goes_on_when_given_again(tmp_path: Path) -> None:
         train(Toy(), config(), run_dir=tmp_path / "one", resume=tmp_path / "two" / "latest.pth")
 
 
-def test_a_checkpoint_of_another_trainer_is_adamws_and_not_continued(tmp_path: Path) -> None:
+def test_checkpoint_of_another_trainer_counts_as_adamw_and_is_not_resumed(tmp_path: Path) -> None:
     torch.save({"model": {}, "optimizer": {}, "step": 5}, tmp_path / "theirs.pth")
     with pytest.raises(UserError, match="checkpoint of adamw and this run uses prodigy"):
         train(Toy(), config(), run_dir=tmp_path / "new", resume=tmp_path / "theirs.pth")
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_trainer_is_adamws_and_not_continued(tmp_path: P
         train(Toy(), config(optimizer="adamw"), run_dir=tmp_path / "new", resume=tmp_path / "theirs.pth")
 
 
-def test_a_checkpoint_without_a_type_is_adamws(tmp_path: Path) -> None:
+def test_checkpoint_without_a_type_counts_as_adamw(tmp_path: Path) -> None:
     train(Toy(), config(steps=5), run_dir=tmp_path / "run")
     state = read_checkpoint(tmp_path / "run" / "latest.pth")
     del state["optimizer_type"]
@@ -177,7 +177,7 @@ def test_a_checkpoint_without_a_type_is_adamws(tmp_path: Path) -> None:
         train(Toy(), config(), run_dir=tmp_path / "new", resume=tmp_path / "old.pth")
 
 
-def test_continued_elsewhere_a_run_has_its_best_checkpoint_there(tmp_path: Path) -> None:
+def test_run_resumed_elsewhere_has_its_best_checkpoint_there(tmp_path: Path) -> None:
     """Even where no later validation is better than the best of before, whose weights stayed in the other folder."""
     train(Toy(), config(steps=20), run_dir=tmp_path / "one")
     state = read_checkpoint(tmp_path / "one" / "latest.pth")
@@ -201,7 +201,7 @@ def test_init_takes_the_weights_and_nothing_else(tmp_path: Path) -> None:
         train(Toy(), tiny, run_dir=tmp_path / "new", init=tmp_path / "adamw" / "latest.pth")
 
 
-def test_weights_alone_can_not_be_continued(tmp_path: Path) -> None:
+def test_weights_alone_can_not_be_resumed(tmp_path: Path) -> None:
     train(Toy(), config(steps=10), run_dir=tmp_path / "run")
     best = tmp_path / "run" / "best_token_model.pth"
     with pytest.raises(UserError, match=r"weights and no training state.*--init"):
@@ -214,7 +214,7 @@ def test_resume_never_refuses_a_used_directory(tmp_path: Path) -> None:
         train(Toy(), config(), run_dir=tmp_path, resume="never")
 
 
-def test_a_used_directory_is_locked(tmp_path: Path) -> None:
+def test_used_directory_is_locked(tmp_path: Path) -> None:
     with lock_folder(tmp_path), pytest.raises(UserError, match="in use"):
         train(Toy(), config(), run_dir=tmp_path)
 
@@ -235,7 +235,7 @@ class Recorder:
         self.closed = True
 
 
-def test_what_on_eval_raises_closes_everything_and_goes_on(tmp_path: Path) -> None:
+def test_error_in_on_eval_closes_everything_and_propagates(tmp_path: Path) -> None:
     recorder = Recorder()
 
     def on_eval(evaluation: Evaluation) -> None:
@@ -248,7 +248,7 @@ def test_what_on_eval_raises_closes_everything_and_goes_on(tmp_path: Path) -> No
         pass
 
 
-def test_the_tracker_gets_losses_rate_d_and_norm(tmp_path: Path) -> None:
+def test_tracker_gets_losses_rate_d_and_norm(tmp_path: Path) -> None:
     recorder = Recorder()
     train(Toy(), config(), run_dir=tmp_path, tracker=recorder)
     names = {name for _, values in recorder.values for name in values}
@@ -259,7 +259,7 @@ def test_the_tracker_gets_losses_rate_d_and_norm(tmp_path: Path) -> None:
     assert last
 
 
-def test_the_log_line_has_the_promised_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_line_has_the_promised_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "trainer"):
         train(Toy(), config(), run_dir=tmp_path)
     lines = [record.message for record in caplog.records if record.message.startswith("[Step 5]")]
@@ -280,7 +280,7 @@ class Exploding(Toy):
 
 
 @pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
-def test_a_gradient_that_is_not_finite_skips_its_update_alone(tmp_path: Path, optimizer: str) -> None:
+def test_non_finite_gradient_skips_its_update_alone(tmp_path: Path, optimizer: str) -> None:
     recorder = Recorder()
     train(Exploding(), config(optimizer=optimizer, log_every=40), run_dir=tmp_path, tracker=recorder)
     values = dict(recorder.values[:1])[40] if recorder.values[0][0] == 40 else recorder.values[-2][1]
@@ -292,13 +292,13 @@ def test_a_gradient_that_is_not_finite_skips_its_update_alone(tmp_path: Path, op
 
 
 @pytest.mark.parametrize("log_every", [1, 5])
-def test_a_run_without_any_update_ends_as_diverged(tmp_path: Path, log_every: int) -> None:
+def test_run_without_any_update_ends_as_diverged(tmp_path: Path, log_every: int) -> None:
     with pytest.raises(Diverged, match="none of the last 5 gradients was finite, at step 5"):
         train(Exploding(always=True), config(log_every=log_every), run_dir=tmp_path)
 
 
 class Broken(Recorder):
-    """A display that fails at the third thing it is told."""
+    """A display that fails at its third call."""
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
         super().track(values, step=step, samples=samples)
@@ -306,15 +306,15 @@ class Broken(Recorder):
             raise ZeroDivisionError
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_tracker_is_dropped_and_the_run_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken, whole = Broken(), Recorder()
     assert train(Toy(), config(), run_dir=tmp_path, tracker=Trackers([broken, whole])).finished
     assert len(broken.values) == 3 < len(whole.values)
-    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert said.getMessage() == "Broken failed; training continues without it" and said.exc_info
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.getMessage() == "Broken failed; training continues without it" and warning.exc_info
 
 
-def test_a_tracker_that_fails_is_closed_all_the_same(tmp_path: Path) -> None:
+def test_failed_tracker_is_closed(tmp_path: Path) -> None:
     broken = Broken()
     train(Toy(), config(), run_dir=tmp_path, tracker=Trackers([broken]))
     assert broken.closed
@@ -331,7 +331,7 @@ class Overflowing(Toy):
         return {name: value * (math.nan if ruined else 1) for name, value in super().loss_sums(model, inputs).items()}
 
 
-def test_a_validation_loss_that_is_no_number_ends_the_run_and_leaves_its_checkpoints(tmp_path: Path) -> None:
+def test_non_finite_validation_loss_ends_the_run_and_keeps_its_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"val/loss was nan after 80 samples"):
         train(Overflowing(), config(eval_every=40, save_every=5), run_dir=tmp_path)
     assert 0 < read_checkpoint(tmp_path / "best_token_model.pth")["metrics"]["val/loss"] < 10

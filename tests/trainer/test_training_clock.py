@@ -20,7 +20,7 @@ STEP_SECONDS = 0.25
 
 
 class Clock:
-    """Stands still but for what a step takes."""
+    """Advances only by the time that a step takes."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -68,14 +68,14 @@ def stop_after(steps: int) -> Callable[[], bool]:
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("compilation", [0.0, 60.0])
-def test_a_run_in_seconds_trains_as_long_whether_it_compiles_or_not(tmp_path: Path, compilation: float) -> None:
+def test_run_in_seconds_excludes_compilation_time(tmp_path: Path, compilation: float) -> None:
     result = train(Timed(compilation=compilation), config(), run_dir=tmp_path)
     assert result.step == WARM_UP_STEPS + 20 and result.timed_steps == 20
     assert result.seconds == 5.0
     assert result.samples_per_second == 4 / STEP_SECONDS
 
 
-def test_so_it_does_by_the_real_clock(tmp_path: Path) -> None:
+def test_run_in_seconds_excludes_warm_up_by_the_real_clock(tmp_path: Path) -> None:
     class Sleeping(Timed):
         def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if model.training and self._first:
@@ -109,7 +109,7 @@ class Rates:
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("log_every", [1, 5])
-def test_the_rate_of_the_first_interval_is_that_of_its_timed_steps(tmp_path: Path, log_every: int) -> None:
+def test_rate_of_the_first_interval_is_that_of_its_timed_steps(tmp_path: Path, log_every: int) -> None:
     rates = Rates()
     train(Timed(compilation=60.0), config(steps=10, log_every=log_every), run_dir=tmp_path, tracker=rates)
     known = rates.found[0 if log_every == 5 else WARM_UP_STEPS :]
@@ -127,7 +127,7 @@ class Steps(Rates):
     ("log_every", "lines"),
     [(100, [(53, 50), (100, 47), (120, 20)]), (40, [(40, 37), (80, 40), (120, 40)])],
 )
-def test_the_first_figures_come_after_fifty_timed_steps(
+def test_first_figures_appear_after_fifty_timed_steps(
     tmp_path: Path, log_every: int, lines: list[tuple[int, int]]
 ) -> None:
     steps, again = Steps(), Steps()
@@ -139,7 +139,7 @@ def test_the_first_figures_come_after_fifty_timed_steps(
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_continuation_warms_up_again(tmp_path: Path) -> None:
+def test_resumed_run_warms_up_again(tmp_path: Path) -> None:
     workload = Timed(compilation=60.0)
     stopped = train(workload, config(), run_dir=tmp_path, stop=stop_after(10))
     assert (stopped.step, stopped.timed_steps) == (10, 10 - WARM_UP_STEPS)
@@ -148,7 +148,7 @@ def test_a_continuation_warms_up_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_run_that_never_gets_past_its_warm_up_ends_all_the_same(tmp_path: Path) -> None:
+def test_run_that_never_passes_its_warm_up_ends(tmp_path: Path) -> None:
     for starts in itertools.count(1):
         result = train(Timed(), config(seconds=1.0), run_dir=tmp_path, stop=stop_after(2))
         if result.finished:
@@ -158,7 +158,7 @@ def test_a_run_that_never_gets_past_its_warm_up_ends_all_the_same(tmp_path: Path
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_run_of_nothing_but_warm_up_has_no_seconds(tmp_path: Path) -> None:
+def test_run_of_warm_up_alone_has_no_seconds(tmp_path: Path) -> None:
     seen: list[Evaluation] = []
     result = train(Timed(), config(steps=WARM_UP_STEPS), run_dir=tmp_path, on_eval=seen.append)
     assert result.seconds == 0.0 and result.samples_per_second is None
@@ -166,7 +166,7 @@ def test_a_run_of_nothing_but_warm_up_has_no_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_checkpoint_of_before_counts_all_of_its_steps(tmp_path: Path) -> None:
+def test_older_checkpoint_counts_all_of_its_steps(tmp_path: Path) -> None:
     import torch
 
     train(Timed(), config(steps=10), run_dir=tmp_path / "one")

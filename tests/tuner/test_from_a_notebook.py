@@ -31,7 +31,7 @@ def note(number: int, frame: object) -> None:
 
 
 class Arrays:
-    """Samples to pack: rows of numbers, and what reading one does besides."""
+    """Samples to pack: rows of numbers; reading one calls `seen`."""
 
     def __init__(self, seen: Callable[[], None]) -> None:
         self.lengths = np.ones(40, np.int64)
@@ -46,7 +46,7 @@ class Arrays:
 
 
 class Watched(Toy):
-    """Tells a list which signal handlers are in force at each training batch."""
+    """Appends the signal handlers in force at each training batch to a list."""
 
     def loss_sums(self, model: Any, inputs: Any) -> Any:
         seen.append(handlers())
@@ -61,7 +61,7 @@ def handlers() -> dict[signal.Signals, Any]:
 
 
 def tune(runtime: Runtime, workload: str = f"{__name__}:Watched") -> tuple[optuna.Study, int]:
-    """What a notebook's cells do; returns the study and the full run's samples."""
+    """Launch and promote as a notebook does; returns the study and the full run's samples."""
     url = f"sqlite:///{runtime.run_root.parent}/tuner.db"
     spec = build(**{"study.workload": workload, "trial.num_trials": 2})
     study = launch(spec, storage=url, runtime=runtime)
@@ -90,7 +90,7 @@ def test_launch_and_promote_leave_signals_and_process_group_to_the_caller(runtim
     assert (os.getpgid(0), os.getsid(0)) == (group, session)
 
 
-def test_a_workload_may_be_a_class_of_a_cell(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workload_may_be_a_class_of_a_cell(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     # Like a notebook's __main__, this module has no file.
     cell = ModuleType("cell")
     cell.Cell = type("Cell", (Toy,), {"__module__": "cell"})  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def test_launch_and_promote_run_inside_a_running_event_loop(runtime: Runtime) ->
     assert len(study.trials) == 2 and samples == 480
 
 
-def test_they_run_in_a_thread_beside_the_event_loop_which_goes_on_turning(runtime: Runtime) -> None:
+def test_launch_and_promote_in_a_thread_do_not_block_the_event_loop(runtime: Runtime) -> None:
     async def serve() -> tuple[int, int]:
         tuning = asyncio.create_task(asyncio.to_thread(tune, runtime))
         turns = 0
@@ -120,7 +120,7 @@ def test_they_run_in_a_thread_beside_the_event_loop_which_goes_on_turning(runtim
     assert samples == 480 and turns > 10
 
 
-def test_a_stop_asked_from_another_thread_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+def test_stop_from_another_thread_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     stop = threading.Event()
     config = TrainConfig(steps=100_000, log_every=10, precision="fp32")
     with ThreadPoolExecutor(1) as pool:
@@ -137,7 +137,7 @@ def test_a_stop_asked_from_another_thread_ends_the_run_with_a_checkpoint(tmp_pat
     assert not result.finished and (tmp_path / "latest.pth").exists()
 
 
-def test_packing_in_another_thread_leaves_the_handlers_alone(tmp_path: Path) -> None:
+def test_packing_in_another_thread_keeps_the_handlers(tmp_path: Path) -> None:
     before, during = handlers(), []
     data = Arrays(lambda: during.append(handlers()))
     with ThreadPoolExecutor(1) as pool:
@@ -146,7 +146,7 @@ def test_packing_in_another_thread_leaves_the_handlers_alone(tmp_path: Path) -> 
     assert len(during) >= 40 and all(one == before for one in [*during, handlers()])
 
 
-def test_packing_in_the_main_thread_holds_signals_back_and_gives_the_handlers_back(tmp_path: Path) -> None:
+def test_packing_in_the_main_thread_defers_signals_and_restores_the_handlers(tmp_path: Path) -> None:
     before, during = handlers(), []
     data = Arrays(lambda: during.append(signal.getsignal(signal.SIGINT)))
     assert isinstance(open_packed(data, tmp_path / "store", digest="d", mode=True), PackedDataset)
@@ -154,7 +154,7 @@ def test_packing_in_the_main_thread_holds_signals_back_and_gives_the_handlers_ba
     assert handlers() == before
 
 
-def test_a_packing_that_fails_gives_the_handlers_back(tmp_path: Path) -> None:
+def test_failed_packing_restores_the_handlers(tmp_path: Path) -> None:
     before, reads = handlers(), []
 
     def fail() -> None:

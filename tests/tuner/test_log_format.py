@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -14,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import Command
 from tests.tuner.studies_for_tests import TOML, build, write
-from tests.tuner.test_cli import tuner
-from tuner.cli import main
 from tuner.cli.terminal import Format, follow_run, temporary_log
 from tuner.study.launch import open_study
 from tuner.study.storage import load_study, open_storage
@@ -27,35 +27,36 @@ def events(output: str) -> list[str]:
     return [json.loads(line)["event"] for line in output.splitlines()]
 
 
-def test_as_json_nothing_else_is_on_stdout(tmp_path: Path) -> None:
+def test_json_format_prints_events_alone(tmp_path: Path, run_command: Command) -> None:
     write(tmp_path)
-    launched = tuner(tmp_path, "launch", "study.toml", "--no-track", "--trials", "1", "--log-format", "json")
+    launched = run_command("launch", "study.toml", "--no-track", "--trials", "1", "--log-format", "json")
     assert launched.returncode == 0, launched.stderr
-    found = events(launched.stdout)
-    assert (found[0], found[-1]) == ("trial_started", "study_ended") and "evaluation" in found
+    kinds = events(launched.stdout)
+    assert (kinds[0], kinds[-1]) == ("trial_started", "study_ended") and "evaluation" in kinds
     assert "Next: tuner status toy" in launched.stderr
 
-    promoted = tuner(tmp_path, "promote", "toy", "--no-track", "--log-format", "json")
+    promoted = run_command("promote", "toy", "--no-track", "--log-format", "json")
     assert promoted.returncode == 0, promoted.stderr
-    found = events(promoted.stdout)
-    assert (found[0], found[-1]) == ("run_started", "run_ended") and {"metrics", "checkpoint"} <= set(found)
+    kinds = events(promoted.stdout)
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended") and {"metrics", "checkpoint"} <= set(kinds)
     assert "[Step 60] Loss: " in promoted.stderr
 
 
-def test_a_confirmation_is_told_run_by_run_and_as_a_whole(tmp_path: Path) -> None:
+def test_confirmation_has_events_for_each_run_and_the_whole(tmp_path: Path, run_command: Command) -> None:
     write(tmp_path)
-    assert tuner(tmp_path, "launch", "study.toml", "--no-track", "--trials", "2").returncode == 0
-    promoted = tuner(tmp_path, "promote", "toy", "--confirm", "1", "--no-track", "--log-format", "json")
+    assert run_command("launch", "study.toml", "--no-track", "--trials", "2").returncode == 0
+    promoted = run_command("promote", "toy", "--confirm", "1", "--no-track", "--log-format", "json")
     assert promoted.returncode == 0, promoted.stderr
     lines = [json.loads(line) for line in promoted.stdout.splitlines()]
-    told = next(line for line in lines if line["event"] == "confirmation")
-    assert told["winner"] == told["trials"][0]["number"] and set(told["trials"][0]["values"]) == {"0", "1"}
+    confirmation = next(line for line in lines if line["event"] == "confirmation")
+    trials = confirmation["trials"]
+    assert confirmation["winner"] == trials[0]["number"] and set(trials[0]["values"]) == {"0", "1"}
     runs = [line["run"] for line in lines if line["event"] == "run_started"]
-    assert runs[-1] == "full run of toy" and len(runs) == 1 + 2 * len(told["trials"])
-    assert f"confirmation of trial {told['winner']}, seed 1, of toy" in runs
+    assert runs[-1] == "full run of toy" and len(runs) == 1 + 2 * len(trials)
+    assert f"confirmation of trial {confirmation['winner']}, seed 1, of toy" in runs
 
 
-def test_warnings_go_where_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_follow_the_format(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("trainer.test")
     with temporary_log(Format.plain, logging.WARNING):
         log.info("not this")
@@ -67,7 +68,7 @@ def test_warnings_go_where_the_format_says(capsys: pytest.CaptureFixture[str]) -
     assert events(out) == ["warning"] and err == "the GPU is idle\n"
 
 
-def test_a_run_is_followed_as_the_format_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_events_follow_the_format(capsys: pytest.CaptureFixture[str]) -> None:
     with follow_run("a run", Format.json) as run:
         run.track({"train/loss": 1.0}, step=1, samples=8)
     assert events(capsys.readouterr().out) == ["run_started", "metrics"]
@@ -93,7 +94,7 @@ def started(tmp_path: Path, text: str, *, stdout: int) -> subprocess.Popen[str]:
     )
 
 
-def test_a_launch_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path: Path) -> None:
+def test_launch_into_a_closed_pipe_stops_with_a_checkpoint(tmp_path: Path) -> None:
     with started(tmp_path, LONG, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert "trial 0" in process.stdout.readline()
@@ -105,7 +106,7 @@ def test_a_launch_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path: Path) -
     assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
 
 
-def test_a_program_started_without_a_standard_output_trains(tmp_path: Path) -> None:
+def test_closed_standard_output_does_not_stop_training(tmp_path: Path) -> None:
     command = f"{sys.executable} -m tuner.cli train {write(tmp_path)} --no-track --run-dir {tmp_path}/run >&-"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, shell=True, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
@@ -113,7 +114,7 @@ def test_a_program_started_without_a_standard_output_trains(tmp_path: Path) -> N
     assert (tmp_path / "run/latest.pth").exists()
 
 
-def test_a_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
+def test_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
     with started(tmp_path, LONG, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert "trial 0" in process.stdout.readline()
@@ -123,7 +124,7 @@ def test_a_hang_up_stops_with_a_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "runs/toy/trial-00000/latest.pth").exists()
 
 
-def test_a_launch_outlives_its_terminal(tmp_path: Path) -> None:
+def test_launch_outlives_its_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     with started(tmp_path, TOML, stdout=theirs) as process:
         os.close(theirs)
@@ -136,18 +137,20 @@ def test_a_launch_outlives_its_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["plain", "json"])
-def test_a_terminal_without_utf_8_shows_what_it_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_format: str
+def test_terminal_without_utf_8_gets_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Command, log_format: str
 ) -> None:
-    folder = tmp_path / "한국어"
-    folder.mkdir()
-    write(folder)
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    trained = tuner(folder, "train", "study.toml", "--no-track", "--log-format", log_format)
+    write(tmp_path)
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    arguments = ("--no-track", "--run-dir", "한국어", "--log-format", log_format)
+    trained = run_command("train", "study.toml", *arguments)
     assert trained.returncode == 0, trained.stderr
-    assert "\\ud55c\\uad6d\\uc5b4" in trained.stdout
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "\\ud55c\\uad6d\\uc5b4" in shown
     if log_format == "json":
-        assert json.loads(trained.stdout.splitlines()[-1])["run_dir"] == str(folder / "runs/toy/train")
+        assert json.loads(shown.splitlines()[-1])["run_dir"].endswith("한국어")
 
 
 def test_watching_ends_with_ctrl_c_and_code_0(tmp_path: Path) -> None:
@@ -168,11 +171,7 @@ def test_watching_ends_with_ctrl_c_and_code_0(tmp_path: Path) -> None:
     assert b"study toy" in seen and b"Traceback" not in seen
 
 
-def test_watching_and_json_exclude_each_other(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["tuner", "status", "--watch", "--json"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "tuner: --watch and --json exclude each other: leave one out.\n"
+def test_watching_and_json_exclude_each_other(run_command: Command) -> None:
+    result = run_command("status", "--watch", "--json")
+    assert result.returncode == 2
+    assert result.stderr == "tuner: --watch and --json exclude each other: leave one out.\n"

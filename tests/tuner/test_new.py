@@ -1,4 +1,4 @@
-"""tuner new: what it writes runs as it is, and what it can't write it says in a line."""
+"""tuner new: the written study runs unchanged, and a mistake is one line."""
 
 from __future__ import annotations
 
@@ -22,38 +22,53 @@ from tuner.template.workload import MyModel
 ROOT = Path(__file__).parents[2]
 
 
-def test_what_it_writes_is_launched_from_its_folder_and_promoted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+COMMANDS = """
+import sys
+from tuner.cli import main
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["tuner", *line.split()]
+    try:
+        main()
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
+"""
+
+
+def test_written_study_is_launched_and_promoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "cd studies/my.model-2 && tuner launch study.toml && tuner promote my.model-2" in new(
         Path("studies/my.model-2")
     )
-
+    commands = [
+        "launch study.toml --no-track --trials 1",
+        "promote my.model-2 --no-track --steps 200",
+        "status my.model-2 --json",
+    ]
     # A process of its own: the module's name, workload, stays free in this one.
-    def tuner(*arguments: str) -> str:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TUNER_STORAGE": ""}
-        command = [sys.executable, "-m", "tuner.cli", *arguments]
-        folder = tmp_path / "studies/my.model-2"
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        input="\n".join(commands),
+        cwd=tmp_path / "studies/my.model-2",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TUNER_STORAGE": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[1/1 trials]" in done.stdout and "step 200, " in done.stdout
+    assert json.loads(done.stdout[done.stdout.index("\n{") :])["full_runs"][0]["state"] == "finished"
 
-    assert "[1/1 trials]" in tuner("launch", "study.toml", "--no-track", "--trials", "1")
-    assert "step 200, " in tuner("promote", "my.model-2", "--no-track", "--steps", "200")
-    assert json.loads(tuner("status", "my.model-2", "--json"))["full_runs"][0]["state"] == "finished"
 
-
-def test_the_template_keeps_the_three_laws_and_learns(runtime: Runtime, tmp_path: Path) -> None:
+def test_template_keeps_the_three_laws_and_learns(runtime: Runtime, tmp_path: Path) -> None:
     check_workload(MyModel())
     spec = StudySpec.load(TEMPLATE / "study.toml", {"study.workload": "tuner.template.workload:MyModel"})
     study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=1)
     result = promote(study, steps=300, runtime=runtime)
-    # A sixteenth would be chance; nine steps of ten can be told from the ones before.
+    # Chance would be a sixteenth; nine steps of ten follow from the ones before.
     assert result.metrics["val/accuracy"] > 0.8
 
 
-def test_the_files_are_the_templates_but_for_the_name(tmp_path: Path) -> None:
+def test_files_are_the_templates_but_for_the_name(tmp_path: Path) -> None:
     new(tmp_path / "mine")
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == sorted(FILES)
     for name in FILES:
@@ -63,7 +78,7 @@ def test_the_files_are_the_templates_but_for_the_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["two words", ".hidden", "-x", "a/..", "한국어", "x;y", "line\n"])
-def test_a_name_that_a_study_can_not_have_is_refused(name: str, tmp_path: Path) -> None:
+def test_invalid_study_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder's name becomes the study's"):
         new(tmp_path / name)
     assert not list(tmp_path.iterdir())
@@ -83,7 +98,7 @@ def test_a_name_that_a_study_can_not_have_is_refused(name: str, tmp_path: Path) 
         (".", ".: the folder's name becomes the study's"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_mistake_is_one_line_and_exit_code_2(
     name: str,
     message: str,
     tmp_path: Path,

@@ -3,7 +3,7 @@
     data = open_packed(data, path, digest=..., build=MySample._make)
 
 Reading a sample from a store opens no file, copies nothing and checks nothing: its arrays are read-only views of the
-mapped files, and the operating system's page cache is shared by all processes. `trainer.data.packing` writes the stores.
+mapped files, and the operating system's page cache is shared by all processes. `trainer.data.packing` writes them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock, Timeout
 
-from trainer.errors import DamagedSample, UserError
 from trainer.data.packed_store import Header, map_field, map_places
 from trainer.data.packing import CannotPack, Estimate, defer_signals, duration, estimate, pack
+from trainer.errors import DamagedSample, UserError
 from trainer.units import format_bytes
 from trainer.workload import Dataset
 

@@ -70,7 +70,7 @@ class Header:
 
     @classmethod
     def read(cls, folder: Path, digest: str, num_samples: int) -> Header | None:
-        """Read the header of the store of `digest`; None if `folder` does not hold that store, or files are too short."""
+        """Read the header of the store of `digest`; None if `folder` does not hold it, or files are too short."""
         try:
             values = json.loads((folder / HEADER).read_text(encoding="utf-8"))
             if (values.pop("version"), values["digest"], values["num_samples"]) != (VERSION, digest, num_samples):

@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from trainer.errors import DamagedSample
 from trainer.data.packed_store import PLACES, Field, Header, field_path, map_field, map_places
+from trainer.errors import DamagedSample
 from trainer.units import format_bytes
 from trainer.workload import Dataset
 

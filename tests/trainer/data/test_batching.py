@@ -14,7 +14,7 @@ def padding(lengths: np.ndarray, batches: np.ndarray) -> float:
     return 1 - lengths[batches].sum() / longest
 
 
-def test_an_epoch_holds_each_sample_at_most_once_and_nearly_all() -> None:
+def test_epoch_holds_each_sample_at_most_once_and_nearly_all() -> None:
     order = BatchOrder(LOG_NORMAL, 7, group=3, seed=1)
     epoch = order.epoch(0)
     assert epoch.shape == (4000 // 21 * 3, 7)
@@ -27,14 +27,14 @@ def test_padding_is_below_five_percent_and_above_a_quarter_without_buckets() -> 
 
 
 @pytest.mark.parametrize("num_samples", [64, 700, 4000])
-def test_no_two_epochs_are_alike(num_samples: int) -> None:
+def test_epochs_differ(num_samples: int) -> None:
     order = BatchOrder(LOG_NORMAL[:num_samples], 8)
     sets = [{frozenset(batch.tolist()) for batch in order.epoch(epoch)} for epoch in range(3)]
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert len(sets[one] & sets[other]) <= 0.5 * len(sets[0])
 
 
-def test_the_order_is_a_function_of_seed_epoch_and_position() -> None:
+def test_order_is_a_function_of_seed_epoch_and_position() -> None:
     order = BatchOrder(LOG_NORMAL[:100], 8, seed=3)
     whole = list(islice(order.from_position(0, 0), 30))
     later = list(islice(BatchOrder(LOG_NORMAL[:100], 8, seed=3).from_position(1, 5), 30 - 17))
@@ -48,13 +48,13 @@ def test_too_few_samples_for_one_step_name_the_remedy() -> None:
         BatchOrder(LOG_NORMAL[:10], 8, group=2)
 
 
-def test_the_validation_set_is_drawn_once_by_its_seed() -> None:
+def test_validation_set_is_drawn_once_by_its_seed() -> None:
     chosen = np.concatenate(validation_batches(LOG_NORMAL, 100, seed=5))
     again = np.concatenate(validation_batches(LOG_NORMAL, 100, seed=5, batch_size=3))
     assert len(chosen) == 100 and np.array_equal(chosen, again)
     assert set(chosen) != set(np.concatenate(validation_batches(LOG_NORMAL, 100, seed=6)))
 
 
-def test_an_empty_validation_split_is_an_error() -> None:
+def test_empty_validation_split_is_an_error() -> None:
     with pytest.raises(UserError, match="no samples"):
         validation_batches(np.array([]), 10, seed=0)

@@ -17,11 +17,11 @@ from trainer.metrics import compute_means
 CPU = torch.device("cpu")
 
 
-def test_the_toy_keeps_the_three_laws() -> None:
+def test_toy_keeps_the_three_laws() -> None:
     check_workload(Toy())
 
 
-def test_a_damaged_sample_is_left_out_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_sample_is_skipped_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
     workload = Toy(damaged=(5,))
     data = workload.train_data()
     order = BatchOrder(data.lengths, 8)
@@ -40,7 +40,7 @@ def test_more_than_one_percent_damaged_stops_with_their_count() -> None:
         list(islice(batches, 32))
 
 
-def test_a_share_that_is_certain_stops_a_large_set_early() -> None:
+def test_certain_share_of_damage_stops_a_large_set_early() -> None:
     count = DamageCount(5_000_000)
     with pytest.raises(UserError, match=r"\d+ of \d{2,3} samples read"):
         for start in range(0, 5000, 8):
@@ -48,7 +48,7 @@ def test_a_share_that_is_certain_stops_a_large_set_early() -> None:
 
 
 @pytest.mark.parametrize(("share", "stops"), [(0.008, False), (0.02, True)])
-def test_a_trial_over_a_part_of_a_large_set_keeps_the_one_percent(share: float, stops: bool) -> None:
+def test_trial_over_a_part_of_a_large_set_keeps_the_one_percent(share: float, stops: bool) -> None:
     count, random = DamageCount(5_000_000), np.random.default_rng(0)
     try:
         for step in range(2000):
@@ -59,21 +59,21 @@ def test_a_trial_over_a_part_of_a_large_set_keeps_the_one_percent(share: float, 
         assert not stops
 
 
-def test_less_than_one_percent_goes_on() -> None:
+def test_less_than_one_percent_damaged_continues() -> None:
     count = DamageCount(1000)
     for start in range(0, 1000, 100):
         count.add(100, [f"sample-{start}"])
     assert len(count.seen) == 10
 
 
-def test_a_damaged_validation_sample_is_skipped_too() -> None:
+def test_damaged_validation_sample_is_skipped_too() -> None:
     workload = Toy(num_train=256, damaged=(0,))
     batches = fixed_batches(workload, workload.train_data(), [torch.arange(128).numpy()])
     assert [batch.num_samples for batch in batches] == [127]
 
 
 class FewLengths(Toy):
-    """Of 256 samples only ten would ever be drawn."""
+    """Of 256 samples only ten would ever be chosen."""
 
     def train_data(self) -> Sequences:
         data = super().train_data()
@@ -89,7 +89,7 @@ class TenLengths(Sequences):
         return len(self.samples)
 
 
-def test_lengths_that_are_not_as_many_as_the_samples_end_a_run_before_it_reads(tmp_path: Path) -> None:
+def test_wrong_number_of_lengths_ends_a_run_before_it_reads(tmp_path: Path) -> None:
     data = FewLengths().train_data()
     order = BatchOrder(data.lengths, 4)
     both = "TenLengths has 256 samples, and its lengths are 10"
@@ -131,5 +131,5 @@ def test_loss_weights_that_fit_no_batch_end_a_run_with_one_line(
     assert "\n" not in str(found.value)
 
 
-def test_the_weighted_sum_is_the_loss_even_where_a_part_bears_its_name() -> None:
+def test_weighted_sum_is_the_loss_even_if_a_part_has_its_name() -> None:
     assert compute_means({"loss": 2.0, "aux": 20.0}, {"loss": 2, "aux": 2}, {"loss": 1.0, "aux": 0.5})["loss"] == 6.0

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from trainer import DamagedSample, UserError
-from trainer.data import packed_store, packing
 from trainer.data import packed as packed_module
+from trainer.data import packed_store, packing
 from trainer.data.packed import Mode, PackedDataset, open_packed
 from trainer.data.packing import estimate_distinct
 
@@ -86,7 +86,7 @@ def stop(*_: Any) -> None:
     raise RuntimeError("stopped in the middle")
 
 
-def test_a_store_holds_the_samples_bit_for_bit(tmp_path: Path) -> None:
+def test_store_holds_the_samples_bit_for_bit(tmp_path: Path) -> None:
     data = Samples()
     store = pack(data, tmp_path)
     assert store.mapped and not getattr(data, "mapped", False)
@@ -105,14 +105,14 @@ def test_samples_are_read_only_views_of_the_file(tmp_path: Path) -> None:
     assert np.shares_memory(store[0].vectors, store[3].vectors)
 
 
-def test_equal_arrays_lie_on_the_disk_once(tmp_path: Path) -> None:
+def test_equal_arrays_are_stored_once(tmp_path: Path) -> None:
     pack(Samples(), tmp_path)
     assert (tmp_path / "data.packed/field-1.bin").stat().st_size == 3 * 8 * 128 * 4
     # Short ones are not worth looking for.
     assert (tmp_path / "data.packed/field-0.bin").stat().st_size == 2 * Samples().lengths.sum()
 
 
-def test_a_store_is_made_once_and_opened_without_reading_it_all(
+def test_store_is_built_once_and_opened_without_reading_it_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack(Samples(), tmp_path)
@@ -129,26 +129,26 @@ def test_another_digest_replaces_the_store(tmp_path: Path) -> None:
     assert folders(tmp_path) == {"data.packed"}
 
 
-def test_files_made_anew_under_their_names_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rewritten_files_are_detected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pack(Samples(), tmp_path)
     assert_equal(pack(Samples(seed=1), tmp_path), Samples(seed=1))
     assert "holds other arrays than the files do" in caplog.text
 
 
-def test_files_that_are_gone_are_no_change(tmp_path: Path) -> None:
+def test_missing_source_files_are_no_change(tmp_path: Path) -> None:
     pack(Samples(), tmp_path)
     assert_equal(pack(Samples(damaged=set(range(NUM_SAMPLES))), tmp_path), Samples())
 
 
 @pytest.mark.parametrize("name", ["header.json", "places.bin", "field-0.bin", "field-1.bin"])
-def test_a_torn_store_is_made_again(tmp_path: Path, name: str) -> None:
+def test_truncated_store_is_rebuilt(tmp_path: Path, name: str) -> None:
     pack(Samples(), tmp_path)
     torn = tmp_path / "data.packed" / name
     os.truncate(torn, torn.stat().st_size - 1)
     assert_equal(pack(Samples(), tmp_path), Samples())
 
 
-def test_another_version_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_of_another_version_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(Samples(), tmp_path)
     monkeypatch.setattr(packed_store, "VERSION", 2)
     data = Samples()
@@ -156,7 +156,7 @@ def test_another_version_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(data.reads) == set(range(NUM_SAMPLES))
 
 
-def test_an_interrupted_packing_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_interrupted_packing_resumes(tmp_path: Path) -> None:
     data = Samples()
     data.at[25] = stop
     with pytest.raises(RuntimeError, match="stopped in the middle"):
@@ -170,7 +170,7 @@ def test_an_interrupted_packing_goes_on_where_it_was(tmp_path: Path) -> None:
     assert folders(tmp_path) == {"data.packed"}
 
 
-def test_what_was_written_after_the_last_record_is_dropped(tmp_path: Path) -> None:
+def test_bytes_after_the_last_record_are_dropped(tmp_path: Path) -> None:
     data = Samples()
     data.at[25] = stop
     with pytest.raises(RuntimeError):
@@ -181,7 +181,7 @@ def test_what_was_written_after_the_last_record_is_dropped(tmp_path: Path) -> No
     assert_equal(pack(Samples(), tmp_path), Samples())
 
 
-def test_an_interrupted_packing_of_other_data_is_thrown_away(tmp_path: Path) -> None:
+def test_interrupted_packing_of_other_data_is_discarded(tmp_path: Path) -> None:
     data = Samples(seed=1)
     data.at[25] = stop
     with pytest.raises(RuntimeError):
@@ -216,7 +216,7 @@ def child(target: Callable[..., object], *arguments: Any, start: str = "fork") -
         process.join()
 
 
-def test_a_killed_packing_goes_on_from_its_last_record(tmp_path: Path) -> None:
+def test_killed_packing_resumes_at_its_last_record(tmp_path: Path) -> None:
     with child(pack_in_child, tmp_path, {25: kill}) as process:
         pass
     assert process.exitcode == -signal.SIGKILL
@@ -226,7 +226,7 @@ def test_a_killed_packing_goes_on_from_its_last_record(tmp_path: Path) -> None:
     assert_equal(store, Samples())
 
 
-def test_a_second_process_waits_for_the_first_and_uses_its_store(
+def test_second_process_waits_for_the_first_and_uses_its_store(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = Samples()
@@ -240,7 +240,7 @@ def test_a_second_process_waits_for_the_first_and_uses_its_store(
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_signal_ends_the_packing_after_a_sample_even_where_its_handler_only_takes_note(
+def test_stop_signal_ends_packing_after_a_sample_even_with_a_passive_handler(
     tmp_path: Path, first: signal.Signals
 ) -> None:
     noted = []
@@ -263,7 +263,7 @@ def test_a_stop_signal_ends_the_packing_after_a_sample_even_where_its_handler_on
     assert rest.reads[packing.NUM_PROBED] == 26
 
 
-def test_a_damaged_sample_stays_damaged_until_it_is_mended(tmp_path: Path) -> None:
+def test_damaged_sample_stays_damaged_until_repaired(tmp_path: Path) -> None:
     data = Samples(damaged={7})
     store = pack(data, tmp_path)
     for _ in range(2):
@@ -274,7 +274,7 @@ def test_a_damaged_sample_stays_damaged_until_it_is_mended(tmp_path: Path) -> No
     assert_equal(pack(Samples(), tmp_path), Samples())
 
 
-def test_the_damage_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pack(Samples(damaged={7}), tmp_path)
     assert "40 samples, 1 of them damaged and read from their files" in caplog.text
 
@@ -301,7 +301,7 @@ TOO_LITTLE = 2 * 8 * 128 * 4
         ("AUTO_BYTES", "more than 8 kB (pack = true packs it anyway)"),
     ],
 )
-def test_auto_leaves_alone_what_is_too_large_and_says_why(
+def test_auto_packs_no_too_large_data_and_logs_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: str, reason: str
 ) -> None:
     if limit == "free":
@@ -315,7 +315,7 @@ def test_auto_leaves_alone_what_is_too_large_and_says_why(
     assert folders(tmp_path) == set()
 
 
-def test_true_packs_all_that_the_disk_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pack_true_packs_all_that_fits_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_module, "AUTO_BYTES", TOO_LITTLE)
     free(monkeypatch, 1e6)
     assert_equal(pack(Samples(), tmp_path, mode=True), Samples())
@@ -324,7 +324,7 @@ def test_true_packs_all_that_the_disk_can_hold(tmp_path: Path, monkeypatch: pyte
         pack(Samples(), tmp_path, "d2", mode=True)
 
 
-def test_false_makes_no_store(tmp_path: Path) -> None:
+def test_pack_false_makes_no_store(tmp_path: Path) -> None:
     data = Samples()
     assert pack(data, tmp_path, mode=False) is data
     assert not data.reads and not list(tmp_path.iterdir())
@@ -341,7 +341,7 @@ def files_end_at(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_of_an_automatic_store(
+def test_disk_full_while_packing_automatically_leaves_no_store(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = Samples(num_speakers=NUM_SAMPLES)
@@ -351,9 +351,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_of_an_automatic_store
     assert folders(tmp_path) == set()
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_an_error_where_packing_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_full_while_packing_on_request_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "RECORD_EVERY", 0.0)
     with files_end_at(100_000), pytest.raises(UserError, match="can't be written to: File too large; free some space"):
         pack(Samples(num_speakers=NUM_SAMPLES), tmp_path, mode=True)
@@ -362,13 +360,13 @@ def test_a_disk_that_fills_up_in_the_middle_is_an_error_where_packing_was_asked_
     assert rest.reads[packing.NUM_PROBED] > 10
 
 
-def test_a_store_that_outgrows_its_estimate_is_given_up(
+def test_store_larger_than_its_estimate_is_abandoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(packing, "RECORD_EVERY", 0.0)
     monkeypatch.setattr(packed_module, "AUTO_BYTES", 20_000)
     data = Samples(num_speakers=NUM_SAMPLES)
-    # Those drawn beforehand have one voice, all others one each.
+    # Those probed beforehand have one voice, all others one each.
     for index in np.random.default_rng(0).choice(NUM_SAMPLES, packing.NUM_PROBED, replace=False):
         data.speakers[index] = data.speakers[10]
     assert pack(data, tmp_path) is data
@@ -377,7 +375,7 @@ def test_a_store_that_outgrows_its_estimate_is_given_up(
     assert folders(tmp_path) == set()
 
 
-def test_a_folder_that_is_no_folder_is_no_place_for_a_store(tmp_path: Path) -> None:
+def test_no_store_is_made_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     data = Samples()
     assert pack(data, tmp_path / "file") is data
@@ -397,7 +395,7 @@ class Changing(Samples):
 @pytest.mark.parametrize(
     ("data", "reason"), [(Single(), "no tuples of numpy arrays"), (Changing(), "sample 30 is not like the others")]
 )
-def test_what_is_no_tuple_of_like_arrays_is_not_packed(
+def test_samples_other_than_tuples_of_like_arrays_are_not_packed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, data: Samples, reason: str
 ) -> None:
     assert pack(data, tmp_path) is data
@@ -410,7 +408,7 @@ def read_in_child(store: PackedDataset, answers: Any) -> None:
     answers.put([(sample.ids.tolist(), float(sample.vectors.sum())) for sample in map(store.__getitem__, range(9))])
 
 
-def test_a_spawned_worker_maps_the_store_itself(tmp_path: Path) -> None:
+def test_spawned_worker_maps_the_store_itself(tmp_path: Path) -> None:
     store = pack(Samples(), tmp_path)
     # The samples of this test lie in memory; those of a real one are named by their files.
     assert len(pickle.dumps(store)) < len(pickle.dumps(Samples())) + 500
@@ -420,7 +418,7 @@ def test_a_spawned_worker_maps_the_store_itself(tmp_path: Path) -> None:
     assert got == [(sample.ids.tolist(), float(sample.vectors.sum())) for sample in map(store.__getitem__, range(9))]
 
 
-def test_a_worker_notices_a_store_that_was_replaced(tmp_path: Path) -> None:
+def test_loader_worker_detects_a_replaced_store(tmp_path: Path) -> None:
     store = pack(Samples(), tmp_path)
     pickled = pickle.dumps(store)
     pack(Samples(seed=1), tmp_path, "d2")
@@ -437,7 +435,7 @@ def test_arrays_go_into_tensors_by_a_copy_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drawn", "total", "expected"),
+    ("probed", "total", "expected"),
     [
         ([1, 1, 1, 1], 1000, 1000),
         ([5, 4, 3], 1000, 3),
@@ -445,7 +443,5 @@ def test_arrays_go_into_tensors_by_a_copy_only(tmp_path: Path) -> None:
         ([3, 2, 1, 1, 1, 1], 1000, 6 + 4 * 3 // 4),
     ],
 )
-def test_the_number_of_distinct_arrays_is_estimated_from_those_drawn(
-    drawn: list[int], total: int, expected: int
-) -> None:
-    assert estimate_distinct(Counter({bytes([kind]): count for kind, count in enumerate(drawn)}), total) == expected
+def test_number_of_distinct_arrays_is_estimated_from_those_drawn(probed: list[int], total: int, expected: int) -> None:
+    assert estimate_distinct(Counter({bytes([kind]): count for kind, count in enumerate(probed)}), total) == expected

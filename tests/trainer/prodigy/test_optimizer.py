@@ -128,28 +128,49 @@ def assert_close(ours, our_params, other, other_params, rel: float = 1e-5) -> No
         assert a["k"] == b["k"]
 
 
-def replay(gradients, build, other=theirs, make=list, **settings) -> None:
+def replay(gradients, build, other=theirs, make=list, rel: float = 1e-5, **settings) -> None:
     """Feed both optimizers the gradients and compare where it ends."""
     ours, yours = (list(tiny_gpt().parameters()) for _ in range(2))
     one, two = build(make(ours), **settings), other(make(yours), **settings)
     for step in gradients:
         feed(one, ours, step)
         feed(two, yours, step)
-    assert_close(one, ours, two, yours)
+    assert_close(one, ours, two, yours, rel)
+
+
+def bound_of_few(gradients, make=list, **settings) -> float:
+    """The relative difference to allow where d rests on few numbers: a quarter of prodigyopt's own rounding error.
+
+    With slice_p 11, d comes from some hundred numbers, and its end value from the first 25 steps, whose updates are
+    about 100 times a rounding of a parameter near 1. One rounding that falls the other way, by the order of a sum
+    (threads, vector width), changes d by up to 1e-5. prodigyopt's d in float32 is 1.5e-4 from its d in float64.
+    """
+    estimates = []
+    for dtype in (torch.float32, torch.float64):
+        params = [nn.Parameter(p.detach().to(dtype)) for p in tiny_gpt().parameters()]
+        optimizer = theirs(make(params), **settings)
+        for step in gradients:
+            feed(optimizer, params, [gradient.to(dtype) for gradient in step])
+        estimates.append(d_of(optimizer))
+    single, double = estimates
+    return abs(single / double - 1) / 4
 
 
 @pytest.mark.parametrize(
     ("name", "slice_p"),
     [*((name, 1) for name in SETTINGS), *((name, 11) for name in ("default", "coupled decay", "bias correction"))],
 )
-def test_a_thousand_recorded_gradients_give_prodigyopts_numbers(recorded, name, slice_p) -> None:
+def test_thousand_recorded_gradients_give_prodigyopts_numbers(recorded, name, slice_p) -> None:
     enough = 200 if name in ("large eps", "no momentum") else 1000
-    replay(recorded[:enough], Prodigy, slice_p=slice_p, **SETTINGS[name])
+    settings = {"slice_p": slice_p, **SETTINGS[name]}
+    few = (name, slice_p) == ("default", 11)
+    replay(recorded[:enough], Prodigy, rel=bound_of_few(recorded[:50], **settings) if few else 1e-5, **settings)
 
 
 @pytest.mark.parametrize(("lr", "slice_p"), [(1.0, 1), (0.0, 11)])
-def test_a_thousand_recorded_gradients_in_two_groups(recorded, slice_p, lr) -> None:
-    replay(recorded, Prodigy, make=lambda params: two_groups(params, lr), slice_p=slice_p, weight_decay=0.1)
+def test_thousand_recorded_gradients_in_two_groups(recorded, slice_p, lr) -> None:
+    settings = {"make": lambda params: two_groups(params, lr), "slice_p": slice_p, "weight_decay": 0.1}
+    replay(recorded, Prodigy, rel=1e-5 if slice_p == 1 else bound_of_few(recorded[:50], **settings), **settings)
 
 
 @SLICES
@@ -177,7 +198,7 @@ def test_training_for_twenty_steps_gives_prodigyopts_numbers(settings, slice_p) 
 
 @SLICES
 @pytest.mark.parametrize("build", [Prodigy, Operations])
-def test_parameters_without_gradients_are_left_alone(recorded, build, slice_p) -> None:
+def test_parameters_without_gradients_stay_unchanged(recorded, build, slice_p) -> None:
     """One never has a gradient, one gets its first late, one only now and then."""
     gradients = [list(step) for step in recorded[:60]]
     for number, step in enumerate(gradients):
@@ -194,7 +215,7 @@ def test_parameters_without_gradients_are_left_alone(recorded, build, slice_p) -
 
 @SLICES
 @pytest.mark.parametrize("build", [Prodigy, Operations])
-def test_a_denominator_of_zero_changes_no_parameter(recorded, build, slice_p) -> None:
+def test_denominator_of_zero_changes_no_parameter(recorded, build, slice_p) -> None:
     """With slice_p 11 the gradients that count may all be zero while others are not; and later some learn again."""
     quiet = [torch.zeros_like(gradient) for gradient in recorded[0]]
     for gradient in quiet:
@@ -304,7 +325,7 @@ def test_grad_norm_is_the_norm_of_all_gradients(recorded, build) -> None:
 
 @SLICES
 @pytest.mark.parametrize("settings", [SETTINGS["bias correction"], SETTINGS["no momentum"]])
-def test_a_checkpoint_of_either_continues_with_the_other(recorded, settings, slice_p) -> None:
+def test_checkpoint_of_either_optimizer_resumes_with_the_other(recorded, settings, slice_p) -> None:
     def run(first, second) -> tuple:
         params = list(tiny_gpt().parameters())
         optimizer = first(two_groups(params, 1.0), slice_p=slice_p, **settings)
@@ -330,7 +351,7 @@ def test_a_checkpoint_of_either_continues_with_the_other(recorded, settings, sli
 
 @pytest.mark.parametrize("build", [Prodigy, Operations])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_continuing_from_its_own_checkpoint_is_bit_equal(recorded, build, settings) -> None:
+def test_resuming_from_its_own_checkpoint_is_bit_equal(recorded, build, settings) -> None:
     one, two = (list(tiny_gpt().parameters()) for _ in range(2))
     whole, first = build(one, slice_p=2, **settings), build(two, slice_p=2, **settings)
     for step in recorded[:10]:
@@ -371,7 +392,7 @@ class _HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("build", [Prodigy, Operations])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_step_reads_nothing_on_the_host(build, settings) -> None:
+def test_step_reads_nothing_on_the_host(build, settings) -> None:
     def steps(optimizer, params) -> Tensor:
         for _ in range(3):
             for p in params:
@@ -412,7 +433,7 @@ def test_d_is_a_tensor_on_the_device_and_may_be_set(recorded) -> None:
     assert d_of(optimizer) >= 0.5
 
 
-def test_other_layouts_and_types_are_worked_by_pytorchs_operations() -> None:
+def test_other_layouts_and_types_use_pytorch_operations() -> None:
     def build() -> list[nn.Parameter]:
         torch.manual_seed(1)
         convolution = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
@@ -450,7 +471,7 @@ def test_parameters_may_be_loaded_and_replaced(recorded) -> None:
     assert_close(one, ours, two, yours)
 
 
-def test_the_kernel_is_used_and_big_tensors_span_chunks() -> None:
+def test_kernel_is_used_and_big_tensors_span_chunks() -> None:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
     torch.manual_seed(3)
@@ -469,7 +490,7 @@ def test_the_kernel_is_used_and_big_tensors_span_chunks() -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, caplog) -> None:
+def test_missing_compiler_is_logged_once_and_training_continues(monkeypatch, caplog) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     assert c_kernels.load_c_kernels.__wrapped__() is None
     monkeypatch.setenv("CC", "false")
@@ -480,12 +501,12 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, caplog) -> 
     feed(Prodigy(params), params, [torch.ones_like(p) for p in params])
 
 
-def test_it_prints_nothing(capsys) -> None:
+def test_optimizer_prints_nothing(capsys) -> None:
     Prodigy(tiny_gpt().parameters(), weight_decay=0.1)
     assert capsys.readouterr().out == ""
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_uses_are_refused() -> None:
     params = list(tiny_gpt().parameters())
     with pytest.raises(ValueError, match=r"use prodigyopt\.Prodigy"):
         Prodigy(params, fsdp_in_use=True)

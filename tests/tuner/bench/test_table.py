@@ -1,4 +1,4 @@
-"""`tuner bench`: every row trains the same thing, and the figures are what the rounds say."""
+"""`tuner bench`: every row trains the same thing, and the figures follow from the rounds."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def baseline(corpus: Path) -> Measurement:
     ],
     ids="+".join,
 )
-def test_what_changes_the_speed_alone_leaves_every_loss_as_it_is(
-    corpus: Path, baseline: Measurement, on: tuple[str, ...]
-) -> None:
+def test_speed_optimizations_keep_every_loss(corpus: Path, baseline: Measurement, on: tuple[str, ...]) -> None:
     assert len(baseline.losses) == STEPS + 2
     found = measured(corpus, *on)
     assert found.losses == pytest.approx(baseline.losses, abs=1e-5)
@@ -123,20 +121,20 @@ def test_bf16_and_buckets_train_too(corpus: Path, baseline: Measurement) -> None
     assert found.real_token_share > baseline.real_token_share + 0.05
 
 
-def test_the_first_loss_is_the_trainers(corpus: Path) -> None:
+def test_first_loss_is_the_trainers(corpus: Path) -> None:
     config = TrainConfig(steps=100, batch_size=8, grad_accumulation=2, precision="fp32")
     ours = measure(Toy(dropout=0.0), config, frozenset({"buckets"}), steps=1, warmup=0)
     assert ours.loss == pytest.approx(measure_trainer(Toy(dropout=0.0), config, steps=1).loss, abs=1e-6)
 
 
 @pytest.mark.slow
-def test_a_compiled_row_takes_the_steps_of_the_others(corpus: Path, baseline: Measurement) -> None:
+def test_compiled_row_takes_the_steps_of_the_others(corpus: Path, baseline: Measurement) -> None:
     found = measured(corpus, "compile")
     assert found.losses == pytest.approx(baseline.losses, abs=1e-4)
     assert "graphs compiled in" in found.note
 
 
-def test_the_figures_of_a_measurement(corpus: Path, baseline: Measurement) -> None:
+def test_measurement_has_its_figures(corpus: Path, baseline: Measurement) -> None:
     assert baseline.steps == STEPS and baseline.seconds > 0
     assert baseline.loss == pytest.approx(sum(baseline.losses[:STEPS]) / STEPS)
     lengths = PairedUtterances([f"{corpus}/train_pairs.jsonl::ko"], GPTConfig(**TINY_GPT)).lengths
@@ -148,7 +146,7 @@ def test_the_figures_of_a_measurement(corpus: Path, baseline: Measurement) -> No
     assert 100e6 < baseline.peak_memory_bytes < 20e9
 
 
-def test_the_trainer_is_measured_after_a_warm_up_and_leaves_nothing(
+def test_trainer_is_measured_after_a_warm_up_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -183,7 +181,7 @@ def test_rows_in_the_order_of_the_request() -> None:
     assert together == [tuple(names[: count + 1]) for count in range(len(names))]
 
 
-def test_what_has_no_effect_on_the_device_is_not_measured() -> None:
+def test_rows_without_effect_on_the_device_are_not_measured() -> None:
     rows = build_rows(CPU, Toy())
     left_out = {row.name: row.note for row in rows if row.left_out}
     assert left_out.keys() == {"cudnn", "tf32", "bf16", "packed data"}
@@ -234,7 +232,7 @@ def test_rounds_are_interleaved_and_each_begins_elsewhere() -> None:
     assert lines[0].startswith("[1/18]") and " left" in lines[0] and " left" not in lines[-1]
 
 
-def test_one_set_that_stands_in_two_rows_is_measured_once() -> None:
+def test_rows_with_the_same_optimizations_are_measured_once() -> None:
     lines: list[str] = []
     measurement = bench(only=["prodigy"], rounds=1, report=lines.append)
     measurement.run()
@@ -244,7 +242,7 @@ def test_one_set_that_stands_in_two_rows_is_measured_once() -> None:
     assert alone["speedup"] == cumulative["speedup"] == 1.5
 
 
-def test_the_json_holds_what_a_record_needs() -> None:
+def test_json_holds_what_a_record_needs() -> None:
     measurement = bench()
     measurement.run()
     result = json.loads(json.dumps(measurement.result()))
@@ -258,7 +256,7 @@ def test_the_json_holds_what_a_record_needs() -> None:
     assert [row["group"] for row in result["rows"]][-1] == "trainer"
 
 
-def test_a_row_that_runs_out_of_memory_says_so_and_the_others_go_on() -> None:
+def test_row_out_of_memory_has_its_reason_and_others_continue() -> None:
     explode = 'if on == ["sdpa"]: print(json.dumps({"out_of_memory": "20 GiB"})), sys.exit()'
     killed = 'if on == ["loader"]: import os; os.kill(os.getpid(), 9)'
     lines: list[str] = []
@@ -273,7 +271,7 @@ def test_a_row_that_runs_out_of_memory_says_so_and_the_others_go_on() -> None:
     assert not measurement.failed
 
 
-def test_a_row_that_fails_says_why_and_the_others_go_on() -> None:
+def test_failed_row_has_its_reason_and_others_continue() -> None:
     measurement = bench('if on == ["sdpa"]: raise ValueError("no such kernel")')
     measurement.run()
     rows = {(row["group"], row["name"]): row for row in measurement.result()["rows"]}
@@ -289,7 +287,7 @@ def test_without_a_baseline_nothing_else_is_measured() -> None:
     assert measurement.failed and len(lines) == 1 and "ZeroDivisionError" in lines[0]
 
 
-def test_the_users_mistake_in_the_baseline_is_the_users_in_the_trainer_the_rows() -> None:
+def test_user_error_is_raised_for_the_baseline_and_kept_in_the_row_for_others() -> None:
     with pytest.raises(UserError, match="too few samples"):
         bench('print(json.dumps({"user_error": "too few samples"})); sys.exit()').run()
     measurement = bench('if on is None: print(json.dumps({"user_error": "no compiler"})); sys.exit()')
@@ -297,7 +295,7 @@ def test_the_users_mistake_in_the_baseline_is_the_users_in_the_trainer_the_rows(
     assert measurement.failed and measurement.rows[-1].note == "failed: no compiler"
 
 
-def test_the_error_of_a_long_explanation() -> None:
+def test_error_line_of_a_long_explanation() -> None:
     named = "torch._inductor.exc.InductorError: CppCompileError: no g++"
     assert error_line(f"Traceback (most recent call last):\n  x\n{named}\n\nSet X=1 for more\n", 1) == named
     assert error_line("just this\n", 1) == "just this"
@@ -311,7 +309,7 @@ def test_the_error_of_a_long_explanation() -> None:
         ({"workload.explode_at_batch_size": 8}, "out_of_memory", "CUDA out of memory"),
     ],
 )
-def test_what_stands_in_the_way_is_an_answer(changes: dict[str, Any], key: str, message: str) -> None:
+def test_user_error_and_out_of_memory_are_answers(changes: dict[str, Any], key: str, message: str) -> None:
     request = {"spec": build(**changes).to_dict(), "optimizations": [], "steps": 2, "round": 0}
     assert message in answer(request)[key]
 
@@ -325,7 +323,7 @@ def test_each_round_draws_batches_of_its_own_and_all_rows_the_same() -> None:
     assert loss(0, []) != pytest.approx(loss(1, []), abs=1e-5)
 
 
-def test_the_baseline_reads_unpacked_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baseline_reads_unpacked_files(monkeypatch: pytest.MonkeyPatch) -> None:
     values = build().model_dump(exclude={"base_dir"})
     values["study"]["workload"] = "studies.indextts2:IndexTTS2"
     values["workload"] = {"train_manifests": ["a"], "val_manifests": ["b"], "gpt": TINY_GPT}
@@ -342,7 +340,7 @@ def test_the_baseline_reads_unpacked_files(monkeypatch: pytest.MonkeyPatch) -> N
     assert modes == [False, "auto"]
 
 
-def test_an_interrupt_ends_the_process_and_those_that_it_started(tmp_path: Path) -> None:
+def test_interrupt_ends_the_process_and_its_children(tmp_path: Path) -> None:
     # The one that it starts does not go by itself: only SIGKILL ends it.
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('x', flush=True); time.sleep(60)"
     code = f"""
@@ -395,14 +393,14 @@ def test_table_and_chart_show_every_row(capsys: pytest.CaptureFixture[str], tmp_
     assert len(bars) == sum(row["tokens_per_second"] is not None for row in result["rows"])
 
 
-def test_a_chart_of_nothing_is_still_a_picture(tmp_path: Path) -> None:
+def test_chart_without_measurements_is_still_an_svg(tmp_path: Path) -> None:
     measurement = bench("1 / 0")
     measurement.run()
     write_chart(measurement.result(), tmp_path / "none.svg")
     assert ElementTree.parse(tmp_path / "none.svg").getroot().get("width")
 
 
-def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(
+def test_chart_without_matplotlib_is_refused_before_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -426,7 +424,7 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(
         (["study.toml", "--set", "train.batch=1"], "unknown key train.batch"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_measured(
+def test_mistake_is_one_line_before_measuring(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -443,7 +441,7 @@ def test_a_mistake_is_one_line_before_anything_is_measured(
     assert len(errors.strip().splitlines()) == 1, errors
 
 
-def test_the_command_exits_1_where_a_row_failed_and_shows_the_others(
+def test_command_exits_1_where_a_row_failed_and_shows_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tuner.bench.table.CHILD", fake('if on == ["sdpa"]: raise ValueError("no such kernel")'))
@@ -456,11 +454,11 @@ def test_the_command_exits_1_where_a_row_failed_and_shows_the_others(
     assert "1.00x" in out and "one after the other" in out
 
 
-def test_the_chart_may_lie_in_the_present_folder() -> None:
+def test_chart_may_be_in_the_current_folder() -> None:
     check_chart_path(Path("speed.svg"))
 
 
-def test_the_command_measures_in_processes_and_writes_table_and_chart(
+def test_command_measures_in_processes_and_writes_table_and_chart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spec, picture = write(tmp_path), tmp_path / "speed.svg"

@@ -50,7 +50,7 @@ class AttentiveToy(Toy):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_shapes_are_those_of_a_step_of_the_model(precision: str) -> None:
+def test_shapes_are_those_of_a_step_of_the_model(precision: str) -> None:
     with record_attention(precision) as calls:
         Probe(AttentiveToy(), TrainConfig(steps=1, batch_size=1), device="cpu", precision=precision).estimate()
     assert dict(calls) == {Attention(2, 8, 8, 39, 39, precision, causal=True, dropout=0.2): 1}, "no validation's"
@@ -70,7 +70,7 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return bool(request.param)
 
 
-def test_the_gpu_itself_is_asked_whether_its_flash_kernel_takes_the_calls(flash: bool) -> None:
+def test_flash_kernel_of_the_gpu_is_tried_with_the_calls(flash: bool) -> None:
     found = checked(RTX_4090, GPT)
     if flash:
         assert (found.state, found.message) == (
@@ -89,12 +89,12 @@ def test_without_a_gpu_the_calls_are_listed_and_nothing_is_concluded(monkeypatch
         assert (found.state, found.message) == ("ok", "16 heads of 80, bf16, causal, with a mask, dropout 0.1")
 
 
-def test_a_plan_without_flash_gives_its_reason() -> None:
+def test_plan_without_flash_gives_its_reason() -> None:
     assert checked(RTX_4090, GPT, sdpa="math").message.startswith("math, as set: 16 heads")
     assert "flash needs compute capability 8.0" in checked(RTX_2080, GPT).message
 
 
-def test_a_model_without_attention_has_nothing_to_be_eligible() -> None:
+def test_model_without_attention_has_no_eligible_calls() -> None:
     config, size = TrainConfig(steps=100), RunSize(10**6, 10, 400.0, 100)
     assert check_attention({}, plan(CPU, config, size), CPU).state == "ok"
 

@@ -60,7 +60,7 @@ def test_input_files_that_exist_have_no_check(tmp_path: Path) -> None:
     assert paths(tmp_path / "train.jsonl", f"{tmp_path}/train.jsonl::ko") == []
 
 
-def test_a_missing_or_empty_input_file_is_a_fail_that_names_it(tmp_path: Path) -> None:
+def test_missing_or_empty_input_file_fails_by_name(tmp_path: Path) -> None:
     (found,) = paths(f"{tmp_path}/none.jsonl::ko")
     assert found.state == "fail" and f"{tmp_path}/none.jsonl, which workload.lists names" in found.message
     assert found.message.endswith("does not exist")
@@ -83,7 +83,7 @@ def packing(mode: Any, free: float | None = None) -> tuple[Check, bool]:
     ("mode", "free", "state", "packs"),
     [("auto", 1e6, "ok", True), ("auto", 60e3, "warn", False), (True, 60e3, "ok", True), (True, 30e3, "fail", False)],
 )
-def test_the_disk_must_hold_the_packed_store(
+def test_disk_must_hold_the_packed_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, free: float, state: str, packs: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -93,7 +93,7 @@ def test_the_disk_must_hold_the_packed_store(
     assert list(tmp_path.iterdir()) == [], "looking packs nothing"
 
 
-def test_a_store_that_is_there_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_store_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store = tmp_path / "data/index/train.packed"
     store.mkdir(parents=True)

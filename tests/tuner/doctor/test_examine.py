@@ -1,4 +1,4 @@
-"""What `tuner doctor` finds in a spec, and how it says it."""
+"""The checks of `tuner doctor` on a spec, and its output."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _no_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNER_STORAGE", f"sqlite:///{tmp_path}/tuner.db")
 
 
-def test_the_machine_that_runs_these_tests_is_sound(tmp_path: Path) -> None:
+def test_machine_that_runs_these_tests_is_sound(tmp_path: Path) -> None:
     found = named([check for check in examine(run_root=tmp_path) if not check.name.startswith("gpu ")])
     assert list(found) == [*MACHINE, "disk"]
     assert {check.state for check in found.values()} <= {"ok", "warn"}
@@ -129,7 +129,7 @@ def test_the_machine_that_runs_these_tests_is_sound(tmp_path: Path) -> None:
     assert found["prodigy-tuner"].message == version("prodigy-tuner")
 
 
-def test_a_study_that_fits_has_no_fail(tmp_path: Path) -> None:
+def test_study_that_fits_has_no_fail(tmp_path: Path) -> None:
     checks = examine(write(tmp_path), run_root=tmp_path / "runs", gpu_memory=24e9)
     found = [check for check in checks if check.name not in MACHINE and not check.name.startswith("gpu ")]
     batches = ["memory, batch 8", "memory, batch 4", "memory, batch 16"]
@@ -142,7 +142,7 @@ def test_a_study_that_fits_has_no_fail(tmp_path: Path) -> None:
 AUTO = LARGE.replace("batch_size = 8", 'batch_size = 8\nmicro_batch_size = "auto"', 1)
 
 
-def test_auto_micro_batches_are_judged_as_a_launch_decides_them() -> None:
+def test_auto_micro_batches_are_checked_with_the_launch_decision() -> None:
     config = TrainConfig(steps=1, batch_size=512, micro_batch_size="auto", precision="fp32")
     probe = Probe(Toy(width=64, num_train=1024), config, device="cuda", precision="fp32")
     machine = build_cuda_machine(probe.estimate(512, micro_batch_size=128).total)
@@ -158,7 +158,7 @@ def test_auto_micro_batches_fail_where_not_one_sample_fits(tmp_path: Path) -> No
     assert "train.slice_p = 11" in found.remedy
 
 
-def test_a_cpu_whose_memory_others_hold_is_a_warning_since_a_launch_goes_on() -> None:
+def test_cpu_memory_held_by_others_is_a_warning() -> None:
     config = TrainConfig(steps=1, batch_size=8, micro_batch_size="auto")
     probe = Probe(Toy(width=512), config, device="cpu", precision="fp32")
     machine = replace(detect_machine("cpu"), memory=1_000_000)
@@ -168,7 +168,7 @@ def test_a_cpu_whose_memory_others_hold_is_a_warning_since_a_launch_goes_on() ->
     assert check_micro_batches(probe, 8, tiny).state == "fail"
 
 
-def test_a_baseline_that_does_not_fit_fails_with_the_largest_batch_size_that_does(tmp_path: Path) -> None:
+def test_baseline_that_does_not_fit_fails_with_the_largest_fitting_batch_size(tmp_path: Path) -> None:
     found = named(examine(write(tmp_path, LARGE), run_root=tmp_path, gpu_memory=needed(6)))
     baseline = found["memory, batch 8"]
     assert baseline.state == "fail"
@@ -180,25 +180,25 @@ def test_a_baseline_that_does_not_fit_fails_with_the_largest_batch_size_that_doe
     assert "would be infeasible" in found["memory, batch 16"].remedy and "fits is 6" in found["memory, batch 16"].remedy
 
 
-def test_a_searched_batch_size_that_does_not_fit_is_only_a_warning(tmp_path: Path) -> None:
+def test_searched_batch_size_that_does_not_fit_is_a_warning(tmp_path: Path) -> None:
     checks = examine(write(tmp_path, LARGE), run_root=tmp_path, gpu_memory=needed(12))
     assert not has_failed(checks)
     found = named(checks)
     assert found["memory, batch 16"].state == "warn" and found["memory, batch 8"].state == "ok"
 
 
-def test_a_model_that_fits_with_no_batch_size_says_so(tmp_path: Path) -> None:
+def test_model_that_never_fits_has_a_remedy(tmp_path: Path) -> None:
     found = named(examine(write(tmp_path, LARGE), run_root=tmp_path, gpu_memory=100e6))
     assert "no batch size fits: use train.slice_p = 11 or a smaller model" in found["memory, batch 8"].remedy
 
 
-def test_the_first_memory_saver_of_the_workload_is_the_remedy(tmp_path: Path) -> None:
+def test_first_memory_saver_of_the_workload_is_the_remedy(tmp_path: Path) -> None:
     spec = write(tmp_path, LARGE.replace("tests.toy:Toy", f"{__name__}:Saving"))
     found = named(examine(spec, run_root=tmp_path, gpu_memory=100e6))
     assert "no batch size fits: use workload.width = 4 or a smaller model" in found["memory, batch 8"].remedy
 
 
-def test_the_ends_of_a_range_are_judged(tmp_path: Path) -> None:
+def test_ends_of_a_range_are_checked(tmp_path: Path) -> None:
     text = TOML.replace("{ choices = [4, 8, 16] }", "{ low = 2, high = 128, log = true }")
     text = text.replace("samples = 160", "samples = 6_400")
     found = named(examine(write(tmp_path, text), run_root=tmp_path))
@@ -214,7 +214,7 @@ def test_the_ends_of_a_range_are_judged(tmp_path: Path) -> None:
         ("batch_size = 8", 'batch_size = 8\ndevice = "cuda"', "device", "there is no CUDA device"),
     ],
 )
-def test_what_can_not_run_is_a_fail(tmp_path: Path, old: str, new: str, name: str, message: str) -> None:
+def test_unrunnable_study_fails(tmp_path: Path, old: str, new: str, name: str, message: str) -> None:
     if name == "device" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     checks = examine(write(tmp_path, TOML.replace(old, new)), run_root=tmp_path)
@@ -236,7 +236,7 @@ def test_what_can_not_run_is_a_fail(tmp_path: Path, old: str, new: str, name: st
         (BreaksInTheLongestBatch, "workload", ["KeyError: 'sixteen'"]),
     ],
 )
-def test_what_the_workload_raises_is_a_fail_among_the_other_lines(
+def test_error_of_the_workload_fails_among_the_other_lines(
     tmp_path: Path, workload: type[Toy], name: str, messages: list[str]
 ) -> None:
     spec = write(tmp_path, TOML.replace("tests.toy:Toy", f"{__name__}:{workload.__name__}"))
@@ -251,19 +251,19 @@ def test_what_the_workload_raises_is_a_fail_among_the_other_lines(
         assert found["memory, batch 8"].state == "ok" and "memory, batch 16" not in found
 
 
-def test_a_damaged_sample_is_named(tmp_path: Path) -> None:
+def test_damaged_sample_is_named(tmp_path: Path) -> None:
     checks = examine(write(tmp_path, TOML.replace("num_train = 128", "num_train = 128\ndamaged = [0]")))
     found = named(checks)["data"]
     assert found.state == "warn" and "sample-0: tokens.npy is missing" in found.message
 
 
-def test_a_model_without_an_estimate_is_a_warning(tmp_path: Path) -> None:
+def test_model_without_an_estimate_is_a_warning(tmp_path: Path) -> None:
     text = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_examine:ValueReader")
     found = named(examine(write(tmp_path, text), run_root=tmp_path))
     assert found["memory"].state == "warn" and "reads the values" in found["memory"].message
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_a_fail(tmp_path: Path) -> None:
+def test_disk_too_small_for_the_checkpoints_fails(tmp_path: Path) -> None:
     # 2e6 wide: 16 TB of parameters, of which nothing is ever allocated.
     text = TOML.replace("num_train = 128", "num_train = 128\nwidth = 2_000_000")
     found = named(examine(write(tmp_path, text), run_root=tmp_path / "runs"))
@@ -271,7 +271,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_a_fail(tmp_path: Path) -> None:
     assert found["snapshot"].state == "warn" and "training waits" in found["snapshot"].message
 
 
-def test_the_state_is_a_word_at_the_start_of_its_line_and_a_remedy_stands_below() -> None:
+def test_state_starts_its_line_and_the_remedy_is_below() -> None:
     checks = [Check("python", "ok", "3.11"), Check("disk", "fail", "12 GB of [100]", "free some space")]
     plain = io.StringIO()
     show(checks, Console(file=plain, width=20))
@@ -283,7 +283,7 @@ def test_the_state_is_a_word_at_the_start_of_its_line_and_a_remedy_stands_below(
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--gpu-memory", "1"], 1)])
-def test_the_command_prints_json_and_exits_1_on_a_fail(
+def test_command_prints_json_and_exits_1_on_a_fail(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""What holds the GPUs' memory, from answers of the driver that are written down here."""
+"""Processes that hold the GPUs' memory, from recorded answers of the driver."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FakeNvml:
         return "H100"
 
 
-def test_nvml_is_asked_and_closed_again() -> None:
+def test_nvml_is_read_and_closed() -> None:
     nvml = FakeNvml()
     (gpu,) = read_nvml(nvml)
     assert (gpu.uuid, gpu.name, gpu.total, gpu.free) == ("GPU-cccc", "H100", 100_000_000, 60_000_000)
@@ -72,7 +72,7 @@ def changed(**values: Any) -> Gpu:
     return Gpu(**{**vars(RTX), **values})
 
 
-def test_a_free_gpu_is_ok_also_beside_a_desktop() -> None:
+def test_free_gpu_is_ok_also_beside_a_desktop() -> None:
     assert states(RTX) == ("ok", "RTX 4090: 23.8 GB of 24.0 GB free")
     assert states(changed(free=int(22e9)))[0] == "ok"
 
@@ -82,15 +82,15 @@ def test_another_process_is_named_with_its_memory() -> None:
     assert state == "warn" and "used by python (pid 77, 3.5 GB)" in message
 
 
-def test_memory_held_by_what_is_not_seen_is_a_warning() -> None:
+def test_memory_held_by_an_invisible_process_is_a_warning() -> None:
     state, message = states(changed(free=int(9e9)))
     assert state == "warn" and "not visible from here" in message
 
 
-def test_a_gpu_without_room_for_a_process_is_a_fail() -> None:
+def test_gpu_without_room_for_a_process_fails() -> None:
     assert states(changed(free=300_000_000))[0] == "fail"
 
 
-def test_this_process_and_its_parents_are_not_in_their_own_way() -> None:
+def test_own_processes_do_not_occupy_the_gpu() -> None:
     own = (GpuProcess(os.getpid(), "python", 10), GpuProcess(os.getppid(), "bash", 10))
     assert states(changed(processes=own))[0] == "ok"

@@ -28,12 +28,12 @@ def executable(folder: Path, name: str) -> Path:
     return path
 
 
-def test_a_python_without_aim_is_a_fail() -> None:
+def test_python_without_aim_fails() -> None:
     assert check_python((3, 12, 1)).state == "ok"
     assert check_python((3, 13, 0)).state == "fail"
 
 
-def test_a_trainer_of_another_distribution_is_a_fail(tmp_path: Path) -> None:
+def test_trainer_of_another_distribution_fails(tmp_path: Path) -> None:
     assert check_trainer().state == "ok"
     for place in (str(tmp_path / "trainer/__init__.py"), None):
         found = check_trainer(place)
@@ -41,27 +41,27 @@ def test_a_trainer_of_another_distribution_is_a_fail(tmp_path: Path) -> None:
         assert found.remedy.startswith("pip uninstall coqui-tts-trainer")
 
 
-def test_the_packages_that_this_was_installed_with_are_the_ones_it_was_made_for() -> None:
+def test_installed_packages_are_the_required_ones() -> None:
     found = list(check_packages())
     assert [check.name for check in found] == ["torch", "optuna", "prodigyopt", "optuna-dashboard", "aim"]
     assert {check.state for check in found} == {"ok"}
     assert found[0].message == version("torch")
 
 
-def test_another_version_is_a_fail_and_of_the_dashboard_a_warning() -> None:
+def test_another_version_fails_and_of_the_dashboard_warns() -> None:
     needed = ["torch~=9.1.0", "optuna-dashboard<0.1", "prodigyopt>=0.1", 'aim; extra == "x"', "numpy>99"]
     torch, dashboard, prodigy = check_packages(needed)
     assert (torch.state, dashboard.state, prodigy.state) == ("fail", "warn", "ok")
     assert torch.message.endswith("; this package needs ~=9.1.0") and torch.remedy == "pip install 'torch~=9.1.0'"
 
 
-def test_a_package_that_is_not_there_is_a_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tuner.doctor.installation.PACKAGES", ("no-such-package",))
     (found,) = check_packages(["no-such-package>=1"])
     assert found == Check("no-such-package", "fail", "not installed", "pip install 'no-such-package>=1'")
 
 
-def test_the_compiler_is_found_as_the_kernels_find_it(tmp_path: Path) -> None:
+def test_compiler_is_found_as_the_kernels_find_it(tmp_path: Path) -> None:
     gcc = executable(tmp_path, "gcc")
     assert check_compiler({"PATH": str(tmp_path)}) == Check("compiler", "ok", str(gcc))
     missing = check_compiler({"PATH": str(tmp_path / "empty")})
@@ -82,7 +82,7 @@ def test_torch_compile_needs_triton_a_compiler_and_pythons_headers(tmp_path: Pat
     assert on_a_cpu.state == "warn" and on_a_cpu.remedy == "install g++"
 
 
-def test_a_clock_behind_the_newest_run_is_a_warning(tmp_path: Path) -> None:
+def test_clock_behind_the_newest_run_is_a_warning(tmp_path: Path) -> None:
     trial = tmp_path / "toy" / "trial-00000"
     trial.mkdir(parents=True)
     now = time.time()
@@ -92,12 +92,12 @@ def test_a_clock_behind_the_newest_run_is_a_warning(tmp_path: Path) -> None:
     assert found.state == "warn" and "written 2.0 h later" in found.message and str(trial) in found.message
 
 
-def test_a_clock_that_was_never_set_is_a_warning(tmp_path: Path) -> None:
+def test_clock_that_was_never_set_is_a_warning(tmp_path: Path) -> None:
     assert check_clock(tmp_path / "none", 1_000_000.0).state == "warn"
     assert check_clock(tmp_path / "none").state == "ok"
 
 
-def test_a_gpu_that_torch_can_not_use_is_named(tmp_path: Path) -> None:
+def test_gpu_unusable_by_torch_is_named(tmp_path: Path) -> None:
     information = tmp_path / "0000:01:00.0" / "information"
     information.parent.mkdir()
     information.write_text("Model: \t\t NVIDIA GeForce RTX 4090\nIRQ:   \t\t 120\n")
@@ -105,6 +105,6 @@ def test_a_gpu_that_torch_can_not_use_is_named(tmp_path: Path) -> None:
     assert list_known_gpus(tmp_path / "none") == []
 
 
-def test_the_device_has_its_compute_capability() -> None:
+def test_device_has_its_compute_capability() -> None:
     found = check_device(build_cuda_machine(25.3e9))
     assert found.state == "ok" and "compute capability 8.0, 25.3 GB available, bf16" in found.message

@@ -1,4 +1,4 @@
-"""What `launch`, `promote` and `train` begin with."""
+"""The checks at the start of `launch`, `promote` and `train`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Listed").r
 )
 
 
-def test_a_healthy_machine_is_not_spoken_of(tmp_path: Path) -> None:
-    said = io.StringIO()
-    report_checks(run_spec_checks(build(), tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db"), said)
-    assert said.getvalue() == "" and list(tmp_path.iterdir()) == []
+def test_healthy_machine_prints_nothing(tmp_path: Path) -> None:
+    output = io.StringIO()
+    report_checks(run_spec_checks(build(), tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db"), output)
+    assert output.getvalue() == "" and list(tmp_path.iterdir()) == []
 
 
-def test_it_costs_little(tmp_path: Path) -> None:
+def test_quick_checks_cost_little(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/tuner.db"
     open_storage(url).engine.dispose()
     started = time.process_time()
@@ -36,18 +36,16 @@ def test_it_costs_little(tmp_path: Path) -> None:
     assert time.process_time() - started < 0.3
 
 
-def test_a_warning_is_a_line_and_a_fail_the_end() -> None:
-    said = io.StringIO()
+def test_warning_is_printed_and_fail_raises() -> None:
+    output = io.StringIO()
     checks = [Check("clock", "warn", "is late", "set it"), Check("disk", "ok", "9 GB"), Check("a", "fail", "b", "c")]
     with pytest.raises(UserError, match=r"^d e; f\.$"):
-        report_checks([*checks, Check("d", "fail", "e", "f")], said)
-    assert said.getvalue() == "tuner: warning: clock is late; set it.\ntuner: a b; c.\n"
-    report_checks(checks[:2], said)
+        report_checks([*checks, Check("d", "fail", "e", "f")], output)
+    assert output.getvalue() == "tuner: warning: clock is late; set it.\ntuner: a b; c.\n"
+    report_checks(checks[:2], output)
 
 
-def test_a_gpu_that_torch_does_not_see_is_a_warning_unless_it_was_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_invisible_to_torch_is_a_warning_unless_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "list_known_gpus", lambda: ["NVIDIA GeForce RTX 4090"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -61,7 +59,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_warning_unless_it_was_hidden(
 
 
 @pytest.mark.parametrize("command", ["launch", "train"])
-def test_a_missing_input_file_stops_a_run_before_anything_is_made(
+def test_missing_input_file_stops_a_run_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     write(tmp_path, MISSING)

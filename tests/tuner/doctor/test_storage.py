@@ -48,7 +48,7 @@ def change(folder: Path, statement: str) -> None:
         connection.commit()
 
 
-def test_a_sound_storage_is_ok(url: str) -> None:
+def test_sound_storage_is_ok(url: str) -> None:
     found = check_storage(url)
     assert found.state == "ok", found
     assert (
@@ -58,14 +58,14 @@ def test_a_sound_storage_is_ok(url: str) -> None:
     )
 
 
-def test_the_schema_is_the_one_that_optuna_makes(url: str, tmp_path: Path) -> None:
+def test_schema_is_the_one_that_optuna_makes(url: str, tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "tuner.db")) as connection:
         (made,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     head, known = read_schema_versions(make_url(url))
     assert made == head and head in known and "v3.0.0.a" in known
 
 
-def test_a_database_without_a_version_gets_none(url: str, tmp_path: Path) -> None:
+def test_database_without_a_version_is_left_unchanged(url: str, tmp_path: Path) -> None:
     change(tmp_path, "DELETE FROM alembic_version")
     change(tmp_path, "PRAGMA wal_checkpoint(TRUNCATE)")
     before = (tmp_path / "tuner.db").read_bytes()
@@ -74,13 +74,13 @@ def test_a_database_without_a_version_gets_none(url: str, tmp_path: Path) -> Non
     assert (tmp_path / "tuner.db").read_bytes() == before
 
 
-def test_a_storage_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+def test_missing_storage_is_not_created(tmp_path: Path) -> None:
     found = check_storage(f"sqlite:///{tmp_path}/deep/tuner.db")
     assert found.state == "ok" and "a launch creates it" in found.message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_looking_leaves_the_file_as_it_is(url: str, tmp_path: Path) -> None:
+def test_checking_leaves_the_file_unchanged(url: str, tmp_path: Path) -> None:
     change(tmp_path, "PRAGMA journal_mode=DELETE")
     before = (tmp_path / "tuner.db").read_bytes()
     found = check_storage(url)
@@ -92,14 +92,14 @@ def test_looking_leaves_the_file_as_it_is(url: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "remedy"), [("v3.0.0.d", "optuna storage upgrade --storage sqlite:///"), ("v9.0.0", "pip install -U")]
 )
-def test_another_schema_is_a_fail_with_the_way_out(url: str, tmp_path: Path, schema: str, remedy: str) -> None:
+def test_another_schema_fails_with_the_remedy(url: str, tmp_path: Path, schema: str, remedy: str) -> None:
     change(tmp_path, f"UPDATE alembic_version SET version_num = '{schema}'")
     for quick in (False, True):
         found = check_storage(url, quick=quick)
         assert found.state == "fail" and schema in found.message and remedy in found.remedy
 
 
-def test_what_is_no_database_is_a_fail(tmp_path: Path) -> None:
+def test_other_file_than_a_database_fails(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("no database\n" * 100)
     found = check_storage(f"sqlite:///{tmp_path}/text.db")
     assert found.state == "fail" and "can't be opened (file is not a database)" in found.message
@@ -108,7 +108,7 @@ def test_what_is_no_database_is_a_fail(tmp_path: Path) -> None:
     assert check_storage(f"sqlite:///{tmp_path}/file/tuner.db").state == "fail"
 
 
-def test_damaged_pages_are_a_fail_with_the_way_out(url: str, tmp_path: Path) -> None:
+def test_damaged_pages_fail_with_the_remedy(url: str, tmp_path: Path) -> None:
     file = tmp_path / "tuner.db"
     change(tmp_path, "PRAGMA wal_checkpoint(TRUNCATE)")
     with closing(sqlite3.connect(file)) as connection:
@@ -123,7 +123,7 @@ def test_damaged_pages_are_a_fail_with_the_way_out(url: str, tmp_path: Path) -> 
     assert check_storage(url, quick=True).state == "ok", "every page is read only when asked"
 
 
-def test_a_storage_of_which_nothing_can_be_read_is_a_fail_with_the_way_out(url: str, tmp_path: Path) -> None:
+def test_unreadable_storage_fails_with_the_remedy(url: str, tmp_path: Path) -> None:
     file = tmp_path / "tuner.db"
     change(tmp_path, "PRAGMA wal_checkpoint(TRUNCATE)")
     with file.open("r+b") as database:
@@ -134,7 +134,7 @@ def test_a_storage_of_which_nothing_can_be_read_is_a_fail_with_the_way_out(url: 
     assert read_open_trials(url) == []
 
 
-def test_a_locked_storage_says_who_holds_it(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_storage_names_its_holder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMEOUT_S", 0.1)
     change(tmp_path, "PRAGMA journal_mode=DELETE")
     with closing(sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)) as other:
@@ -144,19 +144,19 @@ def test_a_locked_storage_says_who_holds_it(url: str, tmp_path: Path, monkeypatc
     assert f"fuser {tmp_path}/tuner.db" in found.remedy
 
 
-def test_a_folder_is_no_storage(tmp_path: Path) -> None:
+def test_folder_is_no_storage(tmp_path: Path) -> None:
     found = check_storage(f"sqlite:///{tmp_path}", quick=True)
     assert found.state == "fail" and f"{tmp_path} is a folder" in found.message
     assert f"sqlite:///{tmp_path}/tuner.db" in found.remedy
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
-def test_a_storage_in_memory_is_a_fail(url: str) -> None:
+def test_storage_in_memory_fails(url: str) -> None:
     found = check_storage(url, quick=True)
     assert found.state == "fail" and "in memory" in found.message and "runs/tuner.db" in found.remedy
 
 
-def test_a_server_is_not_asked_in_a_hurry_and_its_password_not_shown() -> None:
+def test_quick_check_skips_a_server_and_hides_its_password() -> None:
     url = "postgresql://user:secret@127.0.0.1:1/x"
     assert check_storage(url, quick=True).state == "ok"
     found = check_storage(url)
@@ -165,17 +165,17 @@ def test_a_server_is_not_asked_in_a_hurry_and_its_password_not_shown() -> None:
     assert read_open_trials(url) == []
 
 
-def test_a_network_filesystem_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_filesystem_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_filesystem_type", lambda folder: "nfs4")
     found = check_storage(f"sqlite:///{tmp_path}/tuner.db")
     assert found.state == "warn" and "on nfs4" in found.message and "PostgreSQL" in found.remedy
 
 
-def test_the_filesystem_is_that_of_the_mount_above() -> None:
+def test_filesystem_is_that_of_the_mount_above() -> None:
     assert module.find_filesystem_type(Path("/proc/1")) == "proc"
 
 
-def test_a_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: Path) -> None:
+def test_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: Path) -> None:
     (trial,) = read_open_trials(url)
     assert (trial.study, trial.number, trial.host) == ("toy", 1, platform.node())
     assert trial.started is not None and abs(datetime.now() - trial.started) < timedelta(minutes=5)
@@ -187,14 +187,14 @@ def test_a_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: P
     assert (found.state, found.message) == ("ok", "trial 1 of toy")
 
 
-def test_a_trial_that_has_not_said_where_it_runs_is_looked_for_by_its_number(tmp_path: Path) -> None:
+def test_trial_without_a_run_directory_is_found_by_its_number(tmp_path: Path) -> None:
     trial = OpenTrial("toy", 3, datetime.now())
     assert find_interrupted([trial], tmp_path) == [trial]
     with lock_folder(tmp_path / "toy" / "trial-00003", CLAIM):
         assert find_interrupted([trial], tmp_path) == []
 
 
-def test_a_full_runs_curve_is_held_by_the_trainers_lock(tmp_path: Path) -> None:
+def test_curve_of_a_full_run_is_guarded_by_the_run_lock(tmp_path: Path) -> None:
     trial = OpenTrial("toy.full", 0, datetime.now(), platform.node(), tmp_path / "full-trial-00001")
     (found,) = check_interrupted([trial], tmp_path)
     assert "tuner promote toy to continue" in found.remedy
@@ -202,7 +202,7 @@ def test_a_full_runs_curve_is_held_by_the_trainers_lock(tmp_path: Path) -> None:
         assert find_interrupted([trial], tmp_path) == []
 
 
-def test_a_trial_of_another_machine_is_doubted_after_a_day(tmp_path: Path) -> None:
+def test_old_trial_of_another_machine_is_a_warning(tmp_path: Path) -> None:
     started = datetime.now() - timedelta(hours=2)
     fresh = OpenTrial("toy", 5, started, "another-machine", tmp_path)
     assert find_interrupted([fresh], tmp_path) == [] and list(check_lost([fresh])) == []

@@ -54,7 +54,7 @@ def study(runtime: Runtime, tmp_path: Path) -> optuna.Study:
 
 
 def with_trials(tmp_path: Path, *values: float, **changes: object) -> optuna.Study:
-    """A study with complete trials that nobody trained; the first is the baseline."""
+    """A study with complete trials without training; the first is the baseline."""
     study = open_study(build(**changes), f"sqlite:///{tmp_path}/made.db")
     distributions = {
         "train.batch_size": optuna.distributions.CategoricalDistribution([4, 8, 16]),
@@ -67,7 +67,7 @@ def with_trials(tmp_path: Path, *values: float, **changes: object) -> optuna.Stu
     return study
 
 
-def test_the_best_and_the_baseline_run_longer_on_every_seed(study: optuna.Study, runtime: Runtime) -> None:
+def test_best_and_the_baseline_run_longer_on_every_seed(study: optuna.Study, runtime: Runtime) -> None:
     best = StudyRecord.read(study).ranked[0]
     found = confirm(study, 1, runtime=runtime)
     assert (found.rung, found.unit) == (320, "samples")
@@ -84,7 +84,7 @@ def test_the_best_and_the_baseline_run_longer_on_every_seed(study: optuna.Study,
     assert list(curve) == ["40", "80", "120", "160", "200", "240", "280", "320"]
 
 
-def test_what_was_run_is_not_run_again(study: optuna.Study, runtime: Runtime) -> None:
+def test_finished_confirmation_runs_are_not_repeated(study: optuna.Study, runtime: Runtime) -> None:
     first = confirm(study, 1, runtime=runtime)
     shutil.rmtree(runtime.run_root)
     steps = Steps()
@@ -93,7 +93,7 @@ def test_what_was_run_is_not_run_again(study: optuna.Study, runtime: Runtime) ->
     assert len(confirm(study, 1, num_seeds=1, runtime=runtime).winner.values) == 1
 
 
-def test_a_stopped_confirmation_goes_on_and_finds_the_same(study: optuna.Study, runtime: Runtime) -> None:
+def test_stopped_confirmation_resumes_with_the_same_result(study: optuna.Study, runtime: Runtime) -> None:
     whole = confirm(study, 1, runtime=runtime)
     for trial, seed in itertools.product(whole.trials, (0, 1)):
         study.set_user_attr(confirmation_run_name(trial.number, seed), {})
@@ -105,7 +105,7 @@ def test_a_stopped_confirmation_goes_on_and_finds_the_same(study: optuna.Study, 
     assert confirm(study, 1, runtime=runtime) == whole
 
 
-def test_the_full_run_goes_on_from_the_confirmed_one(study: optuna.Study, runtime: Runtime) -> None:
+def test_full_run_continues_from_the_confirmed_one(study: optuna.Study, runtime: Runtime) -> None:
     confirmed = confirm(study, 1, runtime=runtime)
     winner = confirmed.winner
     result = promote(study, confirmed=confirmed, runtime=runtime)
@@ -122,7 +122,7 @@ def test_the_full_run_goes_on_from_the_confirmed_one(study: optuna.Study, runtim
     assert curve.intermediate_values[320] == winner.values[0]
 
 
-def test_a_confirmed_run_is_a_prefix_of_one_from_step_zero(study: optuna.Study, runtime: Runtime) -> None:
+def test_confirmed_run_is_a_prefix_of_one_from_step_zero(study: optuna.Study, runtime: Runtime) -> None:
     confirmed = confirm(study, 1, runtime=runtime)
     promote(study, confirmed=confirmed, fresh=True, runtime=runtime)
     (curve,) = optuna.load_study(study_name="toy.full", storage=study._storage).trials
@@ -130,7 +130,7 @@ def test_a_confirmed_run_is_a_prefix_of_one_from_step_zero(study: optuna.Study, 
     assert "deviation" not in curve.user_attrs
 
 
-def test_an_unfinished_confirmation_is_said_and_a_finished_one_is_promoted(
+def test_unfinished_confirmation_is_logged_and_a_finished_one_is_promoted(
     study: optuna.Study, runtime: Runtime
 ) -> None:
     asked = itertools.count()
@@ -149,7 +149,7 @@ def test_an_unfinished_confirmation_is_said_and_a_finished_one_is_promoted(
     assert study.user_attrs["promotions"][0]["confirmation"]["verdict"] == found.verdict
 
 
-def test_a_better_trial_since_the_confirmation_asks_for_a_choice(runtime: Runtime, tmp_path: Path) -> None:
+def test_better_trial_after_the_confirmation_needs_a_choice(runtime: Runtime, tmp_path: Path) -> None:
     study = with_trials(tmp_path, 2.0, 1.0)
     write_confirmation(study, ConfirmationRequest(1, 2, 320, best=1), found(one(0, 2.0, 2.1), one(1, 1.0, 1.1)))
     study.add_trial(create_trial(value=0.5, params=study.trials[0].params, distributions=study.trials[0].distributions))
@@ -157,7 +157,7 @@ def test_a_better_trial_since_the_confirmation_asks_for_a_choice(runtime: Runtim
         promote(study, runtime=runtime)
 
 
-def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
+def test_unfinished_full_run_needs_a_choice(study: optuna.Study, runtime: Runtime) -> None:
     confirmed = confirm(study, 1, runtime=runtime)
     other = next(trial.number for trial in StudyRecord.read(study).ranked if trial.number != confirmed.winner.number)
     study.set_user_attr("promotions", [{"trial": other, "best": other, "run_dir": "elsewhere"}])
@@ -165,7 +165,7 @@ def test_a_full_run_under_way_asks_for_a_choice(study: optuna.Study, runtime: Ru
         promote(study, confirmed=confirmed, runtime=runtime)
 
 
-def test_a_run_that_diverges_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) -> None:
+def test_diverged_run_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) -> None:
     study = with_trials(tmp_path, 1.0, 2.0, **{"study.workload": "tests.tuner.promotion.test_confirm:Diverging"})
     with pytest.raises(UserError, match=r"no trial completed its confirmation .*trial 0, seed 1: none of the last"):
         confirm(study, 1, runtime=runtime)
@@ -180,7 +180,7 @@ def test_a_run_that_diverges_is_kept_and_can_not_win(runtime: Runtime, tmp_path:
     [(100_000, 320), (1000, 250), (240, 240)],
     ids=["twice the trial", "a quarter of the full run", "never longer than the full run"],
 )
-def test_the_rung_lies_between_trial_and_full_run(runtime: Runtime, tmp_path: Path, full: int, rung: int) -> None:
+def test_rung_is_between_trial_and_full_run(runtime: Runtime, tmp_path: Path, full: int, rung: int) -> None:
     study = with_trials(tmp_path, 1.0, **{"full.samples": full})
     with pytest.raises(Interrupted):
         confirm(study, 1, runtime=Runtime(runtime.run_root, track=False, stop=lambda: True))
@@ -198,21 +198,21 @@ def test_the_rung_lies_between_trial_and_full_run(runtime: Runtime, tmp_path: Pa
         ({"full.samples": 160}, None, "there is nothing to confirm"),
     ],
 )
-def test_a_rung_that_does_not_fit_is_refused(
+def test_rung_that_does_not_fit_is_refused(
     runtime: Runtime, tmp_path: Path, changes: dict[str, object], rung: int | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         confirm(with_trials(tmp_path, 1.0, **changes), 1, rung=rung, runtime=runtime)
 
 
-def test_a_shorter_rung_than_was_run_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+def test_shorter_rung_than_was_run_is_refused(runtime: Runtime, tmp_path: Path) -> None:
     study = with_trials(tmp_path, 1.0)
     confirm(study, 1, num_seeds=1, runtime=runtime)
     with pytest.raises(UserError, match=r"--rung 170: confirm-00000-seed-0 is at 320 already"):
         confirm(study, 1, num_seeds=1, rung=170, runtime=runtime)
 
 
-def test_without_a_complete_trial_there_is_nothing_to_confirm(runtime: Runtime, tmp_path: Path) -> None:
+def test_study_without_a_complete_trial_can_not_be_confirmed(runtime: Runtime, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete trial yet"):
         confirm(with_trials(tmp_path), 1, runtime=runtime)
 
@@ -240,7 +240,7 @@ def one(number: int, *values: float, failed: str = "") -> ConfirmedTrial:
         (found(one(4, 2.0, 2.1), baseline=None), "the baseline has no value to compare it with"),
     ],
 )
-def test_the_verdict_says_what_the_winner_is_worth(confirmation: Confirmation, verdict: str) -> None:
+def test_verdict_rates_the_winner(confirmation: Confirmation, verdict: str) -> None:
     assert verdict in confirmation.verdict
 
 
@@ -248,7 +248,7 @@ def test_noise_is_pooled_over_all_trials() -> None:
     assert found(one(0, 3.0, 3.3), one(4, 2.0, 2.4)).noise == pytest.approx((0.5 * (0.3**2 + 0.4**2)) ** 0.5)
 
 
-def test_the_command_confirms_and_promotes(
+def test_promote_command_confirms_and_promotes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, TOML.replace("num_trials = 3", "num_trials = 2"))
@@ -279,7 +279,7 @@ def test_the_command_confirms_and_promotes(
     assert code == 2 and "leave --trial 1 or --confirm out" in err
 
 
-def test_the_table_names_what_failed() -> None:
+def test_table_names_what_failed() -> None:
     table = confirmation_table(found(one(0, 3.0, 3.2), one(4, 2.0, failed="seed 1: no gradient was finite")))
     columns = [list(column.cells) for column in table.columns]
     assert columns[0] == ["0", "4"] and any("seed 1: no gradient was finite" in column for column in columns)

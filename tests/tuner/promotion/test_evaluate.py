@@ -1,4 +1,4 @@
-"""`tuner evaluate`: the loss that the run itself reported, and what is refused."""
+"""`tuner evaluate`: the loss that the run itself reported, and the errors."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | None:
 
 
 @pytest.mark.parametrize("name", ["latest.pth", "step_000000010.pth", "best_token_model.pth"])
-def test_it_is_the_loss_that_the_run_reported(run_dir: Path, name: str) -> None:
+def test_evaluation_equals_the_loss_of_the_run(run_dir: Path, name: str) -> None:
     spec = build(**{"train.val_samples": 23})
     found = evaluate_checkpoint(spec, run_dir / name)
     assert (found.checkpoint, found.samples) == (run_dir / name, 23)
     assert found.metrics == pytest.approx(read_checkpoint(run_dir / name)["metrics"], abs=1e-6)
 
 
-def test_all_of_the_validation_set_counts_unless_the_spec_or_the_caller_says_less(run_dir: Path) -> None:
+def test_whole_validation_set_counts_unless_the_spec_or_the_caller_limits_it(run_dir: Path) -> None:
     assert full_setup(build(), {}).config.val_samples == 12
     whole = evaluate_checkpoint(build(), run_dir / "latest.pth")
     assert whole.samples == 40
@@ -55,11 +55,11 @@ def test_all_of_the_validation_set_counts_unless_the_spec_or_the_caller_says_les
     assert part.metrics != whole.metrics
 
 
-def test_of_a_run_directory_the_exported_checkpoint_is_taken(run_dir: Path) -> None:
+def test_run_directory_means_its_exported_checkpoint(run_dir: Path) -> None:
     assert evaluate_checkpoint(build(), run_dir).checkpoint == run_dir / "best_token_model.pth"
 
 
-def test_a_loss_that_is_no_number_is_null_in_json(
+def test_non_finite_loss_is_null_in_json(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = read_checkpoint(run_dir / "latest.pth")
@@ -108,7 +108,7 @@ class Damaged(Toy):
         return Sequences(200, 2, self.damaged_val)
 
 
-def test_a_few_damaged_samples_are_left_out_and_not_counted(run_dir: Path) -> None:
+def test_few_damaged_samples_are_skipped_and_not_counted(run_dir: Path) -> None:
     spec = build(**{"study.workload": f"{__name__}:Damaged"})
     assert evaluate_checkpoint(spec, run_dir / "latest.pth").samples == 199
     spec = build(**{"study.workload": f"{__name__}:Damaged", "workload.damaged_val": range(9)})
@@ -146,7 +146,7 @@ def test_batches_are_read_as_they_are_needed(run_dir: Path) -> None:
         (["study.toml", "--checkpoint", "narrow.pth", "--set", "train.device=cuda"], "no CUDA device"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_mistake_is_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

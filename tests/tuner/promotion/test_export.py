@@ -1,4 +1,4 @@
-"""`tuner export`: which checkpoint is taken, what is refused, and that the run itself says what made it."""
+"""`tuner export`: the choice of the checkpoint, the errors, and the workload recorded in the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | None:
     return stopped.value.code
 
 
-def test_a_run_says_which_workload_made_it(run_dir: Path) -> None:
+def test_run_records_its_workload(run_dir: Path) -> None:
     for name in ("latest.pth", "best_token_model.pth"):
         record = read_checkpoint(run_dir / name)["lineage"]["workload"]
         assert record["class"] == "tests.toy:Toy"
@@ -48,7 +48,7 @@ def test_a_run_says_which_workload_made_it(run_dir: Path) -> None:
         assert Toy.model_validate(record["options"]) == Toy(width=8, num_train=128)
 
 
-def test_the_import_name_is_that_of_the_package_that_offers_the_class() -> None:
+def test_import_name_is_that_of_the_package_that_offers_the_class() -> None:
     from studies.indextts2 import IndexTTS2
 
     work = IndexTTS2(train_manifests=["a"], val_manifests=["b"], config="c")
@@ -56,7 +56,7 @@ def test_the_import_name_is_that_of_the_package_that_offers_the_class() -> None:
     assert describe_workload(work)["folder"] == str(Path(__file__).parents[3])
 
 
-def test_a_workload_beside_its_study_is_found_again(tmp_path: Path, runtime: Runtime) -> None:
+def test_workload_beside_its_study_is_found(tmp_path: Path, runtime: Runtime) -> None:
     (tmp_path / "beside_study.py").write_text(
         "from tests.toy import Toy\n"
         "class Beside(Toy):\n"
@@ -73,7 +73,7 @@ def test_a_workload_beside_its_study_is_found_again(tmp_path: Path, runtime: Run
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
-def test_the_state_dict_is_what_a_plain_workload_exports(run_dir: Path, tmp_path: Path, name: str) -> None:
+def test_state_dict_is_what_a_plain_workload_exports(run_dir: Path, tmp_path: Path, name: str) -> None:
     done = export(run_dir, tmp_path / name, checkpoint="latest")
     assert (done.checkpoint, done.step) == (run_dir / "latest.pth", 5)
     load = safetensors.torch.load_file if name.endswith("safetensors") else torch.load
@@ -101,15 +101,13 @@ def test_tied_weights_go_into_safetensors_once_a_name(tmp_path: Path) -> None:
         (["best_mel_model", "step_000000500"], "step_000000500.pth", "step_000000500"),
     ],
 )
-def test_a_checkpoint_is_found_by_name(tmp_path: Path, files: list[str], name: str | None, chosen: str) -> None:
+def test_checkpoint_is_found_by_name(tmp_path: Path, files: list[str], name: str | None, chosen: str) -> None:
     for file in files:
         (tmp_path / f"{file}.pth").touch()
     assert find_checkpoint(tmp_path, name, FirstToken()) == tmp_path / f"{chosen}.pth"
 
 
-def test_the_workload_of_the_run_decides_which_of_its_best_checkpoints_is_exported(
-    run_dir: Path, tmp_path: Path
-) -> None:
+def test_workload_of_the_run_decides_which_of_its_best_checkpoints_is_exported(run_dir: Path, tmp_path: Path) -> None:
     best = run_dir / "best_token_model.pth"
     for other in ("best_a_model.pth", "best_b_model.pth"):
         write_checkpoint({**read_checkpoint(best), "step": 3}, run_dir / other)
@@ -118,13 +116,13 @@ def test_the_workload_of_the_run_decides_which_of_its_best_checkpoints_is_export
     assert export(run_dir, tmp_path / "latest.pth").checkpoint == run_dir / "latest.pth"
 
 
-def test_a_checkpoint_may_be_a_path(tmp_path: Path) -> None:
+def test_checkpoint_may_be_a_path(tmp_path: Path) -> None:
     (tmp_path / "kept.pth").touch()
     (tmp_path / "run").mkdir()
     assert find_checkpoint(tmp_path / "run", str(tmp_path / "kept.pth")) == tmp_path / "kept.pth"
 
 
-def test_the_command_says_what_it_took_and_force_replaces(
+def test_export_command_prints_its_source_and_force_replaces(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "out.pth"
@@ -193,7 +191,7 @@ def record(key: str, value: Any) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(
+def test_mistake_is_one_line_and_nothing_is_written(
     run_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -212,7 +210,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert sorted(run_dir.parent.rglob("*")) == before
 
 
-def test_a_run_of_an_earlier_version_is_exported_with_its_spec(run_dir: Path, tmp_path: Path) -> None:
+def test_run_of_an_earlier_version_is_exported_with_its_spec(run_dir: Path, tmp_path: Path) -> None:
     without_lineage(run_dir)
     write(tmp_path, TOML.replace("num_train = 128", "num_train = 128\nwidth = 8"))
     with pytest.raises(UserError, match="does not name the workload that made it"):

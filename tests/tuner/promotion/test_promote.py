@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -34,7 +35,7 @@ def curves(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="toy.full", storage=study._storage).trials
 
 
-def test_the_best_trial_becomes_the_full_run_with_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
+def test_best_trial_becomes_the_full_run_with_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
     best = StudyRecord.read(study).ranked[0]
     result = promote(study, runtime=runtime)
     assert result.finished and result.samples == 480
@@ -46,7 +47,7 @@ def test_the_best_trial_becomes_the_full_run_with_its_lineage(study: optuna.Stud
     assert record["trial"] == best.number and record["run_dir"] == str(result.run_dir) and record["code_version"]
 
 
-def test_the_full_run_goes_on_from_the_trials_checkpoint(study: optuna.Study, runtime: Runtime) -> None:
+def test_full_run_continues_from_the_trials_checkpoint(study: optuna.Study, runtime: Runtime) -> None:
     best = StudyRecord.read(study).ranked[0]
     promote(study, runtime=runtime)
     (curve,) = curves(study)
@@ -73,7 +74,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("where", ["link_checkpoint._link", "full_run._open_curve", "promote.tracked_train"])
-def test_a_promotion_killed_before_its_first_step_begins_again_with_its_whole_lineage(
+def test_promotion_killed_before_its_first_step_restarts_with_its_lineage(
     study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     whole = promote(study, runtime=Runtime(runtime.run_root / "whole", track=False))
@@ -91,20 +92,21 @@ def test_a_promotion_killed_before_its_first_step_begins_again_with_its_whole_li
         promote(study, runtime=runtime)
     result = promote(study, runtime=runtime)
     assert result.metrics == whole.metrics
-    (record,), (drawn,) = study.user_attrs["promotions"], curves(study)
+    (record,), (resumed_curve,) = study.user_attrs["promotions"], curves(study)
     assert record["continued_from"] == expected["continued_from"] is not None
-    assert drawn.intermediate_values == curve.intermediate_values
-    assert drawn.user_attrs["continued_from"] == curve.user_attrs["continued_from"]
+    assert resumed_curve.intermediate_values == curve.intermediate_values
+    assert resumed_curve.user_attrs["continued_from"] == curve.user_attrs["continued_from"]
     lineages = [read_checkpoint(run.run_dir / "latest.pth")["lineage"]["continued_from"] for run in (result, whole)]
     assert lineages[0] == lineages[1] == {"run_dir": record["continued_from"], "step": record["continued_at"]}
 
 
-def test_a_fresh_run_that_ended_before_its_first_checkpoint_starts_at_step_0_again(
-    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(Killed), monkeypatch.context() as patch:
-        patch.setattr("tuner.promotion.promote.tracked_train", lambda *_, **__: (_ for _ in ()).throw(Killed))
-        promote(study, runtime=runtime, fresh=True, confirmed=confirm(study, 1, num_seeds=1, runtime=runtime))
+def test_fresh_run_without_a_checkpoint_restarts_at_step_zero(study: optuna.Study, runtime: Runtime) -> None:
+    def kill() -> bool:
+        raise Killed
+
+    confirmed = confirm(study, 1, num_seeds=1, runtime=runtime)
+    with pytest.raises(Killed):
+        promote(study, runtime=replace(runtime, stop=kill), fresh=True, confirmed=confirmed)
     verdict = study.user_attrs["promotions"][0]["confirmation"]["verdict"]
     promote(study, runtime=runtime)
     (record,) = study.user_attrs["promotions"]
@@ -112,7 +114,7 @@ def test_a_fresh_run_that_ended_before_its_first_checkpoint_starts_at_step_0_aga
     assert min(curves(study)[0].intermediate_values) > 40
 
 
-def test_a_full_run_of_a_record_without_the_step_goes_on(study: optuna.Study, runtime: Runtime) -> None:
+def test_full_run_of_a_record_without_the_step_continues(study: optuna.Study, runtime: Runtime) -> None:
     asked = itertools.count()
     promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
     (record,) = study.user_attrs["promotions"]
@@ -121,7 +123,7 @@ def test_a_full_run_of_a_record_without_the_step_goes_on(study: optuna.Study, ru
     assert promote(study, runtime=runtime).finished
 
 
-def test_a_full_run_in_a_folder_that_was_moved_keeps_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
+def test_full_run_in_a_folder_that_was_moved_keeps_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
     asked = itertools.count()
     promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
     moved = runtime.run_root.rename(runtime.run_root.with_name("moved"))
@@ -131,7 +133,7 @@ def test_a_full_run_in_a_folder_that_was_moved_keeps_its_lineage(study: optuna.S
     assert len(study.user_attrs["promotions"]) == 1
 
 
-def test_a_length_that_the_run_has_passed_is_refused(study: optuna.Study, runtime: Runtime) -> None:
+def test_length_already_passed_is_refused(study: optuna.Study, runtime: Runtime) -> None:
     with pytest.raises(UserError, match=r"--steps 2: the full run is at step \d\d?; leave --steps out"):
         promote(study, runtime=runtime, steps=2)
     assert "promotions" not in study.user_attrs and StudyRecord.read(study).full_runs == []
@@ -152,7 +154,7 @@ class FailsLate(Toy):
         return super().loss_sums(model, inputs)
 
 
-def test_the_note_of_a_full_run_that_failed_does_not_say_that_it_runs(runtime: Runtime, tmp_path: Path) -> None:
+def test_note_of_a_failed_full_run_does_not_call_it_running(runtime: Runtime, tmp_path: Path) -> None:
     spec = build(**{"study.workload": "tests.tuner.promotion.test_promote:FailsLate", "trial.num_trials": 1})
     study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
     with pytest.raises(ZeroDivisionError):
@@ -161,7 +163,7 @@ def test_the_note_of_a_full_run_that_failed_does_not_say_that_it_runs(runtime: R
     assert "interrupted" in note and "running" not in note
 
 
-def test_run_again_it_continues_and_then_says_finished(study: optuna.Study, runtime: Runtime) -> None:
+def test_interrupted_promotion_continues_and_then_is_finished(study: optuna.Study, runtime: Runtime) -> None:
     asked = itertools.count()
     stopped = promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 5))
     assert not stopped.finished
@@ -175,7 +177,7 @@ def test_run_again_it_continues_and_then_says_finished(study: optuna.Study, runt
     assert (run.state, run.step, run.steps) == ("finished", steps, steps)
 
 
-def test_a_finished_full_run_can_be_made_longer(study: optuna.Study, runtime: Runtime) -> None:
+def test_finished_full_run_can_be_extended(study: optuna.Study, runtime: Runtime) -> None:
     steps = promote(study, runtime=runtime).step
     longer = promote(study, runtime=runtime, steps=2 * steps)
     assert longer.step == 2 * steps
@@ -183,7 +185,7 @@ def test_a_finished_full_run_can_be_made_longer(study: optuna.Study, runtime: Ru
     assert run.steps == 2 * steps
 
 
-def test_a_length_once_asked_for_is_remembered(study: optuna.Study, runtime: Runtime) -> None:
+def test_requested_length_is_used_again(study: optuna.Study, runtime: Runtime) -> None:
     shorter = 160 // StudyRecord.read(study).ranked[0].params["train.batch_size"] + 3
     asked = itertools.count()
     stopped = Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 0)
@@ -191,7 +193,7 @@ def test_a_length_once_asked_for_is_remembered(study: optuna.Study, runtime: Run
     assert promote(study, runtime=runtime).step == shorter
 
 
-def test_a_chosen_trial_goes_on_without_asking_until_a_better_one_appears(
+def test_chosen_trial_continues_without_a_choice_until_a_better_one_appears(
     study: optuna.Study, runtime: Runtime
 ) -> None:
     worse = StudyRecord.read(study).ranked[1].number
@@ -199,14 +201,14 @@ def test_a_chosen_trial_goes_on_without_asking_until_a_better_one_appears(
     assert promote(study, runtime=runtime).run_dir.name == f"full-trial-{worse:05d}"
 
 
-def test_a_finished_run_whose_folder_is_gone_is_run_again(study: optuna.Study, runtime: Runtime) -> None:
+def test_finished_run_without_its_folder_is_repeated(study: optuna.Study, runtime: Runtime) -> None:
     first = promote(study, runtime=runtime)
     shutil.rmtree(first.run_dir)
     again = promote(study, runtime=runtime)
     assert again.finished and again.metrics == first.metrics
 
 
-def test_a_damaged_trial_checkpoint_means_from_step_zero(
+def test_damaged_trial_checkpoint_restarts_at_step_zero(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
     best = StudyRecord.read(study).ranked[0]
@@ -227,7 +229,7 @@ def test_another_length_than_the_schedules_is_refused_without_a_trace(runtime: R
         launch(longer, storage=f"sqlite:///{tmp_path}/cosine.db", runtime=runtime)
 
 
-def test_a_better_trial_since_asks_for_a_choice(study: optuna.Study, runtime: Runtime) -> None:
+def test_better_trial_after_the_full_run_needs_a_choice(study: optuna.Study, runtime: Runtime) -> None:
     worse = StudyRecord.read(study).ranked[1].number
     promote(study, trial=worse, runtime=runtime)
     best = study.ask(fixed_distributions=study.trials[0].distributions)
@@ -240,7 +242,7 @@ def test_a_better_trial_since_asks_for_a_choice(study: optuna.Study, runtime: Ru
     assert {run.trial for run in StudyRecord.read(study).full_runs} == {worse, best}
 
 
-def test_what_can_not_be_promoted_is_said(study: optuna.Study, runtime: Runtime, tmp_path: Path) -> None:
+def test_impossible_promotion_is_refused_with_the_reason(study: optuna.Study, runtime: Runtime, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trial 99: it has 4"):
         promote(study, trial=99, runtime=runtime)
     study.ask()
@@ -261,14 +263,14 @@ def test_status_has_the_promised_form(study: optuna.Study, runtime: Runtime) -> 
     assert list(found["full_runs"][0]) == ["run_dir", "trial", "step", "steps", "state", "metrics"]
 
 
-def test_the_best_checkpoints_of_the_trial_come_along(study: optuna.Study, runtime: Runtime) -> None:
+def test_best_checkpoints_of_the_trial_are_copied(study: optuna.Study, runtime: Runtime) -> None:
     """Else a full run that never beats its first samples would have none."""
     asked = itertools.count()
     run_dir = promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 0)).run_dir
     assert read_checkpoint(run_dir / "best_token_model.pth")["metrics"]
 
 
-def test_a_fresh_run_starts_at_step_zero_and_retraces_the_trial(study: optuna.Study, runtime: Runtime) -> None:
+def test_fresh_run_starts_at_step_zero_and_repeats_the_trial(study: optuna.Study, runtime: Runtime) -> None:
     best = StudyRecord.read(study).ranked[0]
     result = promote(study, fresh=True, runtime=runtime)
     assert "continuing from" not in (result.run_dir / "train.log").read_text()
@@ -279,7 +281,7 @@ def test_a_fresh_run_starts_at_step_zero_and_retraces_the_trial(study: optuna.St
     assert promote(study, fresh=True, runtime=runtime).finished, "the same command again"
 
 
-def test_a_run_from_a_checkpoint_does_not_become_a_fresh_one(study: optuna.Study, runtime: Runtime) -> None:
+def test_run_from_a_checkpoint_does_not_become_a_fresh_one(study: optuna.Study, runtime: Runtime) -> None:
     result = promote(study, runtime=runtime)
     origin = f"trial-{StudyRecord.read(study).ranked[0].number:05d}"
     assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"]["run_dir"].endswith(origin)
@@ -292,7 +294,7 @@ def test_a_run_from_a_checkpoint_does_not_become_a_fresh_one(study: optuna.Study
     [(1.2, None, True), (1.02, None, False), (1.2, 0.5, False), (1.02, 0.01, True)],
     ids=["beyond 5%", "within 5%", "within the seeds' spread", "beyond the seeds' spread"],
 )
-def test_a_run_that_does_not_retrace_its_trial_is_said_and_recorded(
+def test_run_that_differs_from_its_trial_is_logged_and_recorded(
     study: optuna.Study,
     runtime: Runtime,
     caplog: pytest.LogCaptureFixture,
@@ -328,7 +330,7 @@ def test_a_run_that_does_not_retrace_its_trial_is_said_and_recorded(
         assert "deviation" not in curve.user_attrs
 
 
-def test_a_full_run_that_meets_no_point_of_its_trial_says_so(
+def test_full_run_without_a_common_point_logs_that(
     runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = build(**{"full.eval_every": 100, "trial.num_trials": 1})
@@ -340,7 +342,7 @@ def test_a_full_run_that_meets_no_point_of_its_trial_says_so(
     )
 
 
-def test_a_trial_in_steps_is_retraced_too(runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_trial_in_steps_is_compared_too(runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = {"full.eval_every": 80, "trial.steps": 20, "trial.num_trials": 1}
     study = launch(build(without="trial.samples", **values), storage=f"sqlite:///{tmp_path}/t.db", runtime=runtime)
     record = StudyRecord.read(study)
@@ -349,7 +351,7 @@ def test_a_trial_in_steps_is_retraced_too(runtime: Runtime, tmp_path: Path, capl
     assert "deviates" not in caplog.text and "compared with" not in caplog.text
 
 
-def test_a_changed_workload_is_said_before_the_full_run_and_the_next_trial(
+def test_changed_workload_is_logged_before_the_full_run_and_the_next_trial(
     study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     promote(study, runtime=runtime)
@@ -364,7 +366,7 @@ def test_a_changed_workload_is_said_before_the_full_run_and_the_next_trial(
     assert "has changed since trials 0, 1, 2, 3 ran" in caplog.text
 
 
-def test_a_busy_storage_does_not_end_a_full_run(
+def test_busy_storage_does_not_end_a_full_run(
     study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The database is held by somebody else at one validation."""
@@ -381,7 +383,7 @@ def test_a_busy_storage_does_not_end_a_full_run(
     assert 480 in curves(study)[0].intermediate_values
 
 
-def test_what_the_full_run_takes_is_said_beside_the_baselines(
+def test_cost_of_the_full_run_is_logged_beside_the_baselines(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
     best = next(trial for trial in StudyRecord.read(study).ranked if trial.number != 0)
@@ -396,7 +398,7 @@ def test_what_the_full_run_takes_is_said_beside_the_baselines(
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["from step zero", "from the trial's checkpoint"])
-def test_only_a_run_from_step_zero_is_held_against_its_trial(
+def test_only_a_run_from_step_zero_is_compared_with_its_trial(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture, fresh: bool
 ) -> None:
     """A trial with the best one's checkpoint that claims other values than that had."""
@@ -415,7 +417,7 @@ def test_only_a_run_from_step_zero_is_held_against_its_trial(
     assert ("deviates from it" in caplog.text) == ("deviation" in curve.user_attrs) == fresh
 
 
-def test_the_measured_speed_is_said_once_beside_the_baselines(caplog: pytest.LogCaptureFixture) -> None:
+def test_measured_speed_is_logged_once_beside_the_baselines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     own = Projection("trial 3", 10_000, 80_000, 2.5, hours=None, memory=None)
     base = Projection("the baseline (trial 0)", 10_000, 80_000, 2.5, hours=12.5, memory=None)
@@ -426,8 +428,8 @@ def test_the_measured_speed_is_said_once_beside_the_baselines(caplog: pytest.Log
         timed = {"train/samples_per_second": 2.0, "train/timed_steps": 17 if step == 20 else 20}
         speed.track(timed, step=step, samples=8 * step)
         speed.track({"val/loss": 1.0}, step=step, samples=8 * step)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said == (
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
         "measured over 57 steps under its own plan: 11.1 h in all, 11.0 h left, 3.2 GB of memory at the peak, "
         "80,000 samples, 2.50 epochs; the baseline (trial 0) would take about 12.5 h"
     )

@@ -1,4 +1,4 @@
-"""Studies with trials, full runs and a confirmation that nobody trained, for the tests of what is shown."""
+"""Studies with trials, full runs and a confirmation without training, for the tests of tuner.show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The note: what a user wrote stays, long lists are cut, and the command can be pasted."""
+"""The note: the user's text stays, long lists are cut, and the command can be pasted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots: axes, scales, labels, and what each point says of its trial."""
+"""The plots: axes, scales, labels, and the hover text of each point."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def hovers(figure: plots.Figure | None) -> dict[tuple[float, float], str]:
 def test_roles_differ_by_dash_and_marker(study: optuna.Study) -> None:
     add_full_run(study, {40: 3.9, 8000: 1.9}, trial=1, run_dir="/runs")
     figure = plots.learning_curves(read(study))
-    drawn = traces(figure)
-    styles = [(trace["line"]["dash"], trace["marker"]["symbol"]) for trace in drawn.values()]
+    lines = traces(figure)
+    styles = [(trace["line"]["dash"], trace["marker"]["symbol"]) for trace in lines.values()]
     assert len(set(styles)) == len(styles) == 6
     assert figure is not None and figure.layout["xaxis"]["type"] == "log"
 
 
 def test_labels_are_at_baseline_best_and_full_run_alone(study: optuna.Study) -> None:
     add_full_run(study, {40: 3.9, 8000: 1.9}, trial=1, run_dir="/runs")
-    drawn = traces(plots.learning_curves(read(study)))
+    lines = traces(plots.learning_curves(read(study)))
     labels = {
-        name: (trace["text"][-1].strip(), trace["textposition"]) for name, trace in drawn.items() if trace["text"]
+        name: (trace["text"][-1].strip(), trace["textposition"]) for name, trace in lines.items() if trace["text"]
     }
     assert labels == {
         "baseline": ("0 baseline", "top right"),
@@ -74,16 +74,16 @@ def test_every_point_names_its_own_trial(direction: str) -> None:
 def test_curves_are_drawn_over_samples_whatever_the_budget(budget: dict[str, int], factor: int) -> None:
     study = new_study(without="" if "trial.samples" in budget else "trial.samples", **budget)
     add_trial(study, [4.0, 3.0, 2.0, 1.0], batch_size=16, samples_per_second=10.0)
-    drawn = traces(plots.learning_curves(read(study)))["best trial"]
-    assert (drawn["x"], drawn["y"]) == ([factor * point for point in GRID], [4.0, 3.0, 2.0, 1.0])
+    lines = traces(plots.learning_curves(read(study)))["best trial"]
+    assert (lines["x"], lines["y"]) == ([factor * point for point in GRID], [4.0, 3.0, 2.0, 1.0])
 
 
 def test_infeasible_trials_are_off_the_colour_scale(study: optuna.Study) -> None:
     figure = plots.landscape(read(study))
-    drawn = traces(figure)
-    assert (drawn["best trial"]["x"], drawn["best trial"]["y"]) == ([4], [0.5])
-    assert drawn["best trial"]["marker"]["color"] == [2.5]
-    assert drawn["infeasible"]["marker"]["color"].startswith("#")
+    lines = traces(figure)
+    assert (lines["best trial"]["x"], lines["best trial"]["y"]) == ([4], [0.5])
+    assert lines["best trial"]["marker"]["color"] == [2.5]
+    assert lines["infeasible"]["marker"]["color"].startswith("#")
     assert figure is not None and figure.layout["coloraxis"]["cmin"] == 2.5
     assert figure.layout["xaxis"]["tickvals"] == [4, 8, 16]
 
@@ -100,24 +100,24 @@ def test_landscape_has_one_axis_for_one_searched_number_and_is_left_out_without(
     spec, optimizers = read(study).spec, {"choices": ["prodigy", "adamw"]}
     d_coef = spec["search"]["train.d_coef"]
     write_study(study, spec={**spec, "search": {"train.d_coef": d_coef, "train.optimizer": optimizers}})
-    drawn = traces(plots.landscape(read(study)))["best trial"]
-    assert (drawn["x"], drawn["y"]) == ([0.5], [2.5])
+    lines = traces(plots.landscape(read(study)))["best trial"]
+    assert (lines["x"], lines["y"]) == ([0.5], [2.5])
     write_study(study, spec={**spec, "search": {"train.optimizer": optimizers}})
     assert plots.landscape(read(study)) is None
 
 
 def test_ring_marks_d_that_still_rises(study: optuna.Study) -> None:
-    drawn = traces(plots.d_over_samples(read(study)))
-    assert drawn["best trial"]["y"] == [1e-6, 1e-5, 1e-4, 1e-3]
-    ring = drawn[plots.D_RISING]
+    lines = traces(plots.d_over_samples(read(study)))
+    assert lines["best trial"]["y"] == [1e-6, 1e-5, 1e-4, 1e-3]
+    ring = lines[plots.D_RISING]
     assert (ring["x"], ring["y"]) == ([160], [1e-3])
 
 
 def test_line_joins_the_pareto_front(study: optuna.Study) -> None:
-    drawn = traces(plots.loss_and_hours(read(study)))
-    front = drawn["no other trial is better in both"]
+    lines = traces(plots.loss_and_hours(read(study)))
+    front = lines["no other trial is better in both"]
     assert (front["x"], front["y"]) == ([30.0, 36.25], [3.0, 2.5])
-    assert drawn["complete"]["x"] == [40.0] and "infeasible" not in drawn
+    assert lines["complete"]["x"] == [40.0] and "infeasible" not in lines
 
 
 def test_trials_without_hours_and_d_have_no_such_plots() -> None:
@@ -131,6 +131,6 @@ def test_trials_without_hours_and_d_have_no_such_plots() -> None:
 
 def test_maximized_metric_has_its_best_trial_above() -> None:
     maximized = read(add_five_trials(new_study(**{"study.direction": "maximize"})))
-    drawn = traces(plots.learning_curves(maximized))
-    assert (drawn["best trial"]["text"][-1].strip(), drawn["best trial"]["textposition"]) == ("2 best", "top left")
-    assert drawn["baseline"]["textposition"] == "bottom right"
+    lines = traces(plots.learning_curves(maximized))
+    assert (lines["best trial"]["text"][-1].strip(), lines["best trial"]["textposition"]) == ("2 best", "top left")
+    assert lines["baseline"]["textposition"] == "bottom right"

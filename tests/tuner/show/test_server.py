@@ -86,7 +86,7 @@ def test_two_dashboards_on_one_host_do_not_log_each_other_out() -> None:
     assert len(names) == 2
 
 
-def test_the_token_leads_to_the_same_page_of_the_same_host() -> None:
+def test_token_leads_to_the_same_page_of_the_same_host() -> None:
     for path, location in (("//evil.example/a", "/evil.example/a"), ("/a%0d%0aX: 1", "/a%0D%0AX%3A%201")):
         answered: list[tuple[str, str]] = []
         environ = {"QUERY_STRING": "token=t", "PATH_INFO": unquote(path, "latin-1")}
@@ -96,7 +96,7 @@ def test_the_token_leads_to_the_same_page_of_the_same_host() -> None:
         assert dict(answered)["Location"] == location
 
 
-def test_with_the_token_the_study_is_there(client: Client) -> None:
+def test_token_opens_the_study(client: Client) -> None:
     client.log_in()
     status, body = client.request("GET", "/api/studies")
     assert status == 200 and "toy" in body
@@ -117,7 +117,7 @@ def test_read_only_refuses_every_change_and_shows_all(reader: Client) -> None:
     assert "toy" in reader.request("GET", "/api/studies")[1]
 
 
-def test_a_taken_port_is_a_user_error(client: Client, tmp_path: Path) -> None:
+def test_taken_port_is_a_user_error(client: Client, tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
     with pytest.raises(UserError, match=f"--port {client.parts.port}, --host 127.0.0.1: .*in use; choose another"):
         make_dashboard(storage, port=client.parts.port or 0)

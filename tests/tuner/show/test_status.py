@@ -68,7 +68,7 @@ def test_maximized_metric_has_its_front_too() -> None:
     assert read(study).pareto_front == {0, 1}
 
 
-def test_hours_are_those_of_the_full_run_of_today(study: optuna.Study) -> None:
+def test_hours_are_those_of_the_current_full_run(study: optuna.Study) -> None:
     """The full run has 480 samples; it was shorter, or in steps, when these trials ran."""
     add_trial(study, [4.05] * 4, full_hours=400.0, full_length={"samples": 160})
     in_steps = add_trial(study, [3.9] * 4, full_hours=1.0, full_length={"steps": 10})

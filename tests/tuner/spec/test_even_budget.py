@@ -32,7 +32,7 @@ def is_even(samples: int, evaluations: int, step: int) -> bool:
 
 
 @pytest.mark.parametrize("evaluations", [1, 3, 4, 7])
-def test_what_is_refused_is_what_a_count_of_steps_finds_uneven(evaluations: int) -> None:
+def test_refused_budgets_are_those_with_uneven_step_counts(evaluations: int) -> None:
     verdicts = set()
     for samples, sizes in product((40, 160, 200, 210, 1000, 1200, 16_000), ([8], [8, 12], [4, 8, 16], [1, 24, 32])):
         for accumulations in ([1], [1, 3]):
@@ -48,7 +48,7 @@ def test_what_is_refused_is_what_a_count_of_steps_finds_uneven(evaluations: int)
     assert verdicts == {True, False}
 
 
-def test_a_line_names_the_batch_what_it_sees_and_a_budget_that_fits() -> None:
+def test_message_names_the_batch_its_samples_and_a_fitting_budget() -> None:
     assert (
         find_unevenness(40, 1, [8, 32], [1])
         == "samples 40: with a batch of 32 a trial sees 64, 60.0% more; use samples = 64"
@@ -62,19 +62,19 @@ def test_a_line_names_the_batch_what_it_sees_and_a_budget_that_fits() -> None:
     )
 
 
-def test_the_usual_batches_divide_what_the_studies_give_them() -> None:
+def test_usual_batches_divide_what_the_studies_give_them() -> None:
     assert find_unevenness(16_000, 8, [4, 8, 16, 32], [1]) is None
     assert find_unevenness(200_000, 10, [8, 16, 24, 32], [1]) is None
     assert find_unevenness(1_200, 6, [4, 8, 16, 32], [1]) is None, "the demo: 1,216 samples are 1.3% more"
 
 
-def test_a_range_without_end_is_judged_at_once() -> None:
+def test_huge_range_is_checked_at_once() -> None:
     reason = find_unevenness(10**9, 8, range(1, 10**12), range(1, 10**6))
     assert reason is not None and "use samples = " in reason
     assert find_unevenness(10**15, 8, range(1, 10**9), [1, 2, 4]) is None
 
 
-def test_a_study_whose_trials_are_run_is_past_judging(tmp_path: Path) -> None:
+def test_stored_study_with_an_uneven_budget_stays_readable(tmp_path: Path) -> None:
     uneven = values(**{"trial.samples": 100})
     with pytest.raises(UserError, match=r"trial\.samples 100: "):
         StudySpec.build(uneven, base_dir=tmp_path)

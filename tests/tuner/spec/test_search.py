@@ -24,17 +24,17 @@ from tuner.spec.search import Choices, Range, flatten, is_whole, list_types
         (Literal[8, 16], False),
     ],
 )
-def test_a_fields_type_says_whether_it_takes_whole_numbers_only(annotation: Any, whole: bool) -> None:
+def test_field_type_decides_whether_only_whole_numbers_are_allowed(annotation: Any, whole: bool) -> None:
     assert is_whole(annotation) is whole
 
 
-def test_the_types_of_a_field_are_found_under_its_constraints() -> None:
+def test_types_of_a_field_are_found_under_its_constraints() -> None:
     assert list_types(TrainConfig.model_fields["num_workers"].annotation) == {int, type(None)}
     assert list_types(TrainConfig.model_fields["schedule"].annotation) == {Literal}
     assert list_types(tuple[int, ...]) == {tuple}
 
 
-def test_a_range_holds_the_values_of_its_grid() -> None:
+def test_range_holds_the_values_of_its_grid() -> None:
     tenths = Range(low=0.1, high=0.7, step=0.1)
     assert all(0.1 + k * 0.1 in tenths for k in range(6)) and 0.3 in tenths and 0.7 in tenths
     assert 0.35 not in tenths and 0.8 not in tenths and 0.0 not in tenths

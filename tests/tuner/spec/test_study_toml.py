@@ -20,7 +20,7 @@ def test_both_spellings_of_a_searched_field_are_the_same(tmp_path: Path) -> None
     assert baseline_params(spec) == {"train.batch_size": 8, "train.d_coef": 1.0}
 
 
-def test_a_spec_survives_being_stored() -> None:
+def test_spec_survives_a_round_trip_through_the_storage() -> None:
     spec = build()
     stored = StudySpec.build(spec.to_dict(), base_dir=spec.base_dir)
     assert compare_specs(spec, stored) == []
@@ -38,7 +38,7 @@ def test_a_spec_survives_being_stored() -> None:
         ({"full.steps": 5}, r"full: give exactly one of steps and samples"),
         ({"train.steps": 5}, r"train\.steps: the length .* set in \[trial\] and \[full\]"),
         ({"train.eval_every": 5}, r"train\.eval_every: .*remove it from \[train\]"),
-        ({"train.batch_size": 0}, r"train\.batch_size 0: "),
+        ({"train.batch_size": 0}, r"train\.batch_size 0: input should be greater than 0"),
         ({"train.d_coef": 20.0}, r"train\.d_coef = 20\.0 is outside its search space"),
         ({"train.batch_size": 5}, r"train\.batch_size = 5 is outside its search space"),
         ({"search.train.samples": {"low": 1, "high": 9}}, r"decides the budget"),
@@ -64,8 +64,6 @@ def test_a_spec_survives_being_stored() -> None:
         ({"search.train.d_coef": [1.0, 2.0]}, r"search\.train\.d_coef \[1\.0, 2\.0\]: write it as \{ choices = "),
         ({"search.train.d_coef": {}}, r"search\.train\.d_coef\.low is missing"),
         ({"search.train.d_coef": {"low": 0.1, "high": float("inf")}}, r"d_coef\.high inf: input should be a finite"),
-        ({"search.train.d_coef": {"low": float("nan"), "high": 1.0}}, r"d_coef\.low nan: input should be a finite"),
-        ({"search.train.d_coef": {"low": 0.1, "high": 1, "step": float("inf")}}, r"step inf: input should be a finite"),
         ({"search.train.d_coef": {"low": 0.1, "high": 10**400}}, r"numbers end at 2\*\*63"),
         ({"search.train.d_coef": {"low": 1.0, "high": 1.0}}, r"low and high are both 1\.0: .*outside \[search\]"),
         ({"search.train.d_coef": {"choices": [1.0]}}, r"nothing to choose: .*outside \[search\]"),
@@ -97,13 +95,10 @@ def test_a_spec_survives_being_stored() -> None:
             r"batch_size = 8 is outside its search space",
         ),
         ({"search.train.batch_size": {"low": 0, "high": 16}}, r"train\.batch_size 0: input should be greater than 0"),
-        ({"search.train.batch_size": {"low": -4, "high": 16}}, r"train\.batch_size -4: input should be greater than 0"),
         ({"search.train.batch_size": {"low": 4, "high": 10**12}}, r"with a batch of 1000000000000 a trial sees"),
-        ({"search.train.batch_size": {"choices": [8, -2]}}, r"train\.batch_size -2"),
         ({"search.train.batch_size": {"choices": [8, 16.5]}}, r"train\.batch_size 16\.5"),
         ({"search.train.batch_size": {"choices": [8, "16"]}}, r"train\.batch_size \"16\": a number is needed"),
         ({"search.train.batch_size": {"choices": [8, True]}}, r"train\.batch_size true: a number is needed"),
-        ({"search.train.batch_size": {"choices": ["large", 8]}}, r"train\.batch_size \"large\": a number is needed"),
         (
             {"search.train.batch_size": {"choices": [8, 32]}, "trial.samples": 40},
             r"trial\.samples 40: with a batch of 32 a trial sees 64, 60\.0% more; use samples = 128",
@@ -113,16 +108,12 @@ def test_a_spec_survives_being_stored() -> None:
             r"with a batch of 48 \(batch_size x grad_accumulation\) the point of 60 samples is validated at 96",
         ),
         ({"train.d_coef": float("inf")}, r"train\.d_coef inf: input should be a finite number"),
-        ({"train.weight_decay": float("nan")}, r"train\.weight_decay nan: input should be a finite number"),
-        ({"trial.min_delta": float("inf"), "trial.patience": 1}, r"trial\.min_delta inf: input should be a finite"),
         ({"train.batch_size": True}, r"train\.batch_size true: a number is needed"),
         ({"train.batch_size": "16"}, r"train\.batch_size \"16\": a number is needed, without quotes"),
         (
             {"train.micro_batch_size": "4"},
             r"train\.micro_batch_size \"4\": a number is needed.*, or input should be 'auto'",
         ),
-        ({"trial.num_trials": True}, r"trial\.num_trials true: a number is needed"),
-        ({"full.samples": "480"}, r"full\.samples \"480\": a number is needed, without quotes"),
         ({"trial.samples": 3}, r"4 evaluations in 3 samples: use fewer"),
         ({"study.metric": "loss"}, r"study\.metric"),
         ({"study.workload": "tests.toy:Toys"}, r"no class Toys"),
@@ -135,7 +126,7 @@ def test_a_spec_survives_being_stored() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
+def test_mistake_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         build(**changes)
     assert "\n" not in str(error.value)
@@ -149,19 +140,19 @@ def test_a_mistake_is_one_line_with_its_key(changes: dict[str, Any], message: st
         (TOML + '\n[sampler]\nname = "tpe"\n[prunner]\nname = "x"', r"unknown key prunner; did you mean pruner\?"),
     ],
 )
-def test_a_broken_file_is_one_line_with_its_name(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_file_is_one_line_with_its_name(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=message) as error:
         StudySpec.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such study spec"):
         StudySpec.load(tmp_path / "none.toml")
 
 
-def test_a_field_that_takes_fractions_is_searched_in_fractions(tmp_path: Path) -> None:
+def test_fractional_field_is_searched_in_fractions(tmp_path: Path) -> None:
     spec = build(**{"train.d_coef": 1.5, "search.train.d_coef": {"low": 1, "high": 10}})
     trial = optuna.create_study().ask()
     suggest(trial, spec)
@@ -170,7 +161,7 @@ def test_a_field_that_takes_fractions_is_searched_in_fractions(tmp_path: Path) -
     assert isinstance(suggest(optuna.create_study().ask(), whole)["train.batch_size"], int)
 
 
-def test_a_whole_number_that_may_be_absent_is_searched_in_whole_numbers() -> None:
+def test_optional_whole_number_is_searched_in_whole_numbers() -> None:
     spec = build(**{"train.schedule_steps": 10, "search.train.schedule_steps": {"low": 10, "high": 30, "step": 10}})
     assert suggest(optuna.create_study().ask(), spec)["train.schedule_steps"] in (10, 20, 30)
 
@@ -185,19 +176,16 @@ def test_whole_numbers_do_where_fractions_are_expected_and_floats_that_are_whole
     [
         ("pruner", {"name": "hyperband", "min_resource": 161}, r"min_resource 161 is beyond a trial's 160 samples"),
         ("pruner", {"name": "percentile", "percentile": float("nan")}, r"pruner: percentile nan: .*a finite number"),
-        ("sampler", {"name": "tpe", "prior_weight": float("inf")}, r"sampler: prior_weight inf: .*a finite number"),
         ("sampler", {"name": 3}, r"sampler\.name 3: input should be a valid string"),
     ],
 )
-def test_an_option_of_sampler_or_pruner_that_can_not_be_is_one_line(
-    section: str, options: dict[str, Any], message: str
-) -> None:
+def test_impossible_sampler_or_pruner_option_is_one_line(section: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         StudySpec.build({**values(), section: options}, base_dir=Path.cwd())
     assert "\n" not in str(error.value)
 
 
-def test_a_search_over_nothing_is_an_error_of_a_study_and_none_of_a_run(tmp_path: Path) -> None:
+def test_empty_search_is_an_error_for_a_study_but_not_for_a_run(tmp_path: Path) -> None:
     path = write(
         tmp_path, "".join(line for line in TOML.splitlines(True) if "choices" not in line and "low" not in line)
     )
@@ -206,17 +194,11 @@ def test_a_search_over_nothing_is_an_error_of_a_study_and_none_of_a_run(tmp_path
     assert StudySpec.load(path, search=False).search == {}
 
 
-def test_seconds_without_an_end_are_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path, TOML.replace("samples = 160", "seconds = inf"))
-    with pytest.raises(UserError, match=r"trial\.seconds inf: input should be a finite number"):
-        StudySpec.load(path)
-
-
 STUDIES = Path(__file__).parents[3] / "studies"
 
 
 @pytest.mark.parametrize("name", ["indextts2", "korean_chars", "korean_demo"])
-def test_the_studies_of_the_repository_are_without_mistake(name: str) -> None:
+def test_studies_of_the_repository_are_without_mistake(name: str) -> None:
     assert StudySpec.load(STUDIES / name / "study.toml").search
 
 
@@ -232,12 +214,12 @@ def test_overrides_replace_values_and_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["batch_size=8", "train.batch_size"])
-def test_an_override_needs_section_key_and_value(text: str) -> None:
+def test_override_needs_section_key_and_value(text: str) -> None:
     with pytest.raises(UserError, match=r"section\.key=value"):
         parse_override(text)
 
 
-def test_a_trial_is_a_prefix_of_its_full_run() -> None:
+def test_trial_is_a_prefix_of_its_full_run() -> None:
     spec = build(**{"train.schedule": "cosine"})
     params = {"train.batch_size": 16, "train.d_coef": 0.5}
     trial, full = trial_setup(spec, params).config, full_setup(spec, params).config
@@ -247,7 +229,7 @@ def test_a_trial_is_a_prefix_of_its_full_run() -> None:
 
 
 @pytest.mark.parametrize("unit", ["samples", "steps", "seconds"])
-def test_the_grid_is_the_same_for_all_batch_sizes(unit: str) -> None:
+def test_grid_is_the_same_for_all_batch_sizes(unit: str) -> None:
     changed = values()
     changed["trial"] = {unit: 160, "evaluations": 4}
     spec = StudySpec.build(changed, base_dir=Path.cwd())
@@ -273,7 +255,7 @@ class Mine(Toy):
 """
 
 
-def test_a_workload_is_found_beside_its_spec_and_its_paths_become_absolute(tmp_path: Path) -> None:
+def test_workload_is_found_beside_its_spec_and_its_paths_become_absolute(tmp_path: Path) -> None:
     (tmp_path / "workload_beside.py").write_text(WORKLOAD)
     text = TOML.replace("tests.toy:Toy", "workload_beside:Mine").replace("num_train = 128", 'corpus = "data/x"')
     spec = StudySpec.load(write(tmp_path, text))

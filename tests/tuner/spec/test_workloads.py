@@ -47,7 +47,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_module_that_can_not_be_imported_is_named_with_file_line_and_error(tmp_path: Path, name: str) -> None:
+def test_unimportable_module_is_named_with_file_line_and_error(tmp_path: Path, name: str) -> None:
     code, place, what = BROKEN[name]
     study(tmp_path, code, f"broken_{name}")
     with pytest.raises(UserError) as found:
@@ -58,7 +58,7 @@ def test_a_module_that_can_not_be_imported_is_named_with_file_line_and_error(tmp
 
 
 @pytest.mark.parametrize("command", ["launch", "train", "doctor"])
-def test_the_commands_say_it_in_one_line(
+def test_commands_report_it_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     study(tmp_path, "import os\nx = 1 / 0\n", "broken_command")
@@ -75,13 +75,13 @@ def test_the_commands_say_it_in_one_line(
         assert ended.value.code == 2 and len(printed.err.splitlines()) == 1 and line in printed.err
 
 
-def test_a_defect_of_what_the_module_tells_the_user_itself_stays_as_it_is(tmp_path: Path) -> None:
+def test_user_error_of_the_module_itself_stays_unchanged(tmp_path: Path) -> None:
     study(tmp_path, "from trainer import UserError\nraise UserError('set MY_DATA.')\n", "telling")
     with pytest.raises(UserError, match=r"^set MY_DATA\.$"):
         load_workload_class("telling:Mine", tmp_path)
 
 
-def test_a_study_that_was_moved_goes_on_from_its_new_place(tmp_path: Path) -> None:
+def test_moved_study_continues_from_its_new_folder(tmp_path: Path) -> None:
     storage = optuna.storages.InMemoryStorage()
     spec = StudySpec.load(study(tmp_path / "old", SOUND, "moved_study"))
     opened = open_study(spec, storage)
@@ -95,7 +95,7 @@ def test_a_study_that_was_moved_goes_on_from_its_new_place(tmp_path: Path) -> No
     assert read_spec(again).workload_class.__module__ == "moved_study"
 
 
-def test_a_copy_of_a_study_goes_on_from_its_new_place(tmp_path: Path) -> None:
+def test_copied_study_continues_from_its_new_folder(tmp_path: Path) -> None:
     storage = optuna.storages.InMemoryStorage()
     open_study(StudySpec.load(study(tmp_path / "old", SOUND, "copied_study")), storage)
     del sys.modules["copied_study"]
@@ -105,13 +105,13 @@ def test_a_copy_of_a_study_goes_on_from_its_new_place(tmp_path: Path) -> None:
     assert again.user_attrs["base_dir"] == str(tmp_path / "new")
 
 
-def test_a_file_with_another_ones_name_and_another_text_is_refused(tmp_path: Path) -> None:
+def test_file_with_a_used_name_and_another_text_is_refused(tmp_path: Path) -> None:
     study(tmp_path, "raise RuntimeError\n", "json")
     with pytest.raises(UserError, match=rf"json/__init__\.py has the same name as {tmp_path}/json\.py, .* rename"):
         load_workload_class("json:Mine", tmp_path)
 
 
-def test_a_module_that_is_nowhere_and_a_class_that_is_no_workload(tmp_path: Path) -> None:
+def test_missing_module_and_class_without_workload_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"no module no_such_module in {tmp_path} .* correct the name; or, .* moved"):
         load_workload_class("no_such_module:Mine", tmp_path)
     study(tmp_path, "Mine = int\n", "no_workload")

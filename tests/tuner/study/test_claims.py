@@ -53,7 +53,7 @@ class Slow(RandomSampler):
         self._meanwhile()
 
 
-def test_a_trial_that_is_still_being_proposed_is_no_other_machines(claim_on: ClaimOn) -> None:
+def test_trial_being_proposed_belongs_to_its_machine(claim_on: ClaimOn) -> None:
     claim_on("alpha")
     others: list[tuple[optuna.Trial, bool]] = []
     mine, resumed = claim_on("alpha", Slow(lambda: others.append(claim_on("beta"))))
@@ -70,7 +70,7 @@ def test_only_the_first_machine_has_the_baseline(claim_on: ClaimOn) -> None:
     assert not others[0][0].user_attrs.get("baseline")
 
 
-def test_of_two_baselines_made_at_once_the_later_one_becomes_a_usual_trial(
+def test_later_of_two_simultaneous_baselines_becomes_a_usual_trial(
     claim_on: ClaimOn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim_on("alpha")
@@ -81,7 +81,7 @@ def test_of_two_baselines_made_at_once_the_later_one_becomes_a_usual_trial(
     assert later.suggest_float("train.d_coef", 0.1, 10.0) != 1.0, "not the baseline's value"
 
 
-def test_what_a_person_enqueued_comes_next(claim_on: ClaimOn) -> None:
+def test_enqueued_trial_runs_next(claim_on: ClaimOn) -> None:
     first, _ = claim_on("alpha")
     first.study.enqueue_trial({"train.d_coef": 3.0})
     mine, resumed = claim_on("alpha")
@@ -89,7 +89,7 @@ def test_what_a_person_enqueued_comes_next(claim_on: ClaimOn) -> None:
     assert mine.suggest_float("train.d_coef", 0.1, 10.0) == 3.0
 
 
-def test_a_person_enqueued_one_belongs_to_its_machine_while_the_sampler_thinks(claim_on: ClaimOn) -> None:
+def test_enqueued_trial_belongs_to_its_machine_during_sampling(claim_on: ClaimOn) -> None:
     first, _ = claim_on("alpha")
     first.study.enqueue_trial({"train.d_coef": 3.0})
     others: list[tuple[optuna.Trial, bool]] = []
@@ -97,7 +97,7 @@ def test_a_person_enqueued_one_belongs_to_its_machine_while_the_sampler_thinks(c
     assert mine.number != others[0][0].number
 
 
-def test_a_trial_that_is_nobodys_is_not_waited_for(claim_on: ClaimOn) -> None:
+def test_running_trial_without_an_owner_is_not_counted(claim_on: ClaimOn) -> None:
     trial, _ = claim_on("alpha")
     trial.study.ask()
     record = StudyRecord.read(trial.study)

@@ -80,12 +80,12 @@ def test_numbers_among_choices_have_an_order_and_words_have_none() -> None:
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_lowest_point_is_found_in_a_dozen_trials(seed: int, direction: str) -> None:
+def test_lowest_point_is_found_in_a_dozen_trials(seed: int, direction: str) -> None:
     study = search(GaussianProcessSampler(seed), 12, direction=direction)
     assert abs(study.best_value) - loss(8, 0.4) < 0.05
 
 
-def test_what_does_not_fit_is_learned() -> None:
+def test_sampler_learns_infeasible_sizes() -> None:
     trials = search(GaussianProcessSampler(1), 24, largest=8).trials
     too_large = [trial.number for trial in trials if trial.params["batch_size"] > 8]
     assert too_large  # the start knows nothing
@@ -96,14 +96,14 @@ def test_proposals_depend_on_the_seed_and_the_trials_alone() -> None:
     first, again = (search(GaussianProcessSampler(5), 10) for _ in range(2))
     assert [t.params for t in first.trials] == [t.params for t in again.trials]
     assert [t.params for t in search(GaussianProcessSampler(6), 10).trials] != [t.params for t in first.trials]
-    # A new process goes on as the old one would have.
+    # A new process continues as the old one would have.
     continued = optuna.create_study(sampler=GaussianProcessSampler(5))
     continued.add_trials(first.trials[:7])
     proposed = continued.ask(dict(first.trials[7].distributions))
     assert proposed.params == first.trials[7].params
 
 
-def test_workers_that_ask_at_once_are_not_sent_to_one_place() -> None:
+def test_simultaneous_workers_get_different_proposals() -> None:
     study = search(GaussianProcessSampler(2), 8)
     space = dict(study.trials[0].distributions)
     asked = [study.ask(space).params for _ in range(3)]
@@ -111,7 +111,7 @@ def test_workers_that_ask_at_once_are_not_sent_to_one_place() -> None:
     assert all(math.dist(one, other) > 0.02 for i, one in enumerate(places) for other in places[:i])
 
 
-def test_a_pruned_trial_counts_with_what_others_gained_to_their_end() -> None:
+def test_pruned_trial_is_projected_with_the_gain_of_complete_trials() -> None:
     def trial(state: TrialState, value: float | None, reported: dict[int, float]) -> optuna.trial.FrozenTrial:
         return create_trial(state=state, value=value, intermediate_values=reported)
 
@@ -141,6 +141,6 @@ def test_feasibility_is_one_where_nothing_failed_and_none_where_it_did() -> None
     assert below > 0.98 and at < 0.02 and far > 0.98
 
 
-def test_a_start_without_trials_is_refused() -> None:
+def test_start_without_trials_is_refused() -> None:
     with pytest.raises(ValueError, match="n_startup_trials 0"):
         GaussianProcessSampler(n_startup_trials=0)

@@ -1,4 +1,4 @@
-"""Trials that can't be trained: each kind is told to the sampler, its memory comes back, and the study goes on."""
+"""Trials that can't be trained: the sampler learns each kind, its memory is freed, and the study continues."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def exploding(how: str, **changes: Any) -> StudySpec:
         ("validation", "finite", "val/loss was nan after 48 samples"),
     ],
 )
-def test_what_can_not_be_trained_is_infeasible_gives_its_memory_back_and_the_study_goes_on(
+def test_untrainable_settings_are_infeasible_and_free_their_memory(
     runtime: Runtime, url: str, how: str, constraint: str, reason: str
 ) -> None:
     witness = Witness()
@@ -134,7 +134,7 @@ def test_what_can_not_be_trained_is_infeasible_gives_its_memory_back_and_the_stu
     assert witness.alive == [0] * 5
 
 
-def test_the_sampler_proposes_less_of_what_is_infeasible(runtime: Runtime, url: str) -> None:
+def test_sampler_proposes_less_of_what_is_infeasible(runtime: Runtime, url: str) -> None:
     study = launch(exploding("cuda", **{"trial.num_trials": 16}), storage=url, runtime=runtime)
     proposed = [trial.params["train.batch_size"] == 16 for trial in study.trials]
     assert sum(proposed[:6]) >= 1
@@ -158,7 +158,7 @@ def larger_than_any_machine(**changes: Any) -> StudySpec:
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, "auto"])
-def test_what_the_device_can_never_hold_is_infeasible_before_it_is_built(
+def test_too_large_model_is_infeasible_before_it_is_built(
     runtime: Runtime, url: str, micro_batch_size: str | None
 ) -> None:
     given = {"train.micro_batch_size": micro_batch_size} if micro_batch_size else {}
@@ -175,7 +175,7 @@ def test_what_the_device_can_never_hold_is_infeasible_before_it_is_built(
     assert rest and all(trial.user_attrs["micro_batch_size"] == 4 for trial in rest)
 
 
-def test_a_card_is_judged_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_described_card_is_judged_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A described card of 24 GB, on a machine without one."""
     monkeypatch.setattr("tuner.study.objective.available_memory", lambda kind: 24_000_000_000)
     card = Capabilities("cuda", "card", 8, 24_000_000_000, compute_capability=(8, 9))
@@ -191,7 +191,7 @@ def test_a_card_is_judged_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> Non
         _decide_micro_batches(trial, trial_setup(spec, {}), card)
 
 
-def test_a_trial_bears_what_it_took_and_what_its_full_run_would(runtime: Runtime, url: str) -> None:
+def test_trial_records_its_cost_and_the_projected_full_run(runtime: Runtime, url: str) -> None:
     study = launch(build(**{"train.micro_batch_size": 3}), storage=url, runtime=runtime, num_trials=2)
     for trial in study.trials:
         attrs = trial.user_attrs
@@ -212,7 +212,7 @@ def test_adamw_has_no_d_that_rises(runtime: Runtime, url: str) -> None:
     assert study.trials[0].user_attrs["d_rising"] is False
 
 
-def test_the_peak_is_that_of_its_own_time() -> None:
+def test_peak_is_that_of_its_own_time() -> None:
     first = PeakMemory("cpu")
     held = torch.ones(50_000_000)
     large = first.read()
@@ -222,9 +222,7 @@ def test_the_peak_is_that_of_its_own_time() -> None:
     assert large and small and large > small + 150e6
 
 
-def test_a_mark_that_can_not_be_reset_counts_only_where_it_rose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unresettable_peak_counts_only_when_it_rose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tuner.study.peak_memory.SELF", tmp_path / "none")
     assert PeakMemory("cpu").read() is None, "no /proc"
     monkeypatch.setattr("tuner.study.peak_memory.SELF", tmp_path)
@@ -237,7 +235,7 @@ def test_a_mark_that_can_not_be_reset_counts_only_where_it_rose(
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: the process could not do anything more."""
+    """In place of SIGKILL: the process can't do anything more."""
 
 
 class Kernel:
@@ -256,16 +254,14 @@ class Kernel:
 def killed_launch(
     runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch, *, at: int, spec: StudySpec | None = None
 ) -> None:
-    """A launch whose process the kernel kills: nobody tells the study."""
+    """A launch whose process is killed by the kernel: the study gets no result."""
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", lambda *_, **__: None)
         with pytest.raises(Killed):
             launch(spec or build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=Kernel(at)))
 
 
-def test_a_trial_that_ends_three_times_without_a_word_is_infeasible(
-    runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trial_killed_three_times_is_infeasible(runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         killed_launch(runtime, url, monkeypatch, at=5)
         assert [trial.state for trial in load_study("toy", open_storage(url)).trials] == [TrialState.RUNNING]
@@ -278,7 +274,7 @@ def test_a_trial_that_ends_three_times_without_a_word_is_infeasible(
     assert second.state == TrialState.COMPLETE
 
 
-def test_a_new_evaluation_or_a_stop_with_a_word_starts_the_count_anew(
+def test_new_evaluation_or_clean_stop_resets_the_count(
     runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starts() -> list[int]:
@@ -299,7 +295,7 @@ def test_a_new_evaluation_or_a_stop_with_a_word_starts_the_count_anew(
     assert study.trials[0].state == TrialState.COMPLETE
 
 
-def test_a_trial_that_comes_further_each_time_is_not_infeasible(
+def test_trial_that_progresses_each_time_is_not_infeasible(
     runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = build(**{"train.save_every": 2, "trial.evaluations": 1})
@@ -312,6 +308,6 @@ def test_a_trial_that_comes_further_each_time_is_not_infeasible(
 
 
 @pytest.mark.parametrize("key", ["train.micro_batch_size", "train.num_workers", "workload.digest"])
-def test_what_changes_nothing_that_is_measured_can_not_be_searched(key: str) -> None:
+def test_settings_without_effect_on_the_metric_can_not_be_searched(key: str) -> None:
     with pytest.raises(UserError, match=rf'search\."{key}": it changes no result; set it in \['):
         build(**{f"search.{key}": {"choices": [1, 2]}})

@@ -1,4 +1,4 @@
-"""What a launch says of data and losses that do not fit, before a study is made."""
+"""Errors of a launch about data and losses that do not fit, before it creates a study."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuner.study.launch import open_study
         ("UnknownLoss", "UnknownLoss.loss_weights names mel_loss, and its batches count token_loss"),
     ],
 )
-def test_what_does_not_fit_is_said_before_a_study_is_made(workload: str, message: str) -> None:
+def test_bad_data_is_refused_before_a_study_is_created(workload: str, message: str) -> None:
     storage = optuna.storages.InMemoryStorage()
     spec = build(**{"study.workload": f"tests.tuner.doctor.test_examine:{workload}"})
     with pytest.raises(UserError, match=message):

@@ -41,9 +41,7 @@ def assert_one_line(error: pytest.ExceptionInfo[UserError], start: str) -> None:
         ("random", {"scramble": True}, "scramble = true"),
     ],
 )
-def test_a_samplers_impossible_option_is_one_line_before_any_trial(
-    name: str, options: dict[str, Any], shown: str
-) -> None:
+def test_impossible_sampler_option_is_one_line_before_any_trial(name: str, options: dict[str, Any], shown: str) -> None:
     with pytest.raises(UserError) as error:
         build_sampler(Choice(name=name, **options), 0)
     assert_one_line(error, f"[sampler] {name} with {shown}")
@@ -61,9 +59,7 @@ def test_a_samplers_impossible_option_is_one_line_before_any_trial(
         ("qmc", {"independent_sampler": "random"}, 'independent_sampler = "random"'),
     ],
 )
-def test_a_samplers_option_that_only_a_trial_finds_impossible_is_one_line_too(
-    name: str, options: dict[str, Any], shown: str
-) -> None:
+def test_sampler_option_impossible_only_in_a_trial_is_one_line(name: str, options: dict[str, Any], shown: str) -> None:
     with warnings.catch_warnings(action="ignore"):
         sampler = build_sampler(Choice(name=name, **options), 0)
         with pytest.raises(UserError) as error:
@@ -81,9 +77,7 @@ def test_a_samplers_option_that_only_a_trial_finds_impossible_is_one_line_too(
         ("none", {"patience": 3}, "patience = 3"),
     ],
 )
-def test_a_pruners_impossible_option_is_one_line_before_any_trial(
-    name: str, options: dict[str, Any], shown: str
-) -> None:
+def test_impossible_pruner_option_is_one_line_before_any_trial(name: str, options: dict[str, Any], shown: str) -> None:
     with pytest.raises(UserError) as error:
         build_pruner(Choice(name=name, **options), 1)
     assert_one_line(error, f"[pruner] {name} with {shown}")
@@ -101,7 +95,7 @@ def test_a_pruners_impossible_option_is_one_line_before_any_trial(
     ],
 )
 @pytest.mark.parametrize("first_point", [1, 2000])
-def test_a_pruners_option_that_only_a_trial_finds_impossible_is_one_line_too(
+def test_pruner_option_impossible_only_in_a_trial_is_one_line(
     name: str, options: dict[str, Any], shown: str, first_point: int
 ) -> None:
     pruner = build_pruner(Choice(name=name, **options), first_point)
@@ -120,7 +114,7 @@ class Defective(optuna.samplers.RandomSampler):
         raise KeyError("defect")
 
 
-def test_neither_a_users_error_nor_a_defect_is_taken_for_a_mistake_in_the_options(
+def test_user_errors_and_defects_are_not_blamed_on_the_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(SAMPLERS, "locked", lambda width=1, **kw: Locked(**kw))
@@ -138,6 +132,6 @@ def test_every_sampler_and_pruner_by_its_defaults_runs_trials() -> None:
         assert len(run_trials(40, pruner=build_pruner(Choice(name=name), 40))) == 10
 
 
-def test_the_options_of_a_sampler_are_built_without_optunas_warnings() -> None:
+def test_options_of_a_sampler_are_built_without_optunas_warnings() -> None:
     with warnings.catch_warnings(action="error"):
         build_sampler(Choice(name="tpe", multivariate=True, group=True), 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import sqlite3
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tuner.study.launch import open_study
 from tuner.study.storage import DEFAULT_URL, load_study, open_storage, storage_url
 
 
-def test_the_url_given_then_the_environment_then_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_url_given_then_the_environment_then_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TUNER_STORAGE", raising=False)
     assert storage_url() == DEFAULT_URL
     monkeypatch.setenv("TUNER_STORAGE", "sqlite:///other.db")
@@ -60,7 +61,7 @@ def test_many_processes_start_at_once_and_lose_nothing(tmp_path: Path) -> None:
     assert all(len(trial.intermediate_values) == 10 for trial in study.trials)
 
 
-def test_an_unknown_study_names_those_there_are(tmp_path: Path) -> None:
+def test_unknown_study_is_refused(tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
     with pytest.raises(UserError, match="not in the storage"):
         load_study("none", storage)
@@ -81,6 +82,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a storage with the study "toy", which another connection writes to all the time."""
     monkeypatch.setattr(storage_module, "BUSY_TIMEOUT_S", 0.1)
+    # Optuna pauses up to two seconds between its attempts.
+    monkeypatch.setattr(random, "random", lambda: 0.0)
     write(tmp_path)
     storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
     open_study(StudySpec.load(tmp_path / "study.toml"), storage)
@@ -90,7 +93,7 @@ def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     storage.engine.dispose()
 
 
-def test_a_file_that_is_locked_for_long_ends_a_launch_with_one_line(
+def test_locked_database_ends_a_launch_with_one_line(
     busy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = refused(
@@ -107,16 +110,16 @@ def test_a_file_that_is_locked_for_long_ends_a_launch_with_one_line(
     assert f"storage {busy}: database is locked" in line and f"fuser {tmp_path}/tuner.db" in line
 
 
-def test_a_file_that_is_locked_for_long_is_one_line_from_python_too(busy: str) -> None:
+def test_locked_database_is_a_one_line_error_from_python(busy: str) -> None:
     study = load_study("toy", open_storage(busy))
     with pytest.raises(UserError, match=r"database is locked: another process holds it"):
         study.ask()
-    # What goes on without its storage, a full run or a live view, knows it by Optuna's type.
+    # A full run and a live view continue without the storage: they catch Optuna's type.
     with pytest.raises(StorageInternalError, match=r"database is locked"):
         study.set_user_attr("a", 1)
 
 
-def test_a_defect_of_a_statement_keeps_its_own_error(tmp_path: Path) -> None:
+def test_defect_of_a_statement_keeps_its_own_error(tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
     with pytest.raises(sqlalchemy.exc.OperationalError, match="no such table"), storage.engine.connect() as connection:
         connection.exec_driver_sql("SELECT * FROM no_such")
@@ -124,7 +127,7 @@ def test_a_defect_of_a_statement_keeps_its_own_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"])
-def test_a_storage_in_memory_is_refused_before_a_trial_runs(
+def test_storage_in_memory_is_refused_before_a_trial_runs(
     tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
@@ -137,7 +140,7 @@ def test_a_storage_in_memory_is_refused_before_a_trial_runs(
 
 
 @pytest.mark.parametrize("command", [["status"], ["launch", "study.toml", "--no-track"]])
-def test_a_folder_is_no_storage(
+def test_folder_is_no_storage(
     tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
@@ -146,7 +149,7 @@ def test_a_folder_is_no_storage(
     assert f"{tmp_path} is a folder" in line and f"sqlite:///{tmp_path}/tuner.db" in line
 
 
-def test_a_name_that_is_too_long_is_one_line(
+def test_too_long_name_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
@@ -155,18 +158,18 @@ def test_a_name_that_is_too_long_is_one_line(
     assert "File name too long: '" in line and line.endswith("use shorter names.")
 
 
-def test_a_memory_without_end_is_no_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinite_gpu_memory_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--gpu-memory inf: give the card's" in refused(capsys, monkeypatch, "doctor", "--gpu-memory", "inf")
 
 
-def test_the_version_is_said_without_a_heavy_import() -> None:
+def test_version_is_printed_without_a_heavy_import() -> None:
     code = "import sys; sys.argv = ['tuner', '--version']\nfrom tuner.cli import main\ntry: main()\n"
     code += "finally: assert not {'torch', 'optuna', 'aim'} & sys.modules.keys(), 'heavy import'"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (said.returncode, said.stdout) == (0, f"prodigy-tuner {version('prodigy-tuner')}\n"), said.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"prodigy-tuner {version('prodigy-tuner')}\n"), result.stderr
 
 
-def test_a_broken_database_is_a_user_error(tmp_path: Path) -> None:
+def test_broken_database_is_a_user_error(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "other.db") as connection:
         connection.execute("CREATE TABLE version_info (library_version TEXT)")
     connection.close()

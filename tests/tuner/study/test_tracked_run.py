@@ -48,16 +48,14 @@ def test_without_tracking_there_is_no_aim_run(tmp_path: Path, runtime: Runtime) 
     assert not (runtime.run_root / ".aim").exists()
 
 
-def test_the_codes_digest_is_that_of_the_files_beside_the_workload(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_digest_is_that_of_the_files_beside_the_workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "of_a_study.py").write_text("from tests.toy import Toy\nclass Mine(Toy): ...\n")
     workload = load_workload_class("of_a_study:Mine", tmp_path)()
     before = folder_digest(tmp_path)
     assert code_digest(workload) == before
     (tmp_path / "notes.txt").write_text("no code")
-    # What an editor leaves beside an unsaved file, and a folder of that name.
+    # An editor's link beside an unsaved file, and a folder with a suffix.
     (tmp_path / ".#of_a_study.py").symlink_to("nobody@nowhere")
     (tmp_path / "folder.py").mkdir()
     assert folder_digest(tmp_path) == before
