@@ -270,7 +270,7 @@ def test_failed_speech_process_ends_the_build(
 ) -> None:
     mute = speech.Speaker("mute", "xx-no-such-voice", 50, 175)
     monkeypatch.setattr(speech, "SPEAKERS", (*speech.SPEAKERS[:3], mute))
-    with pytest.raises(RuntimeError, match="speaks as mute failed"):
+    with pytest.raises(RuntimeError, match="the process of speaker mute failed"):
         make(tmp_path / "korean_demo")
     assert "espeak-ng has no voice xx-no-such-voice" in capfd.readouterr().err
     assert os.listdir(tmp_path) == [".korean_demo.lock"]

@@ -151,7 +151,7 @@ def test_names_may_hold_blanks_and_quotes(folder: Path) -> None:
         ("train", {"MAX_STEPS": "0"}, "MAX_STEPS=0: give a whole number from 1 on"),
         ("train", {"SEED": "08"}, "SEED=08: give a whole number from 0 on"),
         ("train", {"AMP": "yes"}, "AMP=yes: give 1"),
-        ("train", {"RESUME": "auto"}, "take scripts/resume_ko_prodigy.sh"),
+        ("train", {"RESUME": "auto"}, "use scripts/resume_ko_prodigy.sh"),
         ("resume", {}, "out has no checkpoint to continue from: start with scripts/train_ko_prodigy.sh"),
         ("resume", {"RESUME": "none.pth"}, "RESUME=none.pth: no such checkpoint"),
         ("resume", {"OPTIMIZER": "adamw"}, "this script resumes only Prodigy runs"),

@@ -135,8 +135,8 @@ def truncate(path: Path, num_bytes: int, content: Any = None) -> None:
         (lambda path: torch.save({"model": "gpt"}, path), "holds no weights"),
         (lambda path: torch.save({"model": {}}, path), "holds no weights"),
         (lambda path: torch.save({"step": 3, "weight": torch.zeros(3)}, path), "holds no weights"),
-        (lambda path: torch.save({"model": Code(path.parent / "ran")}, path), "nothing in it was run"),
-        (lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))), "nothing in it was run"),
+        (lambda path: torch.save({"model": Code(path.parent / "ran")}, path), "nothing in it was executed"),
+        (lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))), "nothing in it was executed"),
     ],
 )
 def test_other_file_than_a_checkpoint_is_refused_and_not_run(

@@ -31,9 +31,9 @@ def figures(loss: float = 1.0, busy: float | None = None, data_wait: float = 0.0
         (0.0, 0.5, "waiting for data"),
     ],
 )
-def test_idle_gpu_has_a_likely_cause(busy: float, data_wait: float, said: str | None) -> None:
+def test_idle_gpu_has_a_likely_cause(busy: float, data_wait: float, logged: str | None) -> None:
     text = check_utilization(busy, data_wait)
-    assert text is None if said is None else text is not None and said in text
+    assert text is None if logged is None else text is not None and logged in text
 
 
 def idle(advice: Advice, intervals: int, busy: float, step: int = 0) -> list[str]:

@@ -161,7 +161,7 @@ def stop_on_signals(report: Callable[[str], Any]) -> Iterator[Callable[[], bool]
         if requests:
             raise KeyboardInterrupt
         requests.append(number)
-        report("Stopping at the next step with a checkpoint. Press Ctrl-C again to stop at once.")
+        report("Stopping at the next step with a checkpoint. A second signal (Ctrl-C) stops at once.")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it

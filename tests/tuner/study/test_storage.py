@@ -133,7 +133,7 @@ def test_storage_in_memory_is_refused_before_a_trial_runs(
     write(tmp_path)
     monkeypatch.chdir(tmp_path)
     line = refused(capsys, monkeypatch, "launch", "study.toml", "--no-track", "--storage", url)
-    assert f"{url}: in memory it ends with" in line and DEFAULT_URL in line
+    assert f"{url}: a database in memory ends with" in line and DEFAULT_URL in line
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="in memory it ends with"):
         open_storage(url)
