@@ -33,16 +33,23 @@ def launch(
     num_workers: int = 1,
     display: Display | None = None,
 ) -> optuna.Study:
-    """Start a study, or continue it, and return it when it has ended or was stopped.
+    """Run a study's trials until it has as many as the spec asks for, or until they no longer improve it.
+
+    An interrupted trial, by Ctrl-C or a lost process, is continued from its checkpoint under its own number. The first
+    trial is always the baseline: the settings in `[train]`. The study's attribute `ended` holds why it ended.
 
     Args:
         spec: A study.toml, read or by its path.
         storage: An Optuna storage or a database URL. Default: $TUNER_STORAGE, else runs/tuner.db.
         study: The spec's study, if `open_study` has opened it already.
-        num_trials, timeout, num_workers, display: See `tuner.study.launch.launch`.
+        num_trials: The study's total, in place of `trial.num_trials`.
+        timeout: Seconds after which no new trial starts and the running ones are stopped with a checkpoint.
+        num_workers: Trials at once, each in a process of its own, on a GPU of its own or with its share of the CPU's
+            threads. One trains in this process.
 
     Raises:
-        UserError: The spec has a mistake, or differs from the one that the study was started with.
+        UserError: The spec has a mistake, or differs from the one that the study was started with; with several
+            workers also: they can't share the storage or the GPUs, or died again and again.
     """
     spec = spec if isinstance(spec, StudySpec) else StudySpec.load(spec)
     study, runtime = study or launch_core.open_study(spec, storage), runtime or Runtime()

@@ -49,21 +49,11 @@ def launch(
     display: Display | None = None,
     on_change: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a study's trials until it has as many as the spec asks for, or until they no longer improve it.
-
-    An interrupted trial, by Ctrl-C or a lost process, is continued from its checkpoint under its own number. The first
-    trial is always the baseline: the settings in `[train]`. The study's attribute `ended` holds why it ended.
+    """Run a study's trials until it needs no more, and store why it ended; see `tuner.launch`.
 
     Args:
         study: From `open_study`.
-        num_trials: The study's total, in place of `trial.num_trials`.
-        timeout: Seconds after which no new trial starts and the running ones are stopped with a checkpoint.
-        num_workers: Trials at once, each in a process of its own, on a GPU of its own or with its share of the CPU's
-            threads. One trains in this process.
         on_change: Called after each trial.
-
-    Raises:
-        UserError: With several workers: they can't share the storage or the GPUs, or died again and again.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     asked_to_stop = runtime.stop
