@@ -129,8 +129,8 @@ def build_config(configuration: Configuration, samples: int, **others: Any) -> T
 
 
 def find_decay_start(config: TrainConfig) -> int:
-    """The step from which on `schedule_factor` lowers the rate."""
-    return next(step for step in itertools.count() if schedule_factor(config, step + 1) < 1)
+    """The first step at a lowered rate."""
+    return next(step for step in itertools.count() if schedule_factor(config, step) < 1)
 
 
 def anneal(workload: Workload, config: TrainConfig, run_dir: Path, folder: Path) -> float | None:
