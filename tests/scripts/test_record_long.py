@@ -64,8 +64,8 @@ def test_the_points_have_the_shares_that_are_judged() -> None:
 
 def test_the_grid_is_recorded_from_coarse_to_fine() -> None:
     order = list(list_configurations(Plan(), [], num_seeds=3))
-    assert len(set(order)) == 30
-    assert set(order[:9]) == {(size, d_coef, 0) for size in (4, 16, 64) for d_coef in (0.01, 0.1, 1.0)}
+    assert len(set(order)) == 36
+    assert set(order[:9]) == {(size, d_coef, 0) for size in (2, 8, 32) for d_coef in (0.01, 0.1, 1.0)}
 
 
 def test_a_recording_resumes_and_ends_with_further_seeds_of_the_best(recorded: Path, tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_a_recording_resumes_and_ends_with_further_seeds_of_the_best(recorded: P
     assert names == [FIRST, (2, 1.0, 0), (2, best["d_coef"], 1)]
 
 
-def test_a_file_of_another_plan_is_refused(recorded: Path) -> None:
-    with pytest.raises(SystemExit, match="another plan"):
-        record_curves(recorded, Toy(), replace(PLAN, num_best=2), num_seeds=1)
+def test_a_file_of_other_lengths_is_refused(recorded: Path) -> None:
+    with pytest.raises(SystemExit, match="another length, points"):
+        record_curves(recorded, Toy(), replace(PLAN, length=1_920), num_seeds=1)
 
 
 def test_a_curve_is_the_run_that_was_never_interrupted(curve: dict[str, Any], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 
 One curve after the other, on one thread: seed 0 of the whole grid of batch size x d_coef, coarse to fine, then the
 further seeds of the dozen with the lowest annealed loss. Each finished curve is written at once to
-scripts/records/curves_TASK.json; the same command continues there, and a process that is killed loses one curve.
+scripts/records/curves_TASK.json. The same command continues it, with a wider grid too. Run one process a task.
 
 A curve is one run at a constant rate. It has, at each of `points` (samples):
 
@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -47,8 +48,7 @@ from trainer.optimizers import schedule_factor
 Configuration = tuple[int, float, int]
 """Batch size, d_coef and seed."""
 
-VAL_SAMPLES = 1024
-EXPONENT = 16
+VAL_SAMPLES, EXPONENT = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
     """The grid and the lengths, in samples. Each batch size divides a 480th of the length."""
 
     length: int = 245_760
-    batch_sizes: tuple[int, ...] = (4, 8, 16, 32, 64)
+    batch_sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     d_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     num_best: int = 12
     """Configurations that are recorded under further seeds."""
@@ -135,7 +135,10 @@ def find_decay_start(config: TrainConfig) -> int:
 
 def anneal(workload: Workload, config: TrainConfig, run_dir: Path, folder: Path) -> float | None:
     """The loss of the run of `config`, which decays, continued from a run at a constant rate; None if it diverged."""
-    state = read_checkpoint(run_dir / step_file(find_decay_start(config)))
+    checkpoint = run_dir / step_file(find_decay_start(config))
+    if not checkpoint.exists():
+        return None
+    state = read_checkpoint(checkpoint)
     # Up to here the two are the same run, and only the schedule's name differs.
     state["identity"]["train"] = config.identity()
     start = folder / "start.pth"
@@ -153,7 +156,6 @@ def record_curve(workload: Workload, plan: Plan, configuration: Configuration) -
     values: dict[str, list[float]] = {"loss": [], "average": [], "d": []}
     average = PowerAverage(workload, max(1, plan.unit // 8 // configuration[0]))
     curve: dict[str, Any] = dict(zip(("batch_size", "d_coef", "seed"), configuration, strict=True))
-    annealed: dict[int, float | None] = dict.fromkeys(plan.lengths)
 
     def on_eval(evaluation: Evaluation) -> None:
         if evaluation.samples in plan.points:
@@ -174,31 +176,31 @@ def record_curve(workload: Workload, plan: Plan, configuration: Configuration) -
             curve["diverged"] = str(error)
         finally:
             hook.remove()
-        for config in decaying:
-            if (constant / step_file(find_decay_start(config))).exists():
-                annealed[config.samples or 0] = anneal(workload, config, constant, folder)
+        annealed = {f"{config.samples}": anneal(workload, config, constant, folder) for config in decaying}
     return curve | {"annealed": annealed, **values, "seconds": round(time.monotonic() - started, 1)}
 
 
 def list_configurations(plan: Plan, curves: list[dict[str, Any]], num_seeds: int) -> Iterator[Configuration]:
-    """All configurations in their order; those of further seeds once the grid is recorded."""
-    grid = [(i % 2 + j % 2, b, d) for i, b in enumerate(plan.batch_sizes) for j, d in enumerate(plan.d_coefs)]
-    yield from ((batch_size, d_coef, 0) for _, batch_size, d_coef in sorted(grid))
+    """All configurations in their order, d_coefs near 0.1 first; those of further seeds once the grid is recorded."""
+    places = itertools.product(enumerate(plan.batch_sizes), enumerate(plan.d_coefs))
+    grid = sorted((i % 2 + j % 2, abs(math.log(d_coef / 0.1)), size, d_coef) for (i, size), (j, d_coef) in places)
+    yield from ((size, d_coef, 0) for _, _, size, d_coef in grid)
     first = [curve for curve in curves if curve["seed"] == 0]
-    if len(first) == len(grid):
+    if len(first) >= len(grid):
         final = str(plan.length)
         best = sorted(first, key=lambda curve: curve["annealed"][final] or float("inf"))[: plan.num_best]
         yield from ((curve["batch_size"], curve["d_coef"], seed) for seed in range(1, num_seeds) for curve in best)
 
 
-def read_record(path: Path, head: Record) -> Record:
-    """The file as far as it is recorded, or a new one. Exits where it was recorded with other data or another plan."""
+def read_curves(path: Path, head: Record) -> list[dict[str, Any]]:
+    """The curves recorded so far. Exits where they are of other data or lengths; the grid may have been narrower."""
     if not path.exists():
-        return head | {"curves": []}
-    record: Record = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [key for key in head if key != "command" and record.get(key) != head[key]]:
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [key for key in head if key not in ("command", "grid") and record.get(key) != head[key]]:
         sys.exit(f"{path} was recorded with another {', '.join(changed)}: move it away to record it again.")
-    return record
+    curves: list[dict[str, Any]] = record["curves"]
+    return curves
 
 
 def record_curves(
@@ -212,20 +214,19 @@ def record_curves(
         "data": workload.data_digest(),
         "val_samples": VAL_SAMPLES,
         "average_exponent": EXPONENT,
-        "plan": asdict(plan),
+        "length": plan.length,
         "points": plan.points,
+        "grid": {"batch_sizes": plan.batch_sizes, "d_coefs": plan.d_coefs, "num_best": plan.num_best},
     }
-    record = read_record(path, json.loads(json.dumps(head)))
-    curves = record["curves"]
+    curves = read_curves(path, head)
     while not is_over():
         done = {(curve["batch_size"], curve["d_coef"], curve["seed"]) for curve in curves}
         missing = [each for each in list_configurations(plan, curves, num_seeds) if each not in done]
         if not missing:
             print(f"{path}: all {len(done)} curves are recorded")
             return
-        curve = json.loads(json.dumps(record_curve(workload, plan, missing[0])))
-        curves.append(curve)
-        write_record(path, record, rows="curves")
+        curves.append(curve := record_curve(workload, plan, missing[0]))
+        write_record(path, head | {"curves": curves}, rows="curves")
         shown = ("batch_size", "d_coef", "seed", "annealed", "seconds")
         print(f"{len(curves)} curves:", ", ".join(f"{key} {curve[key]}" for key in shown), flush=True)
 
