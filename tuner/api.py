@@ -18,6 +18,7 @@ from tuner.show.page import StudyPage
 from tuner.spec.study_toml import StudySpec
 from tuner.study import launch as launch_core
 from tuner.study.confirmation import Confirmation
+from tuner.study.record import StudyRecord
 from tuner.study.supervisor import Display
 from tuner.study.tracked_run import Runtime
 
@@ -113,6 +114,7 @@ def promote(
             unfinished.
     """
     runtime = runtime or Runtime()
+    StudyRecord.read(study)  # refuses a study of another program before its page is touched
     page = StudyPage(study, runtime.run_root)
     try:
         return promote_core.promote(

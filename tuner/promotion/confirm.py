@@ -118,16 +118,14 @@ def _rung(spec: StudySpec, chosen: Sequence[TrialRecord], asked: int | None) -> 
 
 
 def _is_done(run: ConfirmationRun | None, rung: int) -> bool:
-    if run is None or not run.curve:
-        return run is not None and bool(run.failed)
-    if run.failed or rung in run.curve:
-        return True
-    if max(run.curve) > rung:
+    if run is None:
+        return False
+    if not run.failed and max(run.curve, default=0) > rung and rung not in run.curve:
         raise UserError(f"--rung {rung}: {Path(run.run_dir).name} is at {max(run.curve)} already; use that.")
-    return False
+    return bool(run.failed) or rung in run.curve
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """One run of a confirmation."""
 

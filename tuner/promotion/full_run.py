@@ -35,6 +35,7 @@ from tuner.study import optuna_internals
 from tuner.study.confirmation import Confirmation
 from tuner.study.peak_memory import PeakMemory
 from tuner.study.record import (
+    FullRunKeys,
     FullRunRecord,
     PromotionKeys,
     StudyRecord,
@@ -119,14 +120,12 @@ class FullRun:
         _check_steps(steps, last, run_dir, origin, is_new)
         if is_new or not promotion:
             _store_promotion(record, trial, run_dir, origin, promotion, confirmation)
-        length = setup.config.num_steps
+        keys: FullRunKeys = {"run_dir": str(run_dir), "steps": setup.config.num_steps}
         curve: optuna.Trial | None
         if is_new:
-            curve = _begin_curve(record, spec, trial, run_dir, last, origin)
+            curve = _begin_curve(record, spec, trial, last, origin, keys)
         else:
-            curve = _continue_curve(record, trial, run_dir, last, length or 0)
-        if curve is not None:
-            write_full_run(curve, steps=length)
+            curve = _continue_curve(record, trial, last, keys)
         if is_new and origin is not None:
             link_checkpoints(origin.run_dir, run_dir, setup.workload)
         at_zero = origin is None if is_new else last is not None and last.started_at_zero
@@ -163,7 +162,7 @@ class FullRun:
     def trackers(self) -> list[Tracker]:
         """Log the projected hours now, by the trial's speed, and again once the run's own speed is measured."""
         curve = self.curve
-        if curve is None:
+        if self.state is State.FINISHED or curve is None:
             return []
         projections = project(StudyRecord.read(self.study), self.spec, self.trial, self.setup.config.num_steps)
         with log_file(self.run_dir):
@@ -296,37 +295,39 @@ def _begin_curve(
     record: StudyRecord,
     spec: StudySpec,
     trial: TrialRecord,
-    run_dir: Path,
     last: FullRunRecord | None,
     origin: Origin | None,
+    keys: FullRunKeys,
 ) -> optuna.Trial:
     """The curve of a run without a checkpoint of its own: it begins with that of the run it continues from."""
     follows = origin is not None and spec.trial.unit == "samples"
     values = own_curve(record, trial, spec.baseline.seed) if follows else {}
-    curve = _open_curve(record, trial, run_dir, last if last and last.is_open else None, values)
-    write_full_run(curve, continued_from=None if origin is None else str(origin.run_dir))
-    return curve
+    keys = {**keys, "continued_from": None if origin is None else str(origin.run_dir)}
+    return _open_curve(record, trial, last if last and last.is_open else None, values, keys)
 
 
 def _continue_curve(
-    record: StudyRecord, trial: TrialRecord, run_dir: Path, last: FullRunRecord | None, length: int
+    record: StudyRecord, trial: TrialRecord, last: FullRunRecord | None, keys: FullRunKeys
 ) -> optuna.Trial | None:
     """The curve of a run with a checkpoint; None if the run has finished at this length."""
     if last is None or last.is_open:
-        return _open_curve(record, trial, run_dir, last, {})
-    if last.step >= length:
+        return _open_curve(record, trial, last, {}, keys)
+    if last.step >= (keys["steps"] or 0):
         return None
     # It is made longer. A finished trial can't be written to, so another one continues its curve.
-    curve = _open_curve(record, trial, run_dir, None, last.curve)
     if last.started_at_zero or last.continued_from:
-        write_full_run(curve, continued_from=str(last.continued_from) if last.continued_from else None)
-    return curve
+        keys = {**keys, "continued_from": str(last.continued_from) if last.continued_from else None}
+    return _open_curve(record, trial, None, last.curve, keys)
 
 
 def _open_curve(
-    record: StudyRecord, trial: TrialRecord, run_dir: Path, known: FullRunRecord | None, values: Mapping[int, float]
+    record: StudyRecord,
+    trial: TrialRecord,
+    known: FullRunRecord | None,
+    values: Mapping[int, float],
+    keys: FullRunKeys,
 ) -> optuna.Trial:
-    """Open a known trial of `<study>.full`, or create one, and report values that it lacks."""
+    """Open a known trial of `<study>.full`, or create one; store values that it lacks, and its attributes."""
     curves = full_study(record.study)
     if curves is None:
         storage = optuna_internals.storage_of(record.study)
@@ -341,9 +342,11 @@ def _open_curve(
     else:
         curves.enqueue_trial(dict(trial.params))
         curve = curves.ask(fixed_distributions=dict(trial.distributions))
-    write_full_run(curve, run_dir=str(run_dir), trial=trial.number)
     for samples, value in values.items():
         report_once(curve, value, samples)
+    write_full_run(curve, **keys)
+    # Last: until it names its trial, a killed promotion's curve does not count, and another one is created.
+    write_full_run(curve, trial=trial.number)
     return curve
 
 

@@ -38,8 +38,10 @@ def promote(
     if trial is None and confirmed is None:
         confirmed = _stored_confirmation(record)
     chosen = _choose_trial(record, trial, confirmed)
-    run_dir = runtime.run_dir(record.name, f"full-{trial_name(chosen.number)}")
+    name = record.spec["study"]["name"]  # a copied study has another name in the storage
+    run_dir = runtime.run_dir(name, f"full-{trial_name(chosen.number)}")
     run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, steps=steps, confirmation=confirmed)
+    log.info("%s: %s", run_dir.name, run.state)
     run.warn_of_differences()
 
     def on_eval(evaluation: Evaluation) -> None:
@@ -50,7 +52,7 @@ def promote(
         run.setup,
         run_dir,
         runtime,
-        experiment=record.name,
+        experiment=name,
         lineage=run.lineage,
         trackers=[*trackers, *run.trackers()],
         on_eval=on_eval,

@@ -111,4 +111,6 @@ def _without_none(value: Any) -> Any:
     """TOML has no null."""
     if isinstance(value, Mapping):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(entry) for entry in value if entry is not None]
     return value

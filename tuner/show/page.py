@@ -78,6 +78,11 @@ class StudyPage:
                     "the study's page is not up to date (%s: %s); training continues", type(error).__name__, error
                 )
             self._failed = True
+        except Exception:
+            # A defect here must not end a run of days; its traceback is logged.
+            if not self._failed:
+                log.exception("the study's page could not be written; training continues")
+            self._failed = True
         cost = time.monotonic() - started
         self._next = started + cost + max(MIN_INTERVAL_S, cost / MAX_SHARE)
 

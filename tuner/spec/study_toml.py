@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainer.config import (
     NonNegativeFloat,
@@ -139,7 +139,6 @@ class StudySpec(Section):
     full: FullSection
     base_dir: Path = Path()
     """Folder of the study.toml: relative paths start here, and the workload's module may be here."""
-    _workloads: dict[str, Workload] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None, *, search: bool = True) -> StudySpec:
@@ -213,29 +212,18 @@ class StudySpec(Section):
     def build_workload(self, options: Mapping[str, Any] | None = None) -> Workload:
         """The workload with the options of `[workload]`, or with others.
 
-        Caches the last two workloads, so their data is opened once.
-
         Raises:
             UserError: An option is unknown or out of range.
         """
         options = dict(self.workload if options is None else options)
-        key, kept = repr(sorted(options.items())), self._workloads
-        if key not in kept:
-            try:
-                kept[key] = self.workload_class.model_validate(options, context={"base_dir": self.base_dir})
-            except ValidationError as error:
-                raise UserError(explain(error, self.workload_class, prefix="workload")) from None
-            for old in [*kept][:-2]:
-                del kept[old]
-        return kept[key]
+        try:
+            return self.workload_class.model_validate(options, context={"base_dir": self.base_dir})
+        except ValidationError as error:
+            raise UserError(explain(error, self.workload_class, prefix="workload")) from None
 
-    def forget_workloads(self) -> None:
-        """Clear the cache: the next `build_workload` opens the data again."""
-        self._workloads.clear()
-
-    @cached_property
+    @property
     def baseline(self) -> TrainConfig:
-        """The settings of `[train]`, with a length of one step."""
+        """`[train]` as a configuration of one step: its settings without a length."""
         return self.build_config({**self.train, "steps": 1})
 
     def build_config(self, values: Mapping[str, Any]) -> TrainConfig:

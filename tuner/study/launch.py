@@ -185,7 +185,6 @@ def _check_data(spec: StudySpec) -> str:
         UserError: A split is empty or does not match its lengths, the weights name other losses than a batch, no
             validation gives the study's metric, or the data is smaller than a searched batch size.
     """
-    spec.forget_workloads()  # the data may have changed since this process last opened it
     workload = spec.build_workload()
     digest = workload.data_digest()
     train, val = workload.train_data(), workload.val_data()

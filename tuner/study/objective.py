@@ -22,6 +22,7 @@ from trainer.errors import first_line
 from trainer.memory import Probe, available_memory
 from trainer.micro_batches import SIZED_BY, MemoryFit, describe_shortage, estimate_fit
 from trainer.tracking import Tracker
+from trainer.workload import Workload
 from tuner.spec.setups import Setup, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.peak_memory import PeakMemory
@@ -60,10 +61,14 @@ class Infeasible(Exception):
 
 
 class Objective:
-    """Trains the trials of a study one after the other, and keeps the models for the memory estimate between them."""
+    """Trains the trials of a study one after the other.
+
+    Between them it keeps the last workload, with its data open, and the models for the memory estimate.
+    """
 
     def __init__(self, spec: StudySpec, runtime: Runtime) -> None:
         self.spec, self.runtime = spec, runtime
+        self._workload: Workload | None = None
         self._probes: dict[tuple[str, ...], Probe] = {}
 
     def __call__(self, trial: optuna.Trial, trackers: Sequence[Tracker] = ()) -> float:
@@ -80,30 +85,33 @@ class Objective:
         run_dir = self.runtime.run_dir(self.spec.study.name, trial_name(trial.number))
         code = code_digest(self.spec.build_workload())
         write_trial(trial, run_dir=str(run_dir), host=platform.node(), code=code)
-        value, pruned = math.nan, None
+        value, reason = math.nan, None
         try:
             _count_start(trial, run_dir)
             value = self._train(trial, params, run_dir, trackers)
         except Infeasible as error:
             trial.set_constraint(error.constraint, 1.0)
-            pruned = str(error)
-            write_trial(trial, infeasible=pruned)
+            reason = str(error)
+            write_trial(trial, infeasible=reason)
         except optuna.TrialPruned as error:
-            pruned = str(error)
+            reason = str(error)
         except (Interrupted, UserError, KeyboardInterrupt):
             # The process was not killed: the start does not count.
             write_trial(trial, starts=[0])
             raise
         # Not in the handlers: while an exception is handled, its frames hold the model.
         release_memory()
-        if pruned is not None:
-            raise optuna.TrialPruned(pruned)
+        if reason is not None:
+            raise optuna.TrialPruned(reason)
         return value
 
     def _train(
         self, trial: optuna.Trial, params: dict[str, object], run_dir: Path, trackers: Sequence[Tracker]
     ) -> float:
         setup = trial_setup(self.spec, params)
+        if self._workload is None or self._workload.model_dump_json() != setup.workload.model_dump_json():
+            self._workload = setup.workload
+        setup = replace(setup, workload=self._workload)
         capabilities = detect(setup.config.device)
         full_steps = full_setup(self.spec, params).config.num_steps
         with log_file(run_dir):

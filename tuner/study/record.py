@@ -409,6 +409,7 @@ class StudyRecord:
         if "spec" not in keys:
             raise UserError(f"study {study.study_name} holds no spec: tuner did not launch it; use another study.")
         kept = keys.get("confirmation", {})
+        kept = kept if isinstance(kept, Mapping) and "asked" in kept else {}
         return cls(
             study=study,
             name=study.study_name,
@@ -424,7 +425,7 @@ class StudyRecord:
             confirmation_runs={
                 name: _confirmation_run.validate_python(run)
                 for name, run in attrs.items()
-                if run and re.fullmatch(r"confirm-\d+-seed-\d+", name)
+                if re.fullmatch(r"confirm-\d+-seed-\d+", name) and _is_confirmation_run(run)
             },
         )
 
@@ -519,6 +520,11 @@ class StudyRecord:
     def confirmation_run(self, number: int, seed: int) -> ConfirmationRun | None:
         """A confirmation run of a trial, complete or not."""
         return self.confirmation_runs.get(confirmation_run_name(number, seed))
+
+
+def _is_confirmation_run(value: Any) -> bool:
+    """Whether the tuner stored it: anybody may add attributes to a study."""
+    return isinstance(value, Mapping) and value.keys() == ConfirmationRun.__dataclass_fields__.keys()
 
 
 # Stored as JSON, which turns the integer keys of `values` and `curve` into text.

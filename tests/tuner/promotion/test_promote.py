@@ -434,3 +434,27 @@ def test_measured_speed_is_logged_once_beside_the_baselines(caplog: pytest.LogCa
         "80,000 samples, 2.50 epochs; the baseline (trial 0) would take about 12.5 h"
     )
     assert kept == [pytest.approx(80_000 / 2 / 3600)]
+
+
+@pytest.mark.parametrize("kill_at", range(4))
+def test_longer_run_killed_while_its_curve_is_copied_keeps_the_whole_curve(
+    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    steps = promote(study, runtime=runtime).step
+    (before,) = StudyRecord.read(study).full_runs
+    reports = itertools.count()
+
+    def kill(curve: optuna.Trial, value: float, step: int) -> bool:
+        if next(reports) == kill_at:
+            raise Killed
+        return report_once(curve, value, step)
+
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr("tuner.promotion.full_run.report_once", kill)
+        promote(study, runtime=runtime, steps=2 * steps)
+    (killed,) = StudyRecord.read(study).full_runs
+    assert (killed.state, killed.steps) == ("finished", steps)
+    promote(study, runtime=runtime, steps=2 * steps)
+    (run,) = StudyRecord.read(study).full_runs
+    assert before.curve.items() <= run.curve.items() and run.steps == 2 * steps
+    assert run.continued_from == before.continued_from

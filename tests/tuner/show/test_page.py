@@ -22,7 +22,7 @@ from tests.tuner.studies_for_tests import build
 from trainer.locks import lock_folder
 from tuner import launch, promote
 from tuner.show import page as study_page
-from tuner.show.files import BEST_SPEC, LEADERBOARD, artifact_dir, best_spec
+from tuner.show.files import BEST_SPEC, LEADERBOARD, _without_none, artifact_dir, best_spec
 from tuner.show.page import StudyPage
 from tuner.show.server import make_dashboard
 from tuner.spec.setups import full_setup
@@ -164,12 +164,17 @@ def test_page_is_kept_updated_in_a_thread_and_written_at_the_end(
     assert len(threads) == 2, "a launch that was interrupted at once must not wait for the storage"
 
 
-def test_defect_in_the_thread_is_raised(study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(page: StudyPage) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            raise ZeroDivisionError
+def test_options_in_lists_without_a_value_are_left_out_of_the_best_spec() -> None:
+    assert _without_none({"a": [{"path": "x", "weight": None}, None], "b": None}) == {"a": [{"path": "x"}]}
 
-    monkeypatch.setattr(StudyPage, "_write", fail)
-    monkeypatch.setattr(study_page, "MIN_INTERVAL_S", 0.0)
-    with pytest.raises(ZeroDivisionError), StudyPage(study, tmp_path).keep_updated() as on_change:
-        on_change()
+
+def test_defect_of_the_page_ends_no_launch(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(study_page, "study_note", fail)
+    study = launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=2)
+    assert len(study.trials) == 2
+    assert "the study's page could not be written" in caplog.text

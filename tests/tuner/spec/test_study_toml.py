@@ -260,3 +260,9 @@ def test_workload_is_found_beside_its_spec_and_its_paths_become_absolute(tmp_pat
     text = TOML.replace("tests.toy:Toy", "workload_beside:Mine").replace("num_train = 128", 'corpus = "data/x"')
     spec = StudySpec.load(write(tmp_path, text))
     assert spec.to_dict()["workload"] == {"corpus": str(tmp_path / "data/x")}
+
+
+def test_changed_copy_of_a_spec_has_its_own_baseline() -> None:
+    spec = build()
+    assert spec.baseline.batch_size == 8
+    assert spec.model_copy(update={"train": {**spec.train, "batch_size": 16}}).baseline.batch_size == 16

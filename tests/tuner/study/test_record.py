@@ -145,3 +145,18 @@ def test_full_run_continues_with_the_same_numbers(study: optuna.Study, tmp_path:
     assert (run.state, run.step, run.continued_from) == ("finished", 80, before.continued_from)
     curves = full_study(study)
     assert curves is not None and len(curves.trials) == 1
+
+
+def test_attributes_of_others_are_ignored(study: optuna.Study) -> None:
+    study.set_user_attr("confirm-00099-seed-9", "yes")
+    study.set_user_attr("confirm-00001-seed-5", {"note": "mine"})
+    assert len(StudyRecord.read(study).confirmation_runs) == 2
+    study.set_user_attr("confirmation", "looks good")
+    assert StudyRecord.read(study).confirmation is None
+
+
+def test_copied_study_finds_its_full_run(study: optuna.Study, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/runs/tuner.db"
+    optuna.copy_study(from_study_name="toy", from_storage=storage, to_storage=storage, to_study_name="other")
+    result = promote(load_study("other", open_storage(storage)), runtime=Runtime(tmp_path / "runs", track=False))
+    assert result.run_dir == tmp_path / "runs/toy/full-trial-00000"
