@@ -10,21 +10,23 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 from rich.console import Console
 from rich.table import Table
 
 from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
 from trainer.clock import clock
+from trainer.tracking import Tracker
 from tuner import launch, open_study, promote
 from tuner.cli.terminal import stop_on_signals
-from tuner.promotion.promote import rerun
 from tuner.show.live import StudyDisplay
 from tuner.show.run import RunDisplay
 from tuner.show.table import format_params, trial_table
+from tuner.spec.setups import trial_setup
 from tuner.spec.study_toml import StudySpec
-from tuner.study.record import StudyRecord, trial_name
-from tuner.study.tracked_run import Runtime
+from tuner.study.record import StudyRecord, read_spec, trial_name
+from tuner.study.tracked_run import Runtime, tracked_train
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "studies/korean_demo/study.toml"
@@ -68,7 +70,7 @@ def main() -> None:
         for number in dict.fromkeys((base.number, best.number)):
             announce(console, runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{FRESH_SEED}"))
             with RunDisplay(f"trial {number}, seed {FRESH_SEED}", console) as follower:
-                reruns[number] = rerun(study, number, seed=FRESH_SEED, runtime=runtime, trackers=[follower])
+                reruns[number] = rerun(study, number, seed=FRESH_SEED, runtime=runtime, tracker=follower)
             leave_if(stop, console)
 
         heading(console, 4, f"promotion: the full run with trial {best.number}, {format_params(best.params)}")
@@ -96,6 +98,19 @@ def leave_if(stop: object, console: Console) -> None:
     if callable(stop) and stop():
         console.print("Stopped; run the same command to continue.")
         sys.exit(130)
+
+
+def rerun(study: optuna.Study, number: int, *, seed: int, runtime: Runtime, tracker: Tracker) -> TrainResult:
+    """Train a trial's short run again on another seed, measured on the same validation set.
+
+    The best of many noisy trials looks better than it is; a fresh seed gives its real value.
+    """
+    spec, params = read_spec(study), StudyRecord.read(study).trials[number].params
+    setup = trial_setup(spec, params, seed=seed, save_every=None)
+    name = spec.study.name
+    run_dir = runtime.run_dir(name, f"{trial_name(number)}-seed-{seed}")
+    lineage = {"study": name, "trial": number, "params": dict(params), "seed": seed}
+    return tracked_train(setup, run_dir, runtime, experiment=name, lineage=lineage, trackers=[tracker])
 
 
 def show_results(console: Console, record: StudyRecord, reruns: dict[int, TrainResult], full: TrainResult) -> None:

@@ -154,6 +154,13 @@ def newest_step(run_dir: Path) -> int | None:
     return max((int(path.stem.removeprefix("step_")) for path in run_dir.glob(f"step_{'[0-9]' * 9}.pth")), default=None)
 
 
+def delete_checkpoints(run_dir: Path) -> None:
+    """Delete all checkpoints of a run directory; another process may do so too."""
+    for path in run_dir.glob("*.pth"):
+        path.unlink(missing_ok=True)
+        digest_path(path).unlink(missing_ok=True)
+
+
 class Checkpoints:
     """The checkpoints of one run directory. A context manager: its exit waits for the last write."""
 

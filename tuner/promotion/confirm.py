@@ -17,7 +17,7 @@ from pathlib import Path
 import optuna
 
 from trainer import Diverged, Evaluation, UserError
-from trainer.checkpoint import digest_path, holds_state
+from trainer.checkpoint import delete_checkpoints, holds_state
 from trainer.tracking import Tracker, Trackers
 from tuner.promotion.link_checkpoint import link_checkpoints, read_step
 from tuner.spec.setups import full_setup, trial_setup
@@ -181,7 +181,7 @@ class _Run:
         self._store()
         if not is_own_seed:
             # No run continues from this one, and a checkpoint may have 10 GB.
-            _delete_checkpoints(run_dir)
+            delete_checkpoints(run_dir)
 
     def _on_eval(self, evaluation: Evaluation) -> None:
         value = evaluation.metrics[self.spec.study.metric]
@@ -194,12 +194,6 @@ class _Run:
     def _store(self, failed: str = "") -> None:
         run = ConfirmationRun(str(self.run_dir), self.curve, failed)
         write_confirmation_run(self.study, self.trial.number, self.seed, run)
-
-
-def _delete_checkpoints(run_dir: Path) -> None:
-    for path in run_dir.glob("*.pth"):
-        path.unlink()
-        digest_path(path).unlink(missing_ok=True)
 
 
 def _summary(

@@ -52,12 +52,10 @@ log = logging.getLogger(__name__)
 
 
 class State(StrEnum):
-    """The state of a full run when `promote` finds it."""
+    """The state in which `promote` finds a full run: without a checkpoint, shorter than asked for, or ended."""
 
     NEW = "new"
-    """No checkpoint of its own yet."""
     CONTINUED = "continued"
-    """It has a checkpoint, and is shorter than asked for."""
     FINISHED = "finished"
 
 

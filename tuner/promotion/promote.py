@@ -10,9 +10,8 @@ import optuna
 from trainer import Evaluation, TrainResult, UserError
 from trainer.tracking import Tracker
 from tuner.promotion.full_run import FullRun
-from tuner.spec.setups import trial_setup
 from tuner.study.confirmation import Confirmation
-from tuner.study.record import StudyRecord, TrialRecord, read_spec, trial_name
+from tuner.study.record import StudyRecord, TrialRecord, trial_name
 from tuner.study.tracked_run import Runtime, tracked_train
 
 log = logging.getLogger(__name__)
@@ -59,26 +58,6 @@ def promote(
     )
     run.end(result)
     return result
-
-
-def rerun(
-    study: optuna.Study,
-    number: int,
-    *,
-    seed: int,
-    runtime: Runtime | None = None,
-    trackers: Sequence[Tracker] = (),
-) -> TrainResult:
-    """Train a trial's short run again on another seed, measured on the same validation set.
-
-    The best of many noisy trials looks better than it is; a fresh seed gives its real value.
-    """
-    runtime, spec = runtime or Runtime(), read_spec(study)
-    chosen = _find_trial(StudyRecord.read(study), number)
-    setup = trial_setup(spec, chosen.params, seed=seed, save_every=None)
-    run_dir = runtime.run_dir(spec.study.name, f"{trial_name(number)}-seed-{seed}")
-    lineage = {"study": spec.study.name, "trial": number, "params": dict(chosen.params), "seed": seed}
-    return tracked_train(setup, run_dir, runtime, experiment=spec.study.name, lineage=lineage, trackers=trackers)
 
 
 def _stored_confirmation(record: StudyRecord) -> Confirmation | None:

@@ -81,13 +81,8 @@ def _has_baseline(trials: Sequence[TrialRecord]) -> bool:
 
 def needs_more_trials(record: StudyRecord, spec: StudySpec, total: int) -> bool:
     """Whether the study needs another trial besides its finished and running ones."""
-    return _num_counted(record) < total and not _has_lost_patience(record, spec)
-
-
-def _has_lost_patience(record: StudyRecord, spec: StudySpec) -> bool:
-    """Whether as many trials in a row as the spec's patience improved nothing."""
-    patience = spec.trial.patience
-    return patience > 0 and record.trials_since_improvement(spec.trial.min_delta) >= patience
+    patience, since = spec.trial.patience, record.trials_since_improvement(spec.trial.min_delta)
+    return _num_counted(record) < total and not 0 < patience <= since
 
 
 def _num_counted(record: StudyRecord) -> int:

@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from trainer import DamagedSample, UserError
-from trainer.checkpoint import digest_path
+from trainer.checkpoint import delete_checkpoints
 from trainer.clock import clock
 from trainer.data.loader import check_lengths, check_losses
 from trainer.tracking import Tracker
@@ -238,6 +238,4 @@ def _delete_checkpoints(record: StudyRecord) -> None:
     for trial in record.finished:
         if trial.number in kept or trial.is_baseline or trial.run_dir is None:
             continue
-        for path in trial.run_dir.glob("*.pth"):
-            path.unlink(missing_ok=True)  # another worker may delete it too
-            digest_path(path).unlink(missing_ok=True)
+        delete_checkpoints(trial.run_dir)

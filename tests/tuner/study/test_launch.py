@@ -16,12 +16,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from scripts.quickstart import rerun
 from tests.toy import Toy
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import lock_folder, read_checkpoint
+from trainer.tracking import Trackers
 from tuner import launch
-from tuner.promotion.promote import rerun
 from tuner.show.status import status
 from tuner.spec.study_toml import Choice
 from tuner.study import launch as launch_module
@@ -252,7 +253,7 @@ def test_missing_data_leaves_no_half_made_study(runtime: Runtime, url: str, monk
 
 def test_rerun_differs_in_its_seed_alone(runtime: Runtime, url: str) -> None:
     study = launch(build(), storage=url, runtime=runtime, num_trials=1)
-    result = rerun(study, 0, seed=7, runtime=runtime)
+    result = rerun(study, 0, seed=7, runtime=runtime, tracker=Trackers([]))
     assert result.samples == 160
     assert result.metrics["val/loss"] != study.trials[0].value
     one, other = (
