@@ -55,20 +55,20 @@ def read_weights(run_dir: Path, step: int) -> dict[str, Tensor]:
     return weights
 
 
-def test_the_points_have_the_shares_that_are_judged() -> None:
+def test_points_have_the_shares_that_are_judged() -> None:
     points = Plan().points
     assert points == sorted(set(points)) and len(points) == 52
     assert {Plan().length // share for share in (480, 240, 120, 60, 20, 5, 1)} < set(points)
     assert not [point for point in points for size in Plan().batch_sizes if point % size]
 
 
-def test_the_grid_is_recorded_from_coarse_to_fine() -> None:
+def test_grid_is_recorded_from_coarse_to_fine() -> None:
     order = list(list_configurations(Plan(), [], num_seeds=3))
     assert len(set(order)) == 36
     assert set(order[:9]) == {(size, d_coef, 0) for size in (2, 8, 32) for d_coef in (0.01, 0.1, 1.0)}
 
 
-def test_a_recording_resumes_and_ends_with_further_seeds_of_the_best(recorded: Path, tmp_path: Path) -> None:
+def test_recording_resumes_and_ends_with_further_seeds_of_the_best(recorded: Path, tmp_path: Path) -> None:
     path = tmp_path / "curves.json"
     path.write_bytes(recorded.read_bytes())
     curves = record(path, 9)
@@ -78,12 +78,12 @@ def test_a_recording_resumes_and_ends_with_further_seeds_of_the_best(recorded: P
     assert names == [FIRST, (2, 1.0, 0), (2, best["d_coef"], 1)]
 
 
-def test_a_file_of_other_lengths_is_refused(recorded: Path) -> None:
+def test_file_of_other_lengths_is_refused(recorded: Path) -> None:
     with pytest.raises(SystemExit, match="another length, points"):
         record_curves(recorded, Toy(), replace(PLAN, length=1_920), num_seeds=1)
 
 
-def test_a_curve_is_the_run_that_was_never_interrupted(curve: dict[str, Any], tmp_path: Path) -> None:
+def test_curve_is_the_run_that_was_never_interrupted(curve: dict[str, Any], tmp_path: Path) -> None:
     whole = train(Toy(), build_config(FIRST, PLAN.length), run_dir=tmp_path)
     assert curve["loss"][-1] == round(whole.metrics["val/loss"], 5)
     assert {len(curve[name]) for name in ("loss", "average", "d")} == {len(PLAN.points)}
@@ -95,7 +95,7 @@ def test_an_annealed_loss_is_that_of_the_run_with_decay(curve: dict[str, Any], t
     assert curve["annealed"][str(length)] == round(whole.metrics["val/loss"], 5)
 
 
-def test_a_branch_has_the_weights_of_the_run_with_decay(tmp_path: Path) -> None:
+def test_branch_has_the_weights_of_the_run_with_decay(tmp_path: Path) -> None:
     config = build_config(FIRST, 200, schedule="wsd")
     train(Toy(), build_config(FIRST, find_decay_start(config) * 2), run_dir=tmp_path / "constant")
     anneal(Toy(), config, tmp_path / "constant", tmp_path)
@@ -105,7 +105,7 @@ def test_a_branch_has_the_weights_of_the_run_with_decay(tmp_path: Path) -> None:
     assert all(branch[name].equal(whole[name]) and not branch[name].equal(constant[name]) for name in whole)
 
 
-def test_the_average_weights_late_updates_most(curve: dict[str, Any]) -> None:
+def test_average_weights_late_updates_most(curve: dict[str, Any]) -> None:
     average = PowerAverage(Toy(), every=1)
     optimizer = torch.optim.SGD(Toy().build_model().parameters())
     for update in range(1, 101):

@@ -28,11 +28,7 @@ def promote(
     trackers: Sequence[Tracker] = (),
     on_change: Callable[[], None] = lambda: None,
 ) -> TrainResult:
-    """Train the full run of a trial, or continue it: choose, find the full run, train, end; see `tuner.promote`.
-
-    Args:
-        on_change: Called after each evaluation.
-    """
+    """Train the full run of a trial, or continue it; see `tuner.promote`. Calls `on_change` after each evaluation."""
     runtime, record = runtime or Runtime(), StudyRecord.read(study)
     if trial is None and confirmed is None:
         confirmed = _stored_confirmation(record)
