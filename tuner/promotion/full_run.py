@@ -112,6 +112,11 @@ class FullRun:
         last = next((run for run in reversed(record.all_full_runs) if run.trial == trial.number), None)
         if fresh and not is_new:
             _refuse_fresh(last, run_dir)
+        if is_new and last is not None and last.run_dir != run_dir and holds_state(last.run_dir):
+            raise UserError(
+                f"the full run of trial {trial.number} is in {last.run_dir}, at step {last.step}: give the --run-root "
+                "that it was started with, or remove that folder."
+            )
         setup = _setup(spec, trial, last, steps)
         promotion = _find_promotion(record, run_dir, is_new)
         origin = _choose_origin(record, spec, trial, run_dir, promotion, fresh) if is_new else _stored_origin(promotion)

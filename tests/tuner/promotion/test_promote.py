@@ -65,6 +65,7 @@ def test_promotion_from_the_checkpoint_equals_the_run_from_the_start(study: optu
     promoted = promote(study, runtime=runtime)
     for path in runtime.run_dir("toy", f"trial-{best.number:05d}").glob("*.pth"):
         path.unlink()
+    shutil.rmtree(promoted.run_dir)
     fresh = promote(study, runtime=Runtime(runtime.run_root / "fresh", track=False))
     assert fresh.metrics == promoted.metrics
 
@@ -458,3 +459,13 @@ def test_longer_run_killed_while_its_curve_is_copied_keeps_the_whole_curve(
     (run,) = StudyRecord.read(study).full_runs
     assert before.curve.items() <= run.curve.items() and run.steps == 2 * steps
     assert run.continued_from == before.continued_from
+
+
+def test_other_run_root_does_not_take_over_a_full_run(study: optuna.Study, runtime: Runtime) -> None:
+    steps = itertools.count()
+    stopped = promote(study, runtime=Runtime(runtime.run_root, track=False, stop=lambda: next(steps) > 5))
+    with pytest.raises(UserError, match=rf"is in {stopped.run_dir}, at step \d+: give the --run-root"):
+        promote(study, runtime=Runtime(runtime.run_root / "other", track=False))
+    (run,) = StudyRecord.read(study).full_runs
+    assert (run.run_dir, run.state) == (stopped.run_dir, "interrupted")
+    assert promote(study, runtime=runtime).finished
