@@ -44,8 +44,7 @@ def toy_losses(folder: Path, name: str, **changes: Any) -> list[float]:
     "run",
     [
         pytest.param(toy_losses, id="toy"),
-        # Its code takes 20 s to compile.
-        pytest.param(partial(losses, dropout=0.0, layers=1), id="IndexTTS-2", marks=pytest.mark.slow),
+        pytest.param(partial(losses, dropout=0.0, layers=1), id="IndexTTS-2"),
     ],
 )
 def test_compiled_run_equals_the_eager_run_and_compiles_once(tmp_path: Path, run: Callable[..., list[float]]) -> None:
