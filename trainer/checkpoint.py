@@ -2,7 +2,8 @@
 
 A checkpoint is written from a snapshot in host memory by one background thread: to a temporary file, flushed,
 with its digest beside it (`sha256sum -c` reads it), then renamed. `step_*.pth` are the last few states,
-`latest.pth` is a hard link to the newest, `best_*.pth` hold weights and metrics only.
+`latest.pth` is a hard link to the newest, `stable.pth` is the state before the rate decays, `best_*.pth` hold weights
+and metrics only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest.pth"
+LATEST, STABLE = "latest.pth", "stable.pth"
 
 # Errors of torch.load for files that are truncated or no checkpoints.
 _DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error)
@@ -179,32 +180,48 @@ class Checkpoints:
         if kind is None:
             self._wait()
 
-    def find(self) -> tuple[Path, dict[str, Any]] | None:
+    def find(
+        self, fits: Callable[[Mapping[str, Any]], bool] = lambda state: True
+    ) -> tuple[Path, dict[str, Any]] | None:
         """Returns the newest undamaged checkpoint, its tensors mapped from the file. Logs and skips damaged ones.
+
+        Args:
+            fits: Whether a state is one of this run's schedule. Without any, the newest is returned.
 
         Raises:
             UserError: There are checkpoints, and all of them are damaged.
         """
-        candidates = [*self._steps()[::-1], self.run_dir / LATEST]
+        candidates = [*self._steps()[::-1], self.run_dir / LATEST, self.run_dir / STABLE]
         candidates = [path for path in candidates if path.exists()]
+        newest = None
         for path in candidates:
             try:
-                return path, read_checkpoint(path, mmap=True)
+                found = path, read_checkpoint(path, mmap=True)
             except UserError as error:
                 log.warning("%s", error)
+                continue
+            if fits(found[1]):
+                return found
+            newest = newest or found
+        if newest:
+            return newest
         if candidates:
             raise UserError(
                 f"all {len(candidates)} checkpoints in {self.run_dir} are damaged: start in another folder."
             )
         return None
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], *, stable: bool = False) -> None:
         """Write the state as the newest checkpoint, in the background if memory can hold a snapshot.
+
+        Args:
+            stable: Keep it as `stable.pth` too.
 
         Raises:
             UserError: This write, or one before it, failed.
         """
-        self._submit(state, self._write_step)
+        aliases = (STABLE, LATEST) if stable else (LATEST,)
+        self._submit(state, lambda kept: self._write_step(kept, aliases))
 
     def save_best(self, state: dict[str, Any], names: Sequence[str]) -> None:
         """Write weights and metrics under each of `names` (`best_*.pth`)."""
@@ -236,11 +253,15 @@ class Checkpoints:
     def _steps(self) -> list[Path]:
         return sorted(self.run_dir.glob("step_*.pth"))
 
-    def _write_step(self, state: dict[str, Any]) -> None:
+    def _write_step(self, state: dict[str, Any], aliases: Sequence[str]) -> None:
         path = self.run_dir / step_file(state["step"])
         write_checkpoint(state, path)
-        _link_alias(path, self.run_dir / LATEST)
-        for old in self._steps()[: -self.keep]:
+        for name in aliases:
+            _link_alias(path, self.run_dir / name)
+        steps = self._steps()
+        # Later states are damaged, or of a decay that this run has left.
+        later = steps[steps.index(path) + 1 :]
+        for old in [*later, *steps[: steps.index(path) + 1][: -self.keep]]:
             old.unlink()
             digest_path(old).unlink(missing_ok=True)
 

@@ -34,10 +34,12 @@ class Role(Enum):
 
     FREE = "how the run is carried out: may change between a run and its continuation"
     BUDGET = "how long the run is: may change, and can't be searched"
+    SCHEDULE = "the rate over the run: may change for the steps to come, and can't be searched"
     MEASURE = "what is measured: identity, and can't be searched, or trials would not be comparable"
 
 
 Unit = Literal["samples", "steps", "seconds"]
+Schedule = Literal["none", "cosine", "wsd"]
 
 
 class TrainConfig(BaseModel):
@@ -68,11 +70,11 @@ class TrainConfig(BaseModel):
     slice_p: PositiveInt = 1
     """Prodigy keeps its statistics on every slice_p-th entry: 11 saves 7 bytes a parameter."""
     max_grad_norm: PositiveFloat | None = 1.0
-    schedule: Literal["none", "cosine", "wsd"] = "none"
-    schedule_steps: PositiveInt | None = None
-    """The schedule's horizon. Default: the run's own steps; a trial takes its full run's."""
     warmup_steps: NonNegativeInt = 0
-    decay_fraction: NonNegativeFloat = 0.2
+    schedule: Annotated[Schedule, Role.SCHEDULE] = "none"
+    schedule_steps: Annotated[PositiveInt | None, Role.SCHEDULE] = None
+    """The schedule's horizon. Default: the run's own steps; a trial takes its full run's."""
+    decay_fraction: Annotated[NonNegativeFloat, Role.SCHEDULE] = 0.2
     """wsd: the share of the horizon, at its end, in which the learning rate falls to zero."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     bucket_samples: PositiveInt = 2048
@@ -152,14 +154,33 @@ class TrainConfig(BaseModel):
         return self.schedule_steps or self.num_steps
 
     @property
+    def decay_start(self) -> int | None:
+        """wsd: the number of the first update at a lowered rate."""
+        if self.schedule != "wsd" or self.horizon is None:
+            return None
+        return self.horizon - self.decay_steps + 1
+
+    @property
+    def decay_steps(self) -> int:
+        """wsd: over how many updates the rate falls to zero."""
+        return max(1, round(self.decay_fraction * (self.horizon or 0)))
+
+    @property
     def base_lr(self) -> float:
         return self.lr or (1.0 if self.optimizer == "prodigy" else ADAMW_LR)
+
+    def describe_schedule(self) -> str:
+        """The schedule in words: "constant until step 8,001, then falling to zero at 10,000"."""
+        if self.schedule == "cosine":
+            return f"a cosine over {self.horizon:,} steps"
+        if self.decay_start is None:
+            return "constant"
+        return f"constant until step {self.decay_start:,}, then falling to zero at {self.horizon:,}"
 
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal in a continued run, as plain values."""
         values = self.model_dump(mode="json", include=set(identity_fields(type(self))))
         values["lr"] = self.base_lr
-        values["schedule_steps"] = None if self.schedule == "none" else self.horizon
         return values
 
 
@@ -168,9 +189,14 @@ def role_of(model: type[BaseModel], name: str) -> Role | None:
     return next((m for m in model.model_fields[name].metadata if isinstance(m, Role)), None)
 
 
+def fields_of_role(model: type[BaseModel], *roles: Role | None) -> Iterator[str]:
+    """Names of the fields with one of these roles; None is that of identity."""
+    return (name for name in model.model_fields if role_of(model, name) in roles)
+
+
 def identity_fields(model: type[BaseModel]) -> Iterator[str]:
     """Names of the fields that change what is computed or measured."""
-    return (name for name in model.model_fields if role_of(model, name) in (None, Role.MEASURE))
+    return fields_of_role(model, None, Role.MEASURE)
 
 
 def differences(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -128,7 +128,9 @@ def _loop(
     val_batches = fixed_batches(run.workload, val_data, val_indices)
     meter = IntervalMeter(run.workload.loss_weights)
     meter.start(progress.step)
-    first_step = saved_step = progress.step
+    first_step = progress.step
+    # The state before the decay is written again: its process may have been killed before stable.pth was linked.
+    saved_step = -1 if first_step == config.decay_start else first_step
     run.model.train()
     while True:
         if (point := run.due_evaluation()) is not None:
@@ -140,10 +142,10 @@ def _loop(
             if on_eval is not None:
                 on_eval(evaluation)
 
-        ends = run.finished or stop()
+        ends, decays = run.finished or stop(), progress.step == config.decay_start
         due = config.save_every is not None and progress.step % config.save_every == 0
-        if progress.step != saved_step and (ends or due):
-            checkpoints.save(run.state())
+        if progress.step != saved_step and (ends or due or decays):
+            checkpoints.save(run.state(), stable=decays)
             reporter.report_checkpoints([LATEST])
             saved_step = progress.step
         if ends:

@@ -49,8 +49,15 @@ def schedule_factor(config: TrainConfig, step: int) -> float:
     if config.schedule == "cosine":
         share = (step - config.warmup_steps) / max(1, config.horizon - config.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-    decay_steps = max(1, round(config.decay_fraction * config.horizon))
-    return max(0.0, min(1.0, (config.horizon - step) / decay_steps))
+    return max(0.0, min(1.0, (config.horizon - step) / config.decay_steps))
+
+
+def has_same_rates(one: TrainConfig, other: TrainConfig, steps: int) -> bool:
+    """Whether the first `steps` updates have the same rates under both schedules: a run may go on under the other."""
+    fields = ("schedule", "horizon", "decay_fraction", "warmup_steps")
+    if all(getattr(one, name) == getattr(other, name) for name in fields):
+        return True
+    return all(schedule_factor(one, step) == schedule_factor(other, step) for step in range(steps))
 
 
 def update(optimizer: Any, *, lr: float, max_grad_norm: float | None) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from torch import nn
 
 from trainer.acceleration import RunSize
 from trainer.checkpoint import Checkpoints, read_checkpoint, snapshot
-from trainer.config import TrainConfig, differences, identity_fields
+from trainer.config import Role, TrainConfig, differences, fields_of_role, identity_fields
 from trainer.errors import UserError
-from trainer.optimizers import build_optimizer
+from trainer.optimizers import build_optimizer, has_same_rates
 from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,16 @@ class Run:
                 f"{source} is of another trainer and can't be continued: take its weights, --init {source}."
             )
         mine, its = self.identity(), state["identity"]
+        # Older checkpoints have the schedule in their identity.
+        schedule = set(fields_of_role(TrainConfig, Role.SCHEDULE))
+        its = {**its, "train": {key: value for key, value in its["train"].items() if key not in schedule}}
         changed = [phrase for part in mine for phrase in differences(part, its[part], mine[part])]
+        if not follows_schedule(state, self.config):
+            before = _config_of(state).describe_schedule()
+            changed.append(
+                f"the learning rate of its {state['step']:,} steps was {before}, and is now "
+                f"{self.config.describe_schedule()}"
+            )
         if changed:
             raise UserError(f"{source} is of another run ({'; '.join(changed)}): use another run directory, {remedy}.")
         try:
@@ -192,6 +201,31 @@ class Run:
             torch.cuda.set_rng_state(state["random"]["cuda"])
 
 
+def _config_of(state: Mapping[str, Any]) -> TrainConfig:
+    return TrainConfig.model_validate(state["config"])
+
+
+def follows_schedule(state: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether the updates so far of a checkpoint had the rates of a schedule, which may differ later on."""
+    return "config" in state and has_same_rates(_config_of(state), config, state["step"])
+
+
+def _best_on_disk(run_dir: Path, workload: Workload, best: Mapping[str, float]) -> dict[str, float]:
+    """The best values so far that have their weights in a run directory.
+
+    In a new run directory there are none: the next validation writes them again. They are better than in the state
+    where it continues from before a decay.
+    """
+    kept = {}
+    for metric, name in workload.best_checkpoints().items():
+        if metric in best and (run_dir / name).is_file():
+            try:
+                kept[metric] = min(best[metric], read_checkpoint(run_dir / name, mmap=True)["metrics"][metric])
+            except UserError as error:
+                log.warning("%s", error)
+    return kept
+
+
 def prepare(
     workload: Workload,
     config: TrainConfig,
@@ -209,7 +243,7 @@ def prepare(
             continues from that checkpoint.
         init: Load the weights of this checkpoint for step 0.
     """
-    checkpoint = checkpoints.find()
+    checkpoint = checkpoints.find(lambda state: follows_schedule(state, config))
     if checkpoint and resume == "never":
         raise UserError(
             f"{checkpoints.run_dir} holds a run at step {checkpoint[1].get('step')}, and --resume never is set: "
@@ -248,9 +282,6 @@ def prepare(
         run.lineage = {**state["lineage"], **run.lineage}
         if init is not None and state["lineage"].get("init") != str(init):
             raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")
-        # A best value counts only with its weights: in a new run directory, the next validation writes them again.
-        names = workload.best_checkpoints()
-        kept = {m: v for m, v in run.progress.best.items() if (checkpoints.run_dir / names[m]).is_file()}
-        run.progress.best = kept
+        run.progress.best = _best_on_disk(checkpoints.run_dir, workload, run.progress.best)
         log.info("continuing from %s at step %d", path, run.progress.step)
     return run

@@ -14,6 +14,7 @@ from trainer.tracking import Tracker, Trackers
 from tuner.promotion import confirm as confirm_core
 from tuner.promotion import promote as promote_core
 from tuner.promotion.confirm import Follow
+from tuner.promotion.length import LengthRequest
 from tuner.show.page import StudyPage
 from tuner.spec.study_toml import StudySpec
 from tuner.study import launch as launch_core
@@ -93,6 +94,8 @@ def promote(
     trial: int | None = None,
     confirmed: Confirmation | None = None,
     steps: int | None = None,
+    finish: bool = False,
+    decay_steps: int | None = None,
     fresh: bool = False,
     runtime: Runtime | None = None,
     trackers: Sequence[Tracker] = (),
@@ -106,7 +109,10 @@ def promote(
         trial: Number of the trial. Default: that of the full run already started, else the winner of the study's
             confirmation, else the best.
         confirmed: Promote the winner of this confirmation.
-        steps: Length in optimizer updates, in place of the spec's `[full]`.
+        steps: Length in optimizer updates, in place of the spec's `[full]`. A run that has decayed goes on from its
+            checkpoint before the decay, and decays at its new end.
+        finish: Start the decay of the learning rate now, and end after it.
+        decay_steps: Length of that decay. Default: a fifth of the steps so far.
         fresh: Start at step 0 instead of continuing from a checkpoint.
 
     Raises:
@@ -121,7 +127,7 @@ def promote(
             study,
             trial=trial,
             confirmed=confirmed,
-            steps=steps,
+            length=LengthRequest(steps, finish, decay_steps),
             fresh=fresh,
             runtime=runtime,
             trackers=trackers,

@@ -146,6 +146,12 @@ def promote(
     rung: Annotated[int | None, typer.Option(min=1, help="Length of the confirmation, in the trials' unit.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start at step 0, not from the trial's checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in steps.")] = None,
+    end_now: Annotated[
+        bool, typer.Option("--finish", help="Start the decay of the learning rate now, and end after it.")
+    ] = False,
+    decay_steps: Annotated[
+        int | None, typer.Option(min=1, help=r"Length of that decay. \[default: a fifth of the steps so far]")
+    ] = None,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
@@ -157,6 +163,10 @@ def promote(
     """
     if confirm is None and (seeds or rung):
         raise UserError("--seeds and --rung belong to a confirmation: give --confirm 3 too.")
+    if end_now and (confirm is not None or steps or fresh):
+        raise UserError("--finish ends the run that was started: leave --confirm, --steps and --fresh out.")
+    if decay_steps and not end_now:
+        raise UserError(f"--decay-steps {decay_steps} is the length of the decay of --finish: give --finish too.")
     if confirm is not None and trial is not None:
         raise UserError(f"--confirm chooses the trial itself: leave --trial {trial} or --confirm out.")
     from rich.console import Console
@@ -192,6 +202,14 @@ def promote(
                 confirmation_ended(study, confirmation)
         with follow_run(f"full run of {study}", log_format) as run:
             result = api.promote(
-                opened, trial=trial, confirmed=confirmation, steps=steps, fresh=fresh, runtime=runtime, trackers=[run]
+                opened,
+                trial=trial,
+                confirmed=confirmation,
+                steps=steps,
+                finish=end_now,
+                decay_steps=decay_steps,
+                fresh=fresh,
+                runtime=runtime,
+                trackers=[run],
             )
     finish(run, result, "the same command")

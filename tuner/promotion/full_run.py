@@ -27,9 +27,10 @@ from trainer.errors import first_line
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
 from tuner.promotion.curve_check import CurveCheck, own_curve
+from tuner.promotion.length import NO_REQUEST, LengthRequest, decide_length
 from tuner.promotion.link_checkpoint import link_checkpoints, read_step
 from tuner.promotion.projection import MeasuredSpeed, log_projections, project
-from tuner.spec.setups import Setup, full_setup
+from tuner.spec.setups import Setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
 from tuner.study.confirmation import Confirmation
@@ -93,14 +94,14 @@ class FullRun:
         run_dir: Path,
         *,
         fresh: bool = False,
-        steps: int | None = None,
+        length: LengthRequest = NO_REQUEST,
         confirmation: Confirmation | None = None,
     ) -> FullRun:
         """Find the full run of a trial by its run directory, or begin one: its record, its curve, its first checkpoint.
 
         Args:
             fresh: Start at step 0 instead of continuing from a checkpoint.
-            steps: Length in optimizer updates, in place of the spec's or that of the run so far.
+            length: In place of the spec's or that of the run so far.
             confirmation: The one that chose the trial.
 
         Raises:
@@ -117,18 +118,23 @@ class FullRun:
                 f"the full run of trial {trial.number} is in {last.run_dir}, at step {last.step}: give the --run-root "
                 "that it was started with, or remove that folder."
             )
-        setup = _setup(spec, trial, last, steps)
         promotion = _find_promotion(record, run_dir, is_new)
         origin = _choose_origin(record, spec, trial, run_dir, promotion, fresh) if is_new else _stored_origin(promotion)
-        _check_steps(steps, last, run_dir, origin, is_new)
+        reached = _find_reached(run_dir, last, origin, is_new)
+        if is_new and length.finish:
+            raise UserError(f"--finish: trial {trial.number} has no full run to finish; leave it out to start one.")
+        found = decide_length(spec, trial.params, length, last=last, reached=reached, run_dir=run_dir)
+        setup, config = found.setup, found.setup.config
         if is_new or not promotion:
             _store_promotion(record, trial, run_dir, origin, promotion, confirmation)
-        keys: FullRunKeys = {"run_dir": str(run_dir), "steps": setup.config.num_steps}
+        decay_steps = 0 if config.decay_start is None else config.decay_steps
+        keys: FullRunKeys = {"run_dir": str(run_dir), "steps": config.num_steps, "decay_steps": decay_steps}
         curve: optuna.Trial | None
         if is_new:
             curve = _begin_curve(record, spec, trial, last, origin, keys)
         else:
-            curve = _continue_curve(record, trial, last, keys)
+            until = None if found.restart is None else found.restart * config.effective_batch_size
+            curve = _continue_curve(record, trial, last, keys, until)
         if is_new and origin is not None:
             link_checkpoints(origin.run_dir, run_dir, setup.workload)
         at_zero = origin is None if is_new else last is not None and last.started_at_zero
@@ -201,21 +207,6 @@ class FullRun:
             self.curve.study.tell(self.curve, result.metrics[self.spec.study.metric])
 
 
-def _setup(spec: StudySpec, trial: TrialRecord, last: FullRunRecord | None, steps: int | None) -> Setup:
-    """The run's configuration, at the length asked for now or when the run was started, else the spec's."""
-    setup = full_setup(spec, trial.params)
-    if steps is None and last is not None:
-        steps = last.steps
-    if steps is None or steps == setup.config.num_steps:
-        return setup
-    if setup.config.schedule != "none":
-        raise UserError(
-            f"--steps {steps}: the trials followed schedule {setup.config.schedule} over {setup.config.num_steps} "
-            "steps, and the full run continues it; leave --steps out, or tune with another [full] length."
-        )
-    return full_setup(spec, trial.params, steps=steps, samples=None)
-
-
 def _refuse_fresh(last: FullRunRecord | None, run_dir: Path) -> None:
     if last is None or not last.started_at_zero:
         origin = last.continued_from.name if last and last.continued_from else "a checkpoint"
@@ -224,15 +215,11 @@ def _refuse_fresh(last: FullRunRecord | None, run_dir: Path) -> None:
         )
 
 
-def _check_steps(
-    steps: int | None, last: FullRunRecord | None, run_dir: Path, origin: Origin | None, is_new: bool
-) -> None:
+def _find_reached(run_dir: Path, last: FullRunRecord | None, origin: Origin | None, is_new: bool) -> int:
+    """The step that the run is at, or starts from."""
     if is_new:
-        reached = origin.step or 0 if origin else 0
-    else:
-        reached = max(last.step if last else 0, newest_step(run_dir) or 0)
-    if steps is not None and steps < reached:
-        raise UserError(f"--steps {steps}: the full run is at step {reached}; leave --steps out, or give more.")
+        return origin.step or 0 if origin else 0
+    return max(last.step if last else 0, newest_step(run_dir) or 0)
 
 
 def _find_promotion(record: StudyRecord, run_dir: Path, is_new: bool) -> PromotionKeys:
@@ -310,17 +297,27 @@ def _begin_curve(
 
 
 def _continue_curve(
-    record: StudyRecord, trial: TrialRecord, last: FullRunRecord | None, keys: FullRunKeys
+    record: StudyRecord, trial: TrialRecord, last: FullRunRecord | None, keys: FullRunKeys, until: int | None
 ) -> optuna.Trial | None:
-    """The curve of a run with a checkpoint; None if the run has finished at this length."""
-    if last is None or last.is_open:
+    """The curve of a run with a checkpoint; None if the run has finished at this length.
+
+    Args:
+        until: The run continues from before its decay, at this number of samples.
+    """
+    if last is None or (last.is_open and until is None):
         return _open_curve(record, trial, last, {}, keys)
-    if last.step >= (keys["steps"] or 0):
+    if until is None and last.step >= (keys["steps"] or 0):
         return None
-    # It is made longer. A finished trial can't be written to, so another one continues its curve.
+    # It is made longer. A finished trial can't be written to, and a point can't be taken back, so another one continues
+    # its curve.
+    if last.is_open:
+        curves = full_study(record.study)
+        assert curves is not None
+        curves.tell(last.number, last.curve[max(last.curve)] if last.curve else math.nan)
     if last.started_at_zero or last.continued_from:
         keys = {**keys, "continued_from": str(last.continued_from) if last.continued_from else None}
-    return _open_curve(record, trial, None, last.curve, keys)
+    values = {samples: value for samples, value in last.curve.items() if until is None or samples <= until}
+    return _open_curve(record, trial, None, values, keys)
 
 
 def _open_curve(

@@ -10,6 +10,7 @@ import optuna
 from trainer import Evaluation, TrainResult, UserError
 from trainer.tracking import Tracker
 from tuner.promotion.full_run import FullRun
+from tuner.promotion.length import NO_REQUEST, LengthRequest
 from tuner.study.confirmation import Confirmation
 from tuner.study.record import StudyRecord, TrialRecord, trial_name
 from tuner.study.tracked_run import Runtime, tracked_train
@@ -22,7 +23,7 @@ def promote(
     *,
     trial: int | None = None,
     confirmed: Confirmation | None = None,
-    steps: int | None = None,
+    length: LengthRequest = NO_REQUEST,
     fresh: bool = False,
     runtime: Runtime | None = None,
     trackers: Sequence[Tracker] = (),
@@ -35,7 +36,7 @@ def promote(
     chosen = _choose_trial(record, trial, confirmed)
     name = record.spec["study"]["name"]  # a copied study has another name in the storage
     run_dir = runtime.run_dir(name, f"full-{trial_name(chosen.number)}")
-    run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, steps=steps, confirmation=confirmed)
+    run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
     log.info("%s: %s", run_dir.name, run.state)
     run.warn_of_differences()
 

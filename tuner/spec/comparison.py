@@ -19,11 +19,13 @@ def compare_specs(spec: StudySpec, stored: StudySpec) -> list[str]:
 
 def _list_comparable(spec: StudySpec) -> dict[str, dict[str, Any]]:
     values = spec.to_dict()
-    config = spec.build_config({**spec.train, "steps": spec.full.steps, "samples": spec.full.samples})
+    # A trial has the first part of its full run's cosine. Any other schedule is constant over it.
+    cosine = {**spec.full.length, "schedule": "cosine"} if spec.full.schedule == "cosine" else {}
     options = spec.build_workload().model_dump(mode="json")
     return {
         "study": {key: values["study"][key] for key in ("workload", "metric", "direction")},
-        "train": config.identity(),
+        "train": spec.baseline.identity(),
+        "full": cosine,
         "workload": {
             key: value for key, value in options.items() if role_of(spec.workload_class, key) is not Role.FREE
         },

@@ -69,6 +69,8 @@ def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Se
         "val_samples": _val_samples(spec),
         "eval_every": spec.full.eval_every or spec.trial.samples,
         "eval_unit": "samples",
+        "schedule": spec.full.schedule,
+        "decay_fraction": spec.full.decay_fraction,
     }
     if values["eval_every"] is None:
         # A trial in steps or seconds has no length in samples: about a hundred validations.

@@ -10,16 +10,18 @@ import tomllib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainer.config import (
+    IsNumber,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Role,
+    Schedule,
     TrainConfig,
     Unit,
     role_of,
@@ -113,6 +115,10 @@ class FullSection(Section):
     samples: PositiveInt | None = None
     eval_every: PositiveInt | None = None
     """Samples between validations. Default: a trial's length, so the first is at the trial's last point."""
+    schedule: Schedule = "wsd"
+    """wsd: the learning rate is constant and falls linearly to zero over the last `decay_fraction` of the run; a trial
+    ends before that. cosine: to zero over the whole run, and a trial has the first part of it. none: constant."""
+    decay_fraction: Annotated[float, Field(gt=0, lt=1), IsNumber] = 0.2
 
     @model_validator(mode="after")
     def _check(self) -> FullSection:
@@ -182,7 +188,7 @@ class StudySpec(Section):
         Raises:
             UserError: A value is not allowed; the message starts with `source`.
         """
-        values = {**values, "base_dir": base_dir}
+        values = {**(_with_schedule(values) if stored else values), "base_dir": base_dir}
         if isinstance(values.get("search"), dict):
             values["search"] = flatten(values["search"])
         try:
@@ -241,10 +247,16 @@ class StudySpec(Section):
         """Check the keys of [train] and [workload], and [search] against them."""
         try:
             for key in self.train:
-                if key in TrainConfig.model_fields and role_of(TrainConfig, key) is Role.BUDGET:
+                role = role_of(TrainConfig, key) if key in TrainConfig.model_fields else None
+                if role is Role.BUDGET:
                     raise UserError(
                         f"train.{key}: the length and the evaluation grid are set in [trial] and [full]; "
                         "remove it from [train]."
+                    )
+                if role is Role.SCHEDULE:
+                    raise UserError(
+                        f"train.{key}: the schedule is set in [full] (schedule, decay_fraction), over the full run's "
+                        "length; remove it from [train]."
                     )
             owners = {"train": self.baseline, "workload": self.build_workload()}
             for key, dimension in () if stored else self.search.items():
@@ -264,6 +276,8 @@ class StudySpec(Section):
         role = role_of(type(owner), name)
         if role is Role.FREE:
             raise UserError(f'search."{key}": it changes no result; set it in [{section}].')
+        if role is Role.SCHEDULE:
+            raise UserError(f'search."{key}": a trial ends before the rate falls; set the schedule in [full].')
         if role in (Role.BUDGET, Role.MEASURE):
             raise UserError(
                 f'search."{key}": it decides {"the budget" if role is Role.BUDGET else "what is measured"}, '
@@ -298,6 +312,8 @@ class StudySpec(Section):
         samples, is_searched = self.trial.samples, max(map(len, steps)) > 1
         if samples and is_searched and (reason := find_unevenness(samples, self.trial.evaluations, *steps)) is not None:
             raise UserError(f"trial.{reason}.")
+        for size in {smallest * fewest for smallest, fewest in (map(min, steps), map(max, steps))}:
+            self._check_decay(size)
         rung = self.pruner.arguments.get("min_resource")
         if isinstance(rung, int) and rung > self.trial.budget:
             raise UserError(
@@ -305,8 +321,32 @@ class StudySpec(Section):
                 "nothing would be pruned; use less."
             )
 
+    def _check_decay(self, batch_size: int) -> None:
+        """Check that a trial with this effective batch size ends before its full run's rate falls."""
+        trial, full = self.trial, self.full
+        if full.schedule != "wsd" or trial.unit == "seconds":
+            return
+        num_steps, trial_steps = (each.steps or math.ceil((each.samples or 0) / batch_size) for each in (full, trial))
+        config = TrainConfig(steps=num_steps, schedule="wsd", decay_fraction=full.decay_fraction)
+        assert config.decay_start is not None
+        if trial_steps > config.decay_start:
+            most = config.decay_start * (batch_size if trial.samples else 1)
+            raise UserError(
+                f"trial.{trial.unit} {trial.budget:_}: with a batch of {batch_size} a trial has {trial_steps:,} steps, "
+                f"and its full run decays from step {config.decay_start:,} of {num_steps:,}: use at most {most:_} "
+                f'{trial.unit}, a longer [full], or full.schedule = "none".'
+            )
+
     def is_integer(self, key: str) -> bool:
         """Whether a searched field takes whole numbers only."""
         section, name = split_key(key)
         fields = (TrainConfig if section == "train" else self.workload_class).model_fields
         return is_whole(fields[name].annotation)
+
+
+def _with_schedule(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored spec; an older one has its schedule in [train], and without one its full runs are constant."""
+    train = dict(values.get("train", {}))
+    train.pop("schedule_steps", None)
+    older = {"schedule": train.pop("schedule", "none"), "decay_fraction": train.pop("decay_fraction", 0.2)}
+    return {**values, "train": train, "full": {**older, **values["full"]}}

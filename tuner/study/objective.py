@@ -135,6 +135,12 @@ class Objective:
         value = evaluation.metrics[metric]
         if not math.isfinite(value):
             raise Infeasible("finite", f"{metric} was {value} after {evaluation.samples} samples")
+        if config.decay_start is not None and evaluation.step > config.decay_start:
+            # Only a budget in seconds: the others are checked with the spec.
+            raise UserError(
+                f"trial.{self.spec.trial.unit} {budget:g}: trial {trial.number} is at step {evaluation.step:,}, and "
+                f"its full run decays from step {config.decay_start:,} on: use a shorter trial or a longer [full]."
+            )
         record = TrialRecord.read(trial)
         d_is_rising, point = record.d_is_rising, round(min(evaluation.point, budget))
         # After a crash a run passes some points again.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 State = Literal["complete", "pruned", "infeasible", "failed", "running", "waiting"]
 FullRunState = Literal["running", "interrupted", "finished"]
+Phase = Literal["constant", "decay"]
 
 CLAIM = ".claim"
 """Lock file in a trial's run directory, held by the process that trains the trial."""
@@ -82,6 +83,8 @@ class FullRunKeys(TypedDict, total=False):
     aim_run: str
     steps: int | None
     """Length of the run."""
+    decay_steps: int
+    """The steps at its end over which the learning rate falls to zero; 0: it is constant."""
     step: int
     """Step of the last evaluation, or of the end."""
     metrics: dict[str, float]
@@ -305,6 +308,8 @@ class FullRunRecord:
     """Value by samples."""
     step: int
     steps: int | None
+    decay_steps: int
+    """The steps at its end over which the learning rate falls to zero; 0: it is constant, as in early versions."""
     metrics: Mapping[str, float]
     started_at_zero: bool
     """Whether it is known to have started at step 0."""
@@ -331,6 +336,7 @@ class FullRunRecord:
             curve=trial.intermediate_values,
             step=keys.get("step", 0),
             steps=keys.get("steps"),
+            decay_steps=keys.get("decay_steps", 0),
             metrics=keys.get("metrics", {}),
             started_at_zero="continued_from" in keys and origin is None,
             continued_from=Path(origin) if origin else None,
@@ -344,6 +350,18 @@ class FullRunRecord:
         if not self.is_open:
             return "finished"
         return "running" if is_locked(self.run_dir) else "interrupted"
+
+    @property
+    def decay_start(self) -> int | None:
+        """The first update at a lowered learning rate; None if the rate is constant."""
+        return self.steps - self.decay_steps + 1 if self.steps and self.decay_steps else None
+
+    @property
+    def phase(self) -> Phase | None:
+        """Of its learning rate at `step`; None for a run without a decay."""
+        if self.decay_start is None:
+            return None
+        return "decay" if self.step > self.decay_start else "constant"
 
 
 def full_study(study: optuna.Study) -> optuna.Study | None:

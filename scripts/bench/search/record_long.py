@@ -49,6 +49,8 @@ Configuration = tuple[int, float, int]
 """Batch size, d_coef and seed."""
 
 VAL_SAMPLES, EXPONENT = 1024, 16
+BETA2 = 0.95
+"""The small GPT's loss is lower with it than with 0.999, at every batch size; and batches of 2 are then too small."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Plan:
 
     length: int = 245_760
     batch_sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-    d_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    d_coefs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
     num_best: int = 12
     """Configurations that are recorded under further seeds."""
 
@@ -115,6 +117,7 @@ def build_config(configuration: Configuration, samples: int, **others: Any) -> T
         samples=samples,
         batch_size=batch_size,
         d_coef=d_coef,
+        beta2=BETA2,
         seed=seed,
         val_samples=VAL_SAMPLES,
         device="cpu",
@@ -181,9 +184,9 @@ def record_curve(workload: Workload, plan: Plan, configuration: Configuration) -
 
 
 def list_configurations(plan: Plan, curves: list[dict[str, Any]], num_seeds: int) -> Iterator[Configuration]:
-    """All configurations in their order, d_coefs near 0.1 first; those of further seeds once the grid is recorded."""
+    """All configurations in their order, d_coefs near 0.3 first; those of further seeds once the grid is recorded."""
     places = itertools.product(enumerate(plan.batch_sizes), enumerate(plan.d_coefs))
-    grid = sorted((i % 2 + j % 2, abs(math.log(d_coef / 0.1)), size, d_coef) for (i, size), (j, d_coef) in places)
+    grid = sorted((i % 2 + j % 2, abs(math.log(d_coef / 0.3)), size, d_coef) for (i, size), (j, d_coef) in places)
     yield from ((size, d_coef, 0) for _, _, size, d_coef in grid)
     first = [curve for curve in curves if curve["seed"] == 0]
     if len(first) >= len(grid):
@@ -213,6 +216,7 @@ def record_curves(
         "workload": workload.model_dump(mode="json"),
         "data": workload.data_digest(),
         "val_samples": VAL_SAMPLES,
+        "beta2": BETA2,
         "average_exponent": EXPONENT,
         "length": plan.length,
         "points": plan.points,

@@ -1,0 +1,128 @@
+"""The length of a full run, and of the decay of its learning rate at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import UserError
+from trainer.checkpoint import STABLE
+from tuner.spec.setups import Setup, full_setup
+from tuner.spec.study_toml import StudySpec
+from tuner.study.record import FullRunRecord
+
+FINISH_SHARE = 0.2
+"""`--finish` decays over this share of the steps so far."""
+
+
+@dataclass(frozen=True)
+class LengthRequest:
+    """The options of `tuner promote` about the length."""
+
+    steps: int | None = None
+    finish: bool = False
+    """Start the decay now."""
+    decay_steps: int | None = None
+    """Of `finish`. Default: `FINISH_SHARE` of the steps so far."""
+
+
+NO_REQUEST = LengthRequest()
+
+
+@dataclass(frozen=True)
+class Length:
+    """The configuration of a full run at the length that is asked for."""
+
+    setup: Setup
+    restart: int | None = None
+    """The run is in its decay, or ended, and goes on from `stable.pth` at this step."""
+
+
+def decide_length(
+    spec: StudySpec,
+    params: Mapping[str, Any],
+    request: LengthRequest,
+    *,
+    last: FullRunRecord | None,
+    reached: int,
+    run_dir: Path,
+) -> Length:
+    """The length asked for now, else that of the run so far, else that of `[full]`.
+
+    Args:
+        last: The run so far, if it was started.
+        reached: Step of the newest checkpoint that it can continue from.
+
+    Raises:
+        UserError: The run can't have this length.
+    """
+    current = _current(spec, params, last)
+    if request.finish:
+        return Length(_finish(spec, params, request, current, reached))
+    if request.steps is None or request.steps == current.config.num_steps:
+        return Length(current)
+    return _lengthen(spec, params, request.steps, current, reached, run_dir)
+
+
+def _current(spec: StudySpec, params: Mapping[str, Any], last: FullRunRecord | None) -> Setup:
+    # A cosine has one length: that of its trials.
+    if last is None or last.steps is None or spec.full.schedule == "cosine":
+        return full_setup(spec, params)
+    return _with_length(spec, params, last.steps, last.decay_steps)
+
+
+def _with_length(spec: StudySpec, params: Mapping[str, Any], steps: int, decay_steps: int) -> Setup:
+    decay: dict[str, Any] = {"schedule": "none"}
+    if decay_steps:
+        decay = {"schedule": "wsd", "decay_fraction": decay_steps / steps}
+    return full_setup(spec, params, steps=steps, samples=None, **decay)
+
+
+def _finish(spec: StudySpec, params: Mapping[str, Any], request: LengthRequest, current: Setup, reached: int) -> Setup:
+    config, decay_steps = current.config, request.decay_steps
+    if config.schedule == "cosine":
+        raise UserError("--finish: the rate of this run falls from its start (full.schedule cosine); leave it out.")
+    if config.decay_start is not None and reached > config.decay_start:
+        if decay_steps not in (None, config.decay_steps):
+            raise UserError(
+                f"--decay-steps {decay_steps}: the run decays since step {config.decay_start:,}, over "
+                f"{config.decay_steps:,} steps; leave it out."
+            )
+        return current
+    decay_steps = decay_steps or max(1, round(FINISH_SHARE * reached))
+    return _with_length(spec, params, reached + decay_steps, decay_steps)
+
+
+def _lengthen(
+    spec: StudySpec, params: Mapping[str, Any], steps: int, current: Setup, reached: int, run_dir: Path
+) -> Length:
+    """The run with more steps, or with fewer than it was to have."""
+    config = current.config
+    if config.schedule == "cosine":
+        raise UserError(
+            f"--steps {steps}: the trials followed a cosine over {config.num_steps} steps, and the full run continues "
+            "it; leave --steps out, or tune with another [full] length."
+        )
+    if config.decay_start is None:
+        if steps < reached:
+            raise UserError(f"--steps {steps}: the full run is at step {reached}; leave --steps out, or give more.")
+        return Length(_with_length(spec, params, steps, 0))
+    share = spec.full.decay_fraction if spec.full.schedule == "wsd" else config.decay_fraction
+    setup = _with_length(spec, params, steps, max(1, round(share * steps)))
+    restart = config.decay_start if reached > config.decay_start else None
+    start, end = restart or reached, setup.config.decay_start
+    if end is not None and end < start:
+        ended = ", or --finish to end it now" if restart is None else ""
+        raise UserError(
+            f"--steps {steps}: the learning rate would fall from step {end:,} on, and the full run had a constant one "
+            f"until step {start:,}; give at least {math.ceil(start / (1 - share))}{ended}."
+        )
+    if restart is not None and not (run_dir / STABLE).exists():
+        raise UserError(
+            f"--steps {steps}: the full run has decayed, and {run_dir / STABLE}, which it would continue from, is "
+            "missing; leave --steps out, or put it back."
+        )
+    return Length(setup, restart)
