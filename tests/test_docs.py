@@ -103,7 +103,9 @@ def test_keys_of_the_section_are_documented_with_their_defaults(name: str) -> No
 
 
 def test_keys_of_train_are_documented_with_their_defaults() -> None:
-    names = {name for name in TrainConfig.model_fields if role_of(TrainConfig, name) is not Role.BUDGET}
+    names = {
+        name for name in TrainConfig.model_fields if role_of(TrainConfig, name) not in (Role.BUDGET, Role.SCHEDULE)
+    }
     check_keys(TrainConfig, names, "[train]")
 
 

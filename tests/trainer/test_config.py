@@ -3,6 +3,7 @@ from pydantic import ValidationError
 
 from trainer import TrainConfig
 from trainer.config import differences, identity_fields
+from trainer.optimizers import has_same_rates, schedule_factor
 
 
 def test_unknown_key_is_an_error() -> None:
@@ -35,10 +36,22 @@ def test_identity_ignores_length_and_cadences_and_keeps_what_is_computed() -> No
     ]
 
 
-def test_identity_holds_the_schedule_only_where_there_is_one() -> None:
-    short, long = (TrainConfig(steps=steps, schedule="wsd").identity() for steps in (10, 20))
-    assert short["schedule_steps"] == 10 and long["schedule_steps"] == 20
-    assert TrainConfig(steps=10).identity()["schedule_steps"] is None
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 60, 1000])
+def test_decay_starts_at_the_first_lowered_rate(steps: int, fraction: float) -> None:
+    config = TrainConfig(steps=steps, schedule="wsd", decay_fraction=fraction)
+    lowered = [step for step in range(steps + 1) if schedule_factor(config, step) < 1]
+    assert config.decay_start == lowered[0]
+
+
+def test_schedules_with_the_same_rates_so_far() -> None:
+    constant, short = TrainConfig(steps=100), TrainConfig(steps=100, schedule="wsd")
+    long, cosine = TrainConfig(steps=200, schedule="wsd"), TrainConfig(steps=100, schedule="cosine")
+    start = short.decay_start
+    assert start == 81
+    for other in (constant, long, TrainConfig(seconds=5)):
+        assert has_same_rates(short, other, start) and not has_same_rates(short, other, start + 1)
+    assert not has_same_rates(cosine, constant, 2) and has_same_rates(cosine, cosine, 100)
 
 
 def test_every_field_has_a_decided_role() -> None:

@@ -147,5 +147,6 @@ def _disk(spec: StudySpec, setup: Setup, estimate: MemoryEstimate, run_root: Pat
         best=len(set(setup.workload.best_checkpoints().values())) * estimate.parameters,
         # The kept trials, the baseline and the running one; latest.pth is a link to the newest.
         num_trials=min(KEEP_TRIALS + 2, spec.trial.num_trials),
-        num_full=setup.config.keep_checkpoints,
+        # One more: stable.pth.
+        num_full=setup.config.keep_checkpoints + (setup.config.decay_start is not None),
     )

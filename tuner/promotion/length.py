@@ -64,7 +64,7 @@ def decide_length(
         return Length(_finish(spec, params, request, current, reached))
     if request.steps is None or request.steps == current.config.num_steps:
         return Length(current)
-    return _lengthen(spec, params, request.steps, current, reached, run_dir)
+    return _change_steps(spec, params, request.steps, current, reached, run_dir, is_begun=last is not None)
 
 
 def _current(spec: StudySpec, params: Mapping[str, Any], last: FullRunRecord | None) -> Setup:
@@ -96,8 +96,15 @@ def _finish(spec: StudySpec, params: Mapping[str, Any], request: LengthRequest, 
     return _with_length(spec, params, reached + decay_steps, decay_steps)
 
 
-def _lengthen(
-    spec: StudySpec, params: Mapping[str, Any], steps: int, current: Setup, reached: int, run_dir: Path
+def _change_steps(
+    spec: StudySpec,
+    params: Mapping[str, Any],
+    steps: int,
+    current: Setup,
+    reached: int,
+    run_dir: Path,
+    *,
+    is_begun: bool,
 ) -> Length:
     """The run with more steps, or with fewer than it was to have."""
     config = current.config
@@ -115,7 +122,7 @@ def _lengthen(
     restart = config.decay_start if reached > config.decay_start else None
     start, end = restart or reached, setup.config.decay_start
     if end is not None and end < start:
-        ended = ", or --finish to end it now" if restart is None else ""
+        ended = ", or --finish to end it now" if is_begun and restart is None else ""
         raise UserError(
             f"--steps {steps}: the learning rate would fall from step {end:,} on, and the full run had a constant one "
             f"until step {start:,}; give at least {math.ceil(start / (1 - share))}{ended}."

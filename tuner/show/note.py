@@ -15,6 +15,7 @@ from tuner.show.files import database_url
 from tuner.show.table import (
     CONFIRMATION_HEADINGS,
     confirmation_rows,
+    describe_state,
     format_params,
     format_value,
     short_name,
@@ -211,7 +212,7 @@ def _full_runs(record: StudyRecord) -> str:
 
 def _full_run_cells(record: StudyRecord, run: FullRunRecord, timed: bool) -> list[object]:
     value = run.metrics.get(record.metric, run.curve[max(run.curve)] if run.curve else None)
-    cells: list[object] = [run.trial, run.state, f"{run.step:,}", f"{run.steps:,}" if run.steps else ""]
+    cells: list[object] = [run.trial, describe_state(run), f"{run.step:,}", f"{run.steps:,}" if run.steps else ""]
     cells += ["" if value is None else f"{value:.4f}"]
     cells += ["" if run.hours is None else format_hours(run.hours)] if timed else []
     return [*cells, run.run_dir]

@@ -15,8 +15,8 @@ from rich.text import Text
 from trainer.errors import UserError
 from tuner.show.json_events import to_json
 from tuner.show.sparklines import curves_table
-from tuner.show.table import trial_table
-from tuner.study.record import FullRunRecord, State, StudyRecord, TrialRecord, is_launched
+from tuner.show.table import describe_state, trial_table
+from tuner.study.record import State, StudyRecord, TrialRecord, is_launched
 
 NO_STUDIES = "no studies yet: tuner launch SPEC starts one"
 OTHER_LINES = 20
@@ -112,18 +112,10 @@ def status_parts(record: StudyRecord, *, last: int = 1000, ascii_only: bool = Fa
     for run in record.full_runs:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
         steps = "?" if run.steps is None else f"{run.steps:,}"
-        parts.append(
-            Text(f"full run of trial {run.trial}: {run.state}, step {run.step:,} of {steps}{_phase(run)}; {losses}")
-        )
+        state = describe_state(run)
+        parts.append(Text(f"full run of trial {run.trial}: {state}, step {run.step:,} of {steps}; {losses}"))
         parts.append(Text(f"  {run.run_dir}"))
     return parts
-
-
-def _phase(run: FullRunRecord) -> str:
-    if run.decay_start is None:
-        return ""
-    verb = "decays" if run.phase == "constant" else "decaying" if run.state == "running" else "decayed"
-    return f" ({verb} from step {run.decay_start:,})"
 
 
 def watch(

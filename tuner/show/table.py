@@ -13,7 +13,7 @@ from rich.text import Text
 from trainer.clock import clock, format_hours
 from tuner.show.palette import STATE_STYLES
 from tuner.study.confirmation import Confirmation
-from tuner.study.record import StudyRecord, TrialRecord
+from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 
 CONFIRMATION_HEADINGS = ("trial", "parameters", "mean", "min to max", "over the baseline", "remarks")
 
@@ -137,3 +137,11 @@ def confirmation_table(confirmation: Confirmation) -> Table:
     for trial, row in zip(confirmation.trials, confirmation_rows(confirmation), strict=True):
         table.add_row(*row, style="bold" if trial is confirmation.winner else None)
     return table
+
+
+def describe_state(run: FullRunRecord) -> str:
+    """A full run's state, and where its learning rate falls: "running, rate falls from step 192,001"."""
+    if run.decay_start is None or run.state == "finished":
+        return run.state
+    verb = "falls" if run.phase == "constant" else "has been falling"
+    return f"{run.state}, rate {verb} from step {run.decay_start:,}"

@@ -324,7 +324,7 @@ class StudySpec(Section):
     def _check_decay(self, batch_size: int) -> None:
         """Check that a trial with this effective batch size ends before its full run's rate falls."""
         trial, full = self.trial, self.full
-        if full.schedule != "wsd" or trial.unit == "seconds":
+        if not self.search or full.schedule != "wsd" or trial.unit == "seconds":
             return
         num_steps, trial_steps = (each.steps or math.ceil((each.samples or 0) / batch_size) for each in (full, trial))
         config = TrainConfig(steps=num_steps, schedule="wsd", decay_fraction=full.decay_fraction)

@@ -200,7 +200,7 @@ def test_first_memory_saver_of_the_workload_is_the_remedy(tmp_path: Path) -> Non
 
 def test_ends_of_a_range_are_checked(tmp_path: Path) -> None:
     text = TOML.replace("{ choices = [4, 8, 16] }", "{ low = 2, high = 128, log = true }")
-    text = text.replace("samples = 160", "samples = 6_400")
+    text = text.replace("samples = 160", "samples = 6_400").replace("samples = 480", "samples = 12_800")
     found = named(examine(write(tmp_path, text), run_root=tmp_path))
     assert {name for name in found if name.startswith("memory")} == {f"memory, batch {n}" for n in (2, 8, 128)}
 

@@ -195,7 +195,7 @@ def test_rung_is_between_trial_and_full_run(runtime: Runtime, tmp_path: Path, fu
     ("changes", "rung", "message"),
     [
         ({}, 160, r"--rung 160: it must be longer than a trial \(160 samples\)"),
-        ({"full.samples": 160}, None, "there is nothing to confirm"),
+        ({"full.samples": 160, "full.schedule": "none"}, None, "there is nothing to confirm"),
     ],
 )
 def test_rung_that_does_not_fit_is_refused(

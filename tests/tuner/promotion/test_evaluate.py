@@ -25,7 +25,9 @@ from tuner.study.tracked_run import Runtime, tracked_train
 
 @pytest.fixture
 def run_dir(runtime: Runtime) -> Path:
-    setup = full_setup(build(**{"full.samples": 80, "full.eval_every": 40, "train.val_samples": 23}), {})
+    setup = full_setup(
+        build(**{"full.samples": 80, "full.schedule": "none", "full.eval_every": 40, "train.val_samples": 23}), {}
+    )
     tracked_train(setup, runtime.run_root / "it", runtime, experiment="it", lineage={})
     return runtime.run_root / "it"
 

@@ -28,7 +28,7 @@ class FirstToken(Toy):
 
 @pytest.fixture
 def run_dir(runtime: Runtime) -> Path:
-    setup = full_setup(build(**{"workload.width": 8, "full.samples": 40}), {})
+    setup = full_setup(build(**{"workload.width": 8, "full.samples": 40, "full.schedule": "none"}), {})
     tracked_train(setup, runtime.run_root / "it", runtime, experiment="it", lineage={"spec": "none"})
     return runtime.run_root / "it"
 
@@ -64,7 +64,9 @@ def test_workload_beside_its_study_is_found(tmp_path: Path, runtime: Runtime) ->
         "        path.write_text(f'{len(state)} tensors, width {self.width}')\n"
     )
     sys.path.append(str(tmp_path))
-    setup = full_setup(build(**{"study.workload": "beside_study:Beside", "full.samples": 16}), {})
+    setup = full_setup(
+        build(**{"study.workload": "beside_study:Beside", "full.samples": 16, "full.schedule": "none"}), {}
+    )
     sys.path.remove(str(tmp_path))
     tracked_train(setup, runtime.run_root / "it", runtime, experiment="it", lineage={})
     del sys.modules["beside_study"]

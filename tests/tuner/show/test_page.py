@@ -41,7 +41,9 @@ def stored(tmp_path: Path) -> optuna.Study:
 
 @pytest.mark.parametrize("unit", ["samples", "steps"])
 def test_best_configuration_is_a_spec_for_the_same_full_run(tmp_path: Path, unit: str) -> None:
-    study = new_study(without="trial.samples" if unit == "steps" else "", **{f"trial.{unit}": 160})
+    study = new_study(
+        without="trial.samples" if unit == "steps" else "", **{f"trial.{unit}": 160, "full.samples": 8_000}
+    )
     trial = add_trial(study, [4.0, 3.5, 3.2, 3.0], batch_size=16, d_coef=0.123456789)
     path = tmp_path / "best.toml"
     path.write_text(best_spec(read(study), trial))

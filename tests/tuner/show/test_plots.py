@@ -72,7 +72,7 @@ def test_every_point_names_its_own_trial(direction: str) -> None:
     ("budget", "factor"), [({"trial.samples": 160}, 1), ({"trial.steps": 160}, 16), ({"trial.seconds": 160}, 10)]
 )
 def test_curves_are_drawn_over_samples_whatever_the_budget(budget: dict[str, int], factor: int) -> None:
-    study = new_study(without="" if "trial.samples" in budget else "trial.samples", **budget)
+    study = new_study(without="" if "trial.samples" in budget else "trial.samples", **budget, **{"full.samples": 8_000})
     add_trial(study, [4.0, 3.0, 2.0, 1.0], batch_size=16, samples_per_second=10.0)
     lines = traces(plots.learning_curves(read(study)))["best trial"]
     assert (lines["x"], lines["y"]) == ([factor * point for point in GRID], [4.0, 3.0, 2.0, 1.0])

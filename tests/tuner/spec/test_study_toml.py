@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.tuner.studies_for_tests import TOML, build, values, write
 from trainer import UserError
+from trainer.optimizers import has_same_rates
 from tuner.spec.comparison import compare_specs
 from tuner.spec.overrides import parse_override
 from tuner.spec.setups import baseline_params, full_setup, suggest, trial_setup
@@ -157,13 +159,13 @@ def test_fractional_field_is_searched_in_fractions(tmp_path: Path) -> None:
     trial = optuna.create_study().ask()
     suggest(trial, spec)
     assert isinstance(trial.distributions["train.d_coef"], optuna.distributions.FloatDistribution)
-    whole = build(**{"search.train.batch_size": {"low": 4.0, "high": 16.0}, "trial.samples": 800})
+    whole = build(**{"search.train.batch_size": {"low": 4.0, "high": 16.0}, "trial.samples": 800, "full.samples": 8000})
     assert isinstance(suggest(optuna.create_study().ask(), whole)["train.batch_size"], int)
 
 
 def test_optional_whole_number_is_searched_in_whole_numbers() -> None:
-    spec = build(**{"train.schedule_steps": 10, "search.train.schedule_steps": {"low": 10, "high": 30, "step": 10}})
-    assert suggest(optuna.create_study().ask(), spec)["train.schedule_steps"] in (10, 20, 30)
+    spec = build(**{"train.micro_batch_size": 10, "search.train.slice_p": {"low": 1, "high": 11, "step": 5}})
+    assert suggest(optuna.create_study().ask(), spec)["train.slice_p"] in (1, 6, 11)
 
 
 def test_whole_numbers_do_where_fractions_are_expected_and_floats_that_are_whole() -> None:
@@ -219,19 +221,51 @@ def test_override_needs_section_key_and_value(text: str) -> None:
         parse_override(text)
 
 
-def test_trial_is_a_prefix_of_its_full_run() -> None:
-    spec = build(**{"train.schedule": "cosine"})
+@pytest.mark.parametrize("schedule", ["none", "wsd", "cosine"])
+def test_trial_is_a_prefix_of_its_full_run(schedule: str) -> None:
+    spec = build(**{"full.schedule": schedule})
     params = {"train.batch_size": 16, "train.d_coef": 0.5}
     trial, full = trial_setup(spec, params).config, full_setup(spec, params).config
     assert trial.identity() == full.identity()
     assert (trial.samples, full.samples) == (160, 480)
     assert trial.schedule_steps == full.num_steps == 30
+    assert has_same_rates(trial, full, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"trial.samples": 400}, "with a batch of 8 a trial has 50 steps, and its full run decays from step 49 of 60"),
+        ({"trial.samples": 400}, 'use at most 392 samples, a longer [full], or full.schedule = "none"'),
+        ({"trial.samples": 424, "full.decay_fraction": 0.15}, "decays from step 52 of 60"),
+    ],
+)
+def test_trial_that_reaches_into_the_decay_is_refused(changes: dict[str, Any], remedy: str) -> None:
+    one_size: dict[str, Any] = {"without": "search.train.batch_size", "trial.evaluations": 1}
+    with pytest.raises(UserError, match=re.escape(remedy)):
+        build(**one_size, **changes)
+    build(**one_size, **{**changes, "trial.samples": 392})
+    build(**one_size, **{**changes, "full.schedule": "none"})
+
+
+def test_schedule_belongs_to_the_full_run() -> None:
+    with pytest.raises(UserError, match=r"train\.schedule: the schedule is set in \[full\]"):
+        build(**{"train.schedule": "wsd"})
+    with pytest.raises(UserError, match=r"a trial ends before the rate falls; set the schedule in \[full\]"):
+        build(**{"search.train.decay_fraction": {"low": 0.1, "high": 0.5}})
+
+
+def test_stored_spec_of_an_early_version_keeps_its_schedule() -> None:
+    stored = values(**{"train.schedule": "cosine", "train.schedule_steps": 60})
+    assert StudySpec.build(stored, base_dir=Path.cwd(), stored=True).full.schedule == "cosine"
+    assert StudySpec.build(values(), base_dir=Path.cwd(), stored=True).full.schedule == "none"
+    assert StudySpec.build(build().to_dict(), base_dir=Path.cwd(), stored=True).full.schedule == "wsd"
 
 
 @pytest.mark.parametrize("unit", ["samples", "steps", "seconds"])
 def test_grid_is_the_same_for_all_batch_sizes(unit: str) -> None:
     changed = values()
-    changed["trial"] = {unit: 160, "evaluations": 4}
+    changed["trial"], changed["full"]["samples"] = {unit: 160, "evaluations": 4}, 8_000
     spec = StudySpec.build(changed, base_dir=Path.cwd())
     for batch_size in (4, 16):
         config = trial_setup(spec, {"train.batch_size": batch_size}).config
@@ -239,7 +273,7 @@ def test_grid_is_the_same_for_all_batch_sizes(unit: str) -> None:
 
 
 def test_validation_costs_at_most_a_tenth_of_a_trial() -> None:
-    config = trial_setup(build(**{"trial.samples": 16_000, "trial.evaluations": 8}), {}).config
+    config = trial_setup(build(**{"trial.samples": 16_000, "trial.evaluations": 8, "full.samples": 64_000}), {}).config
     assert config.val_samples is not None
     assert 8 * config.val_samples / 3 <= 0.1 * 16_000
     assert trial_setup(build(**{"train.val_samples": 7}), {}).config.val_samples == 7

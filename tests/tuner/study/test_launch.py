@@ -94,7 +94,7 @@ def test_each_trial_has_a_seed_of_its_own(runtime: Runtime, url: str) -> None:
 
 
 def test_unfillable_batch_size_is_refused_before_a_trial_runs(runtime: Runtime, url: str) -> None:
-    spec = build(**{"search.train.batch_size": {"choices": [8, 500]}, "trial.samples": 4000})
+    spec = build(**{"search.train.batch_size": {"choices": [8, 500]}, "trial.samples": 4000, "full.schedule": "none"})
     with pytest.raises(UserError, match=r"may take 500 samples a step .* has 128"):
         launch(spec, storage=url, runtime=runtime)
 
@@ -113,7 +113,9 @@ def test_moved_runs_resume(runtime: Runtime, url: str, tmp_path: Path) -> None:
 
 
 def test_all_trials_report_on_the_same_grid(runtime: Runtime, url: str) -> None:
-    study = launch(build(**{"trial.samples": 400, "trial.num_trials": 5}), storage=url, runtime=runtime)
+    study = launch(
+        build(**{"trial.samples": 400, "trial.num_trials": 5, "full.schedule": "none"}), storage=url, runtime=runtime
+    )
     grids = [sorted(trial.intermediate_values) for trial in study.trials if trial.state == TrialState.COMPLETE]
     assert len({trial.params["train.batch_size"] for trial in study.trials}) > 1
     assert all(grid == [100, 200, 300, 400] for grid in grids)
@@ -149,7 +151,9 @@ def test_stopped_trial_resumes_under_its_number(runtime: Runtime, url: str, tmp_
 def test_timeout_leaves_its_trial_running(runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A second passes from one look at the clock to the next.
     monkeypatch.setattr(launch_module, "time", SimpleNamespace(monotonic=partial(next, map(float, itertools.count()))))
-    study = launch(build(**{"trial.samples": 100_000}), storage=url, runtime=runtime, timeout=12.0)
+    study = launch(
+        build(**{"trial.samples": 100_000, "full.schedule": "none"}), storage=url, runtime=runtime, timeout=12.0
+    )
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
     assert study.user_attrs["ended"] == "the time given, 12.0s, is over"
 
@@ -195,7 +199,7 @@ def test_out_of_memory_is_infeasible_and_the_study_continues(runtime: Runtime, u
         ({"search.train.batch_size": {"choices": [4, 8]}}, r"search\.train\.batch_size"),
         ({"workload.width": 8}, r"workload\.width was 16 and is now 8"),
         ({"workload.digest": "new"}, "the data has changed"),
-        ({"train.schedule": "cosine"}, r"train\.schedule was 'none' and is now 'cosine'"),
+        ({"full.schedule": "cosine"}, r"full\.schedule was None and is now 'cosine'"),
     ],
 )
 def test_another_spec_under_the_same_name_is_refused(
@@ -267,7 +271,8 @@ def test_rerun_differs_in_its_seed_alone(runtime: Runtime, url: str) -> None:
 def test_killed_launch_resumes(tmp_path: Path, runtime: Runtime, url: str, how: signal.Signals) -> None:
     """A user interrupts or kills the command, and gives it again."""
     # Too long to end before the signal, on whatever machine.
-    endless = TOML.replace("samples = 160", "samples = 4_000_000").replace("log_every = 5", "save_every = 5")
+    endless = TOML.replace("samples = 160", "samples = 4_000_000").replace("samples = 480", "samples = 8_000_000")
+    endless = endless.replace("log_every = 5", "save_every = 5")
     spec = write(tmp_path, endless)
     command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--trials", "2"]
     command += ["--run-root", str(runtime.run_root)]

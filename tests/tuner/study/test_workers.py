@@ -239,7 +239,12 @@ def test_trial_of_a_killed_worker_resumes(runtime: Runtime, url: str) -> None:
                 killed.append(number)
 
     witness = Witness(kill)
-    changes: dict[str, Any] = {"train.save_every": 5, "trial.samples": 2000, "trial.num_trials": 3}
+    changes: dict[str, Any] = {
+        "train.save_every": 5,
+        "trial.samples": 2000,
+        "full.samples": 4000,
+        "trial.num_trials": 3,
+    }
     study = launch(build(**changes), storage=url, runtime=runtime, num_workers=2, display=witness)
     assert witness.numbers("resumed") == killed and len(killed) == 1
     assert "continuing from" in (runtime.run_dir("toy", f"trial-{killed[0]:05d}") / "train.log").read_text()
@@ -270,7 +275,10 @@ def test_mistake_is_one_line_and_exit_code_2(tmp_path: Path, url: str, run_comma
 
 
 def test_ctrl_c_stops_all_workers_with_a_checkpoint(tmp_path: Path, url: str) -> None:
-    spec = write(tmp_path, TOML.replace("samples = 160", "samples = 4_000_000", 1))
+    spec = write(
+        tmp_path,
+        TOML.replace("samples = 160", "samples = 4_000_000", 1).replace("samples = 480", "samples = 8_000_000"),
+    )
     command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--workers", "2"]
     command += ["--run-root", str(tmp_path / "runs")]
     logs = [tmp_path / f"runs/toy/trial-0000{number}/train.log" for number in (0, 1)]
