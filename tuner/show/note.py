@@ -24,6 +24,7 @@ from tuner.show.table import (
 from tuner.study.optuna_internals import id_of, storage_of
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 from tuner.study.storage import DEFAULT_URL
+from tuner.study.trial_length import judge_trial_length
 
 MAX_RANKED = 15
 MAX_INFEASIBLE = 8
@@ -105,6 +106,8 @@ def _goal(record: StudyRecord) -> str:
         f"- **Searched**: {search}",
         f"- **Budget**: {trial['num_trials']} trials by its study.toml; so far {counts or 'none'}",
     ]
+    length = judge_trial_length(record)
+    lines += [f"- **Length of a trial**: {escape(str(length))}"] if length else []
     lines += [f"- **Ended**: {escape(record.ended)}"] if record.ended else []
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -17,6 +18,7 @@ from tuner.show.json_events import to_json
 from tuner.show.sparklines import curves_table
 from tuner.show.table import describe_state, trial_table
 from tuner.study.record import State, StudyRecord, TrialRecord, is_launched
+from tuner.study.trial_length import judge_trial_length
 
 NO_STUDIES = "no studies yet: tuner launch SPEC starts one"
 OTHER_LINES = 20
@@ -48,6 +50,7 @@ def status(record: StudyRecord) -> dict[str, Any]:
             for run in record.full_runs
         ],
         "trials_detail": [_detail(record, trial) for trial in record.trials],
+        "trial_length": asdict(length) if (length := judge_trial_length(record)) else None,
         "ended": record.ended or None,
     }
 
@@ -107,6 +110,8 @@ def status_parts(record: StudyRecord, *, last: int = 1000, ascii_only: bool = Fa
     parts: list[RenderableType] = [trial_table(record, last=last)]
     curves = curves_table(record, last=last, ascii_only=ascii_only)
     parts += [curves] if curves else []
+    if (length := judge_trial_length(record)) is not None:
+        parts.append(Text(str(length)))
     if record.ended:
         parts.append(Text(f"ended: {record.ended}"))
     for run in record.full_runs:

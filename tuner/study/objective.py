@@ -28,13 +28,12 @@ from tuner.spec.study_toml import StudySpec
 from tuner.study.peak_memory import PeakMemory
 from tuner.study.record import TrialRecord, trial_name, write_trial
 from tuner.study.tracked_run import Runtime, code_digest, link_aim, log_file, tracked_train
+from tuner.study.trial_length import RISING
 
 log = logging.getLogger(__name__)
 
 MAX_STARTS = 3
 """A trial that was killed this often without progress is infeasible."""
-RISING = 1.01
-"""Prodigy's d still rises if it grew by more than this factor since the evaluation before."""
 
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate",

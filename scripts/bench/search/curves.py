@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from scripts.bench.common import RECORDS
 from trainer.errors import UserError
-from tuner.study.objective import RISING
+from tuner.study.trial_length import RISING
 
 Floats = NDArray[np.float64]
 

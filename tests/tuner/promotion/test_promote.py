@@ -258,7 +258,7 @@ def test_status_has_the_promised_form(study: optuna.Study, runtime: Runtime) -> 
     promote(study, runtime=runtime)
     found = status(StudyRecord.read(study))
     promised = ["study", "direction", "metric", "trials", "baseline", "best", "full_runs"]
-    assert list(found) == [*promised, "trials_detail", "ended"]
+    assert list(found) == [*promised, "trials_detail", "trial_length", "ended"]
     assert list(found["trials"]) == ["complete", "pruned", "infeasible", "failed", "running", "waiting"]
     assert found["baseline"]["number"] == 0 and found["best"]["value"] == study.best_value
     assert list(found["full_runs"][0]) == [

@@ -1,0 +1,86 @@
+"""How long a trial should be, by the trials so far: from which point on d rests and their order is that of the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import correlation
+
+from tuner.study.record import StudyRecord
+
+MIN_TRIALS = 5
+"""Complete trials before which nothing is concluded."""
+SETTLED = 0.9
+"""Rank correlation with the trials' end from which on their order counts as settled."""
+RISING = 1.01
+"""Prodigy's d rises if it grows by more than this factor from one evaluation to the next."""
+
+
+@dataclass(frozen=True)
+class TrialLength:
+    """From which point of the evaluation grid on a trial tells as much as at its end."""
+
+    unit: str
+    length: int
+    """Of a trial, in `unit`."""
+    num_trials: int
+    d_rests: int | None
+    """The point from which on no trial's d rises; None if one still rises at the end, or without d."""
+    settled: int | None
+    """The point from which on the order of the trials is that of their end; None if only at the end."""
+
+    def __str__(self) -> str:
+        by = f"by {self.num_trials} trials of {self.length:,} {self.unit}"
+        if self.d_rests is None:
+            return f"{by}, d still rises at their end for some settings: longer trials would predict better"
+        if self.settled is None:
+            return f"{by}, their order still changes at the end: longer trials would predict better"
+        enough = max(self.settled, self.d_rests)
+        if enough == self.length:
+            return f"{by}, d rests only at their end: longer trials would predict better"
+        return f"{by}, trials of {enough:,} {self.unit} would do: then d rests, and their order is that of the end"
+
+
+def judge_trial_length(record: StudyRecord) -> TrialLength | None:
+    """Judge the length of the trials; None until there are enough complete ones with the same points."""
+    complete = [trial for trial in record.trials if trial.state == "complete" and len(trial.curve) > 1]
+    points = sorted(set[int]().union(*(trial.curve for trial in complete)))
+    trials = [trial for trial in complete if len(trial.curve) == len(points)]
+    if len(trials) < MIN_TRIALS:
+        return None
+    at_end = [trial.curve[points[-1]] for trial in trials]
+    orders = [rank_correlation([trial.curve[point] for trial in trials], at_end) >= SETTLED for point in points]
+    rests = [all(not rises(trial.d[place:]) for trial in trials) for place in range(len(points))]
+    return TrialLength(
+        unit=record.unit,
+        length=points[-1],
+        num_trials=len(trials),
+        d_rests=None if any(trial.d_is_rising for trial in trials) else points[rests.index(True)],
+        settled=find_settled(points, orders),
+    )
+
+
+def find_settled(points: Sequence[int], orders: Sequence[bool]) -> int | None:
+    """The first point from which on the order is that of the end; None if it is only at the end."""
+    unlike = [place for place, is_settled in enumerate(orders) if not is_settled]
+    first = unlike[-1] + 1 if unlike else 0
+    return points[first] if first < len(points) - 1 else None
+
+
+def rises(d: Sequence[float]) -> bool:
+    """Whether d grows anywhere between these evaluations."""
+    return any(later > RISING * earlier for earlier, later in pairwise(d))
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation of values without ties."""
+    return correlation(_ranks(one), _ranks(other))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    for rank, place in enumerate(order):
+        ranks[place] = rank
+    return ranks
