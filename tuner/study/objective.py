@@ -28,7 +28,7 @@ from tuner.spec.study_toml import StudySpec
 from tuner.study.peak_memory import PeakMemory
 from tuner.study.record import TrialRecord, trial_name, write_trial
 from tuner.study.tracked_run import Runtime, code_digest, link_aim, log_file, tracked_train
-from tuner.study.trial_length import RISING
+from tuner.study.trial_length import is_rising
 
 log = logging.getLogger(__name__)
 
@@ -185,11 +185,6 @@ class Objective:
             raise Infeasible("memory", f"out of memory: {first_line(error)}") from None
         finally:
             link_aim(trial, run_dir)
-
-
-def is_rising(d: Sequence[float], d0: float) -> bool:
-    """Whether Prodigy's d rose since the evaluation before, or is still at `d0`; True after a single evaluation."""
-    return len(d) < 2 or d[-1] > RISING * d[-2] or d[-1] <= RISING * d0
 
 
 def _count_start(trial: optuna.Trial, run_dir: Path) -> None:

@@ -68,6 +68,11 @@ def find_settled(points: Sequence[int], orders: Sequence[bool]) -> int | None:
     return points[first] if first < len(points) - 1 else None
 
 
+def is_rising(d: Sequence[float], d0: float) -> bool:
+    """Whether Prodigy's d rose since the evaluation before, or is still at `d0`; True after a single evaluation."""
+    return len(d) < 2 or d[-1] > RISING * d[-2] or d[-1] <= RISING * d0
+
+
 def rises(d: Sequence[float]) -> bool:
     """Whether d grows anywhere between these evaluations."""
     return any(later > RISING * earlier for earlier, later in pairwise(d))
