@@ -33,8 +33,8 @@ def short_name(name: str) -> str:
 
 
 def trial_marks(record: StudyRecord, trial: TrialRecord) -> list[str]:
-    """`baseline` and `best`, if the trial is the one or the other."""
-    return ["baseline"] * record.is_baseline(trial) + ["best"] * record.is_best(trial)
+    """`baseline`, `try` (an entry of [[search.try]]) and `best`, if the trial is one."""
+    return ["baseline"] * record.is_baseline(trial) + ["try"] * bool(trial.tried) + ["best"] * record.is_best(trial)
 
 
 def trial_duration(trial: TrialRecord) -> str:

@@ -45,7 +45,8 @@ class Choices(Section):
         return value
 
     def __contains__(self, value: object) -> bool:
-        return value in self.choices
+        # In Python True is 1.
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
 
     @property
     def corners(self) -> tuple[Any, ...]:
@@ -143,13 +144,21 @@ def is_whole(annotation: Any) -> bool:
     return int in types and float not in types
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """[search] by dotted keys. TOML nests an unquoted `train.d_coef`; both spellings mean the same."""
+def flatten(tree: Mapping[str, Any], prefix: str = "", *, of_dimensions: bool = True) -> dict[str, Any]:
+    """[search], or an entry of [[search.try]], by dotted keys.
+
+    TOML nests an unquoted `train.d_coef`; both spellings mean the same.
+
+    Args:
+        of_dimensions: The values are dimensions, which are tables without tables; else they are no tables.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        # A dimension contains no tables.
-        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
-            flat |= flatten(value, f"{prefix}{key}.")
+        nested = isinstance(value, dict) and (
+            not of_dimensions or any(isinstance(inner, dict) for inner in value.values())
+        )
+        if nested:
+            flat |= flatten(value, f"{prefix}{key}.", of_dimensions=of_dimensions)
         else:
             flat[prefix + key] = value
     return flat

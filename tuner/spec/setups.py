@@ -50,6 +50,14 @@ def baseline_params(spec: StudySpec) -> dict[str, Any]:
     return {key: getattr(owners[section], name) for key, (section, name) in fields.items()}
 
 
+def try_params(spec: StudySpec) -> list[dict[str, Any]]:
+    """The parameters of each entry of [[search.try]]; a key that is left out has the baseline's value."""
+    entries = [
+        {key: int(value) if spec.is_integer(key) else value for key, value in entry.items()} for entry in spec.tries
+    ]
+    return [{**baseline_params(spec), **entry} for entry in entries]
+
+
 def largest_step(spec: StudySpec) -> int:
     """The largest effective batch size of the search space."""
     largest = 1

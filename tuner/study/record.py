@@ -49,6 +49,8 @@ class TrialKeys(TypedDict, total=False):
     """Digest of the workload's code that the trial ran."""
     aim_run: str
     baseline: bool
+    tried: Mapping[str, Any]
+    """The parameters of the entry of [[search.try]] that it was created for; empty if another trial has them."""
     starts: list[Any]
     """[starts since the last sign of life, number of evaluations, name of the newest checkpoint]."""
     infeasible: str
@@ -226,6 +228,7 @@ class TrialRecord:
     code: str | None
     aim_run: str | None
     is_baseline: bool
+    tried: Mapping[str, Any]
     starts: Sequence[Any]
     infeasible: str | None
     d: Sequence[float]
@@ -264,6 +267,7 @@ class TrialRecord:
             code=keys.get("code"),
             aim_run=keys.get("aim_run"),
             is_baseline=bool(keys.get("baseline")),
+            tried=keys.get("tried", {}),
             starts=keys.get("starts", [0]),
             infeasible=keys.get("infeasible"),
             d=keys.get("d", []),
