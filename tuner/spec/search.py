@@ -49,6 +49,18 @@ class Choices(Section):
         return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
 
     @property
+    def is_numeric(self) -> bool:
+        """Whether all are numbers that a database, which stores a parameter as a float, holds exactly."""
+        return all(not isinstance(c, bool | str) and abs(c) <= 2**53 for c in self.choices)
+
+    def describe_narrowing(self, new: Dimension) -> str | None:
+        """Why a study can't continue with another dimension; None where that one has all values of this one."""
+        if not isinstance(new, Choices):
+            return "choices can't become a range"
+        missing = [choice for choice in self.choices if choice not in new]
+        return f"{', '.join(map(str, missing))} is missing" if missing else None
+
+    @property
     def corners(self) -> tuple[Any, ...]:
         """Values that represent all: a check of these is a check of every value."""
         return self.choices
@@ -99,6 +111,16 @@ class Range(Section):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         return self.low <= value <= self.high and self._is_step(value)
+
+    def describe_narrowing(self, new: Dimension) -> str | None:
+        """As of `Choices`."""
+        if not isinstance(new, Range):
+            return "a range can't become choices"
+        if (self.log, self.step) != (new.log, new.step):
+            return "log and step can't change"
+        if new.low > self.low or new.high < self.high:
+            return "it is narrower"
+        return None if new._is_step(self.low) else f"its steps miss {self.low}"
 
     @property
     def corners(self) -> tuple[Any, ...]:

@@ -369,11 +369,15 @@ class StudySpec(Section):
                 f'{trial.unit}, a longer [full], or full.schedule = "none".'
             )
 
-    def is_integer(self, key: str) -> bool:
-        """Whether a searched field takes whole numbers only."""
+    def annotation(self, key: str) -> Any:
+        """The type of a searched field."""
         section, name = split_key(key)
         fields = (TrainConfig if section == "train" else self.workload_class).model_fields
-        return is_whole(fields[name].annotation)
+        return fields[name].annotation
+
+    def is_integer(self, key: str) -> bool:
+        """Whether a searched field takes whole numbers only."""
+        return is_whole(self.annotation(key))
 
 
 def _read_tries(value: Any, source: str) -> tuple[dict[str, Any], ...]:
