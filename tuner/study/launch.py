@@ -156,7 +156,7 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     name = spec.study.name
     sampler, pruner = SpecSampler(spec), build_pruner(spec.pruner, spec.trial.first_point)
     # Before the study is created: the data may be missing, damaged, or too small for the search space.
-    digest = _check_data(spec)
+    digest, num_samples = _check_data(spec)
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -173,7 +173,7 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
                 f"study {name} was started with another spec ({'; '.join(changed)}): give study.name another value, "
                 "or set these back."
             )
-    write_study(study, spec=spec.to_dict(), data_digest=digest, base_dir=str(spec.base_dir))
+    write_study(study, spec=spec.to_dict(), data_digest=digest, num_samples=num_samples, base_dir=str(spec.base_dir))
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names([spec.study.metric])
     return study
@@ -191,8 +191,8 @@ def _compare_choices(study: optuna.Study, spec: StudySpec) -> list[str]:
     return changed
 
 
-def _check_data(spec: StudySpec) -> str:
-    """Check the spec against its data; returns the data's digest.
+def _check_data(spec: StudySpec) -> tuple[str, int]:
+    """Check the spec against its data; returns the data's digest and its number of training samples.
 
     Raises:
         UserError: A split is empty or does not match its lengths, the weights name other losses than a batch, no
@@ -219,7 +219,7 @@ def _check_data(spec: StudySpec) -> str:
             f"the search may take {largest} samples a step (train.batch_size x train.grad_accumulation), and the data "
             f"has {num_samples}: search smaller ones or use more data."
         )
-    return digest
+    return digest, num_samples
 
 
 def _run_trial(
