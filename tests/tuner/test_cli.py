@@ -38,6 +38,17 @@ def test_path_from_launch_to_promotion(tmp_path: Path, run_command: Command) -> 
     assert "toy: " in run_command("status").stdout
 
 
+def test_launch_stores_the_spec_with_its_overrides(tmp_path: Path, run_command: Command) -> None:
+    write(tmp_path)
+    changes = ("--set", "trial.num_trials=1", "--set", "full.steps=60", "--set", "train.weight_decay=0.02")
+    launched = run_command("launch", "study.toml", "--no-track", *changes)
+    assert launched.returncode == 0 and "[1/1 trials]" in launched.stdout, launched.stderr
+    promoted = run_command("promote", "toy", "--no-track")
+    assert promoted.returncode == 0 and "step 60" in promoted.stdout, promoted.stderr
+    again = run_command("launch", "study.toml", "--no-track")
+    assert again.returncode == 2 and "train.weight_decay was 0.02 and is now 0.01" in again.stderr
+
+
 def test_train_takes_overrides_and_resumes(tmp_path: Path, run_command: Command) -> None:
     write(tmp_path)
     command = ("train", "study.toml", "--no-track", "--set", "train.optimizer=adamw", "--run-dir", "out")
@@ -58,6 +69,8 @@ def test_train_takes_overrides_and_resumes(tmp_path: Path, run_command: Command)
     [
         (["launch", "none.toml"], "none.toml: no such study spec"),
         (["launch", "typo.toml"], "did you mean train.d_coef?"),
+        (["launch", "study.toml", "--set", "batch_size=3"], "--set batch_size=3: write it as section.key=value"),
+        (["launch", "study.toml", "--set", "trial.trials=3"], "did you mean trial.num_trials?"),
         (["launch", "study.toml", "--timeout", "soon"], "--timeout soon: write it as 8h"),
         (["launch", "study.toml", "--storage", "nonsense"], "storage nonsense: not a database URL"),
         (["launch", "study.toml", "--storage", "sqlite:////proc/no/t.db"], "storage sqlite:////proc/no/t.db"),

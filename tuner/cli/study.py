@@ -14,6 +14,7 @@ from tuner.cli.terminal import (
     STOPPED,
     Format,
     LogFormat,
+    Overrides,
     RunRoot,
     Spec,
     Storage,
@@ -31,6 +32,7 @@ from tuner.cli.terminal import (
 
 def launch(
     spec: Spec,
+    override: Overrides = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Total of the study, instead of trial.num_trials.")] = None,
     timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of parallel trials, each on its own GPU.")] = 1,
@@ -41,7 +43,7 @@ def launch(
 ) -> None:
     """Start a study, or continue it.
 
-    Example: tuner launch studies/indextts2/study.toml --timeout 8h
+    Example: tuner launch studies/indextts2/study.toml --timeout 8h --set trial.patience=6
     """
     seconds = parse_duration(timeout) if timeout else None
     from rich.console import Console
@@ -49,10 +51,11 @@ def launch(
     from trainer.tracking import aim_command
     from tuner import Runtime, StudySpec, api, open_study
     from tuner.doctor.quick import report_checks, run_spec_checks
+    from tuner.spec.overrides import parse_overrides
     from tuner.study.storage import storage_url
 
     console = Console(stderr=log_format == Format.json)
-    study_spec = StudySpec.load(spec)
+    study_spec = StudySpec.load(spec, parse_overrides(override))
     report_checks(run_spec_checks(study_spec, run_root, storage=storage_url(storage)))
     with temporary_log(log_format):
         # The first use of the data may index and pack it, with a log.

@@ -12,6 +12,7 @@ from trainer.tracking import Tracker
 from tuner.promotion.full_run import FullRun
 from tuner.promotion.length import NO_REQUEST, LengthRequest
 from tuner.study.confirmation import Confirmation
+from tuner.study.edges import describe_edges
 from tuner.study.record import StudyRecord, TrialRecord, trial_name
 from tuner.study.tracked_run import Runtime, tracked_train
 
@@ -38,6 +39,8 @@ def promote(
     run_dir = runtime.run_dir(name, f"full-{trial_name(chosen.number)}")
     run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
     log.info("%s: %s", run_dir.name, run.state)
+    for sentence in describe_edges(record) if record.is_best(chosen) else ():
+        log.info("%s", sentence)
     run.warn_of_differences()
 
     def on_eval(evaluation: Evaluation) -> None:

@@ -65,7 +65,7 @@ def best_spec(record: StudyRecord, trial: TrialRecord) -> str:
     """
     from tuner.spec.setups import full_setup  # imports torch
 
-    values = {section: value for section, value in record.spec.items() if section != "base_dir"}
+    values = {section: value for section, value in record.spec.items() if section not in ("base_dir", "tries")}
     sections = {name: dict(values.get(name, {})) for name in ("train", "workload")}
     for key, value in trial.params.items():
         section, _, name = key.partition(".")

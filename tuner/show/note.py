@@ -14,13 +14,16 @@ from trainer.clock import format_hours
 from tuner.show.files import database_url
 from tuner.show.table import (
     CONFIRMATION_HEADINGS,
+    FULL_LENGTH_HEADINGS,
     confirmation_rows,
     describe_state,
+    format_full_length,
     format_params,
     format_value,
     short_name,
     trial_marks,
 )
+from tuner.study.edges import describe_edges
 from tuner.study.optuna_internals import id_of, storage_of
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 from tuner.study.storage import DEFAULT_URL
@@ -136,6 +139,8 @@ def _best(record: StudyRecord) -> str:
             "\n\n**d was still rising at its end**: the short run is too short for this d\\_coef. The order of the "
             "trials may change in a longer one; give `[trial]` more samples, or confirm before the full run."
         )
+    for sentence in describe_edges(record):
+        text += f"\n\n**At the edge**: {escape(sentence)}."
     return text
 
 
@@ -148,7 +153,16 @@ def _leaderboard(record: StudyRecord) -> str:
     baseline = [row for row in rows[MAX_RANKED:] if record.is_baseline(row[1])]
     shown = shown[: MAX_RANKED - len(baseline)] + baseline
     names = list(record.spec["search"])
-    headings = ["", "trial", *map(short_name, names), record.metric, "against baseline", "full run", "remarks"]
+    headings = [
+        "",
+        "trial",
+        *map(short_name, names),
+        record.metric,
+        "against baseline",
+        "full run",
+        *FULL_LENGTH_HEADINGS,
+        "remarks",
+    ]
     cells = [
         [
             rank,
@@ -164,7 +178,7 @@ def _leaderboard(record: StudyRecord) -> str:
 
 
 def _comparison(record: StudyRecord, trial: TrialRecord) -> list[str]:
-    """The leaderboard's last columns: difference to the baseline, hours of the full run, remarks."""
+    """The leaderboard's last columns: difference to the baseline, hours and length of the full run, remarks."""
     reference = None if record.baseline is None or record.is_baseline(trial) else record.baseline.value
     hours = record.full_hours(trial)
     remarks = trial_marks(record, trial) + ["d still rising"] * trial.ended_with_d_rising
@@ -174,6 +188,7 @@ def _comparison(record: StudyRecord, trial: TrialRecord) -> list[str]:
     return [
         "" if reference is None else f"{(trial.value or 0.0) - reference:+.4f}",
         format_hours(hours) if hours else "",
+        *format_full_length(record, trial),
         ", ".join(remarks),
     ]
 

@@ -17,10 +17,13 @@ from trainer.errors import UserError
 from tuner.show.json_events import to_json
 from tuner.show.sparklines import curves_table
 from tuner.show.table import describe_state, trial_table
+from tuner.study.edges import describe_edges
 from tuner.study.record import State, StudyRecord, TrialRecord, is_launched
 from tuner.study.trial_length import judge_trial_length
 
 NO_STUDIES = "no studies yet: tuner launch SPEC starts one"
+WIDE = 110
+"""Columns of a screen from which on the length of each trial's full run is shown."""
 OTHER_LINES = 20
 """Lines of a study besides its trials and their curves: headings, remarks, full runs."""
 STATES: tuple[State, ...] = ("complete", "pruned", "infeasible", "failed", "running", "waiting")
@@ -36,6 +39,7 @@ def status(record: StudyRecord) -> dict[str, Any]:
         "trials": {state: states.count(state) for state in STATES},
         "baseline": _brief(record.baseline),
         "best": _brief(record.best),
+        "edges": describe_edges(record),
         "full_runs": [
             {
                 "run_dir": str(run.run_dir),
@@ -69,6 +73,8 @@ def _detail(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
         "params": trial.params,
         "baseline": trial.is_baseline,
         "full_hours": record.full_hours(trial),
+        "full_samples": record.full_samples(trial),
+        "full_epochs": record.full_epochs(trial),
         "pareto": trial.number in record.pareto_front,
         "d_rising": trial.ended_with_d_rising,
         "peak_memory": trial.peak_memory,
@@ -101,17 +107,20 @@ def print_status(record: StudyRecord) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    for part in status_parts(record, ascii_only=console.options.ascii_only):
+    for part in status_parts(record, width=console.width, ascii_only=console.options.ascii_only):
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def status_parts(record: StudyRecord, *, last: int = 1000, ascii_only: bool = False) -> list[RenderableType]:
-    """The output of `tuner status STUDY`, with the `last` trials."""
-    parts: list[RenderableType] = [trial_table(record, last=last)]
+def status_parts(
+    record: StudyRecord, *, last: int = 1000, width: int = WIDE, ascii_only: bool = False
+) -> list[RenderableType]:
+    """The output of `tuner status STUDY`, with the `last` trials, for a screen of `width` columns."""
+    parts: list[RenderableType] = [trial_table(record, last=last, full_length=width >= WIDE)]
     curves = curves_table(record, last=last, ascii_only=ascii_only)
     parts += [curves] if curves else []
     if (length := judge_trial_length(record)) is not None:
         parts.append(Text(str(length)))
+    parts += map(Text, describe_edges(record))
     if record.ended:
         parts.append(Text(f"ended: {record.ended}"))
     for run in record.full_runs:
@@ -144,7 +153,8 @@ def watch(
             return Text(_list_studies(storage))
         # Table and curves have a line each for a trial; more than the screen has would push the end out of sight.
         last = max(1, (console.height - OTHER_LINES) // 2)
-        return Group(*status_parts(StudyRecord.read(study), last=last, ascii_only=console.options.ascii_only))
+        record = StudyRecord.read(study)
+        return Group(*status_parts(record, last=last, width=console.width, ascii_only=console.options.ascii_only))
 
     with Live(console=console, auto_refresh=False) as live:
         try:

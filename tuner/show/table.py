@@ -15,6 +15,7 @@ from tuner.show.palette import STATE_STYLES
 from tuner.study.confirmation import Confirmation
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 
+FULL_LENGTH_HEADINGS = ("full samples", "epochs")
 CONFIRMATION_HEADINGS = ("trial", "parameters", "mean", "min to max", "over the baseline", "remarks")
 
 
@@ -33,8 +34,8 @@ def short_name(name: str) -> str:
 
 
 def trial_marks(record: StudyRecord, trial: TrialRecord) -> list[str]:
-    """`baseline` and `best`, if the trial is the one or the other."""
-    return ["baseline"] * record.is_baseline(trial) + ["best"] * record.is_best(trial)
+    """`baseline`, `try` (an entry of [[search.try]]) and `best`, if the trial is one."""
+    return ["baseline"] * record.is_baseline(trial) + ["try"] * bool(trial.tried) + ["best"] * record.is_best(trial)
 
 
 def trial_duration(trial: TrialRecord) -> str:
@@ -52,7 +53,12 @@ def build_table(title: str) -> Table:
 
 
 def trial_table(
-    record: StudyRecord, title: str | None = None, last: int = 1000, samples: Mapping[int, int] | None = None
+    record: StudyRecord,
+    title: str | None = None,
+    last: int = 1000,
+    samples: Mapping[int, int] | None = None,
+    *,
+    full_length: bool = False,
 ) -> Table:
     """The `last` trials of a study.
 
@@ -61,6 +67,7 @@ def trial_table(
 
     Args:
         samples: Samples that running trials have seen since their last validation, by trial number.
+        full_length: Show the samples and epochs of each trial's full run.
     """
     names = list(dict.fromkeys(name for trial in record.trials for name in trial.params))
     hours = {trial.number: record.full_hours(trial) for trial in record.trials}
@@ -68,7 +75,7 @@ def trial_table(
     live = samples if samples and record.unit == "samples" else {}
     table = build_table(title or f"study {record.name}")
     table.caption = "\n".join(_remarks(record)) or None
-    full_run = ["full run"] if is_timed else []
+    full_run = ["full run"] * is_timed + list(FULL_LENGTH_HEADINGS) * full_length
     for heading in ("trial", *map(short_name, names), record.unit, "loss", *full_run, "state", "time"):
         if heading == "state":
             table.add_column(heading, min_width=len("interrupted"))
@@ -84,6 +91,7 @@ def trial_table(
             f"{seen:,}" if seen else "",
             "" if trial.value is None else f"{trial.value:.4f}",
             *([_format_full_hours(hours[trial.number], trial.number in record.pareto_front)] if is_timed else []),
+            *(format_full_length(record, trial) if full_length else ()),
             Text(", ".join(words), style=STATE_STYLES[state]),
             trial_duration(trial),
             style="bold" if record.is_best(trial) else None,
@@ -107,6 +115,12 @@ def _remarks(record: StudyRecord) -> list[str]:
 
 def _format_full_hours(hours: float | None, on_front: bool) -> str:
     return "" if hours is None else f"{format_hours(hours)} {'*' if on_front else ' '}"
+
+
+def format_full_length(record: StudyRecord, trial: TrialRecord) -> tuple[str, str]:
+    """Samples and epochs of a trial's full run, below `FULL_LENGTH_HEADINGS`; empty if not known."""
+    samples, epochs = record.full_samples(trial), record.full_epochs(trial)
+    return "" if samples is None else f"{samples:,}", "" if epochs is None else f"{epochs:.2f}"
 
 
 def confirmation_rows(confirmation: Confirmation) -> list[tuple[str, ...]]:

@@ -45,7 +45,20 @@ class Choices(Section):
         return value
 
     def __contains__(self, value: object) -> bool:
-        return value in self.choices
+        # In Python True is 1.
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether all are numbers that a database, which stores a parameter as a float, holds exactly."""
+        return all(not isinstance(c, bool | str) and abs(c) <= 2**53 for c in self.choices)
+
+    def describe_narrowing(self, new: Dimension) -> str | None:
+        """Why a study can't continue with another dimension; None where that one has all values of this one."""
+        if not isinstance(new, Choices):
+            return "choices can't become a range"
+        missing = [choice for choice in self.choices if choice not in new]
+        return f"{', '.join(map(str, missing))} is missing" if missing else None
 
     @property
     def corners(self) -> tuple[Any, ...]:
@@ -99,6 +112,16 @@ class Range(Section):
             return False
         return self.low <= value <= self.high and self._is_step(value)
 
+    def describe_narrowing(self, new: Dimension) -> str | None:
+        """As of `Choices`."""
+        if not isinstance(new, Range):
+            return "a range can't become choices"
+        if (self.log, self.step) != (new.log, new.step):
+            return "log and step can't change"
+        if new.low > self.low or new.high < self.high:
+            return "it is narrower"
+        return None if new._is_step(self.low) else f"its steps miss {self.low}"
+
     @property
     def corners(self) -> tuple[Any, ...]:
         return (self.low, self.high)
@@ -143,13 +166,21 @@ def is_whole(annotation: Any) -> bool:
     return int in types and float not in types
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """[search] by dotted keys. TOML nests an unquoted `train.d_coef`; both spellings mean the same."""
+def flatten(tree: Mapping[str, Any], prefix: str = "", *, of_dimensions: bool = True) -> dict[str, Any]:
+    """[search], or an entry of [[search.try]], by dotted keys.
+
+    TOML nests an unquoted `train.d_coef`; both spellings mean the same.
+
+    Args:
+        of_dimensions: The values are dimensions, which are tables without tables; else they are no tables.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        # A dimension contains no tables.
-        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
-            flat |= flatten(value, f"{prefix}{key}.")
+        nested = isinstance(value, dict) and (
+            not of_dimensions or any(isinstance(inner, dict) for inner in value.values())
+        )
+        if nested:
+            flat |= flatten(value, f"{prefix}{key}.", of_dimensions=of_dimensions)
         else:
             flat[prefix + key] = value
     return flat

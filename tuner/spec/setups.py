@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from optuna import Trial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial
 
 from trainer.config import TrainConfig
 from trainer.workload import Workload
-from tuner.spec.search import Choices, split_key
+from tuner.spec.search import Choices, list_types, split_key
 from tuner.spec.study_toml import StudySpec
 
 VALIDATION_SHARE = 0.1
@@ -29,17 +31,56 @@ class Setup:
     config: TrainConfig
 
 
-def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
-    """Asks the sampler for a value of each searched field, by dotted name."""
-    params: dict[str, Any] = {}
-    for name, space in spec.search.items():
-        if isinstance(space, Choices):
-            params[name] = trial.suggest_categorical(name, space.choices)
+def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
+    """What the sampler chooses from, by searched field."""
+    space: dict[str, BaseDistribution] = {}
+    for name, each in spec.search.items():
+        if isinstance(each, Choices):
+            space[name] = CategoricalDistribution(each.choices)
         elif spec.is_integer(name):
-            step = int(space.step or 1)
-            params[name] = trial.suggest_int(name, int(space.low), int(space.high), step=step, log=space.log)
+            space[name] = IntDistribution(int(each.low), int(each.high), each.log, int(each.step or 1))
         else:
-            params[name] = trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
+            space[name] = FloatDistribution(each.low, each.high, each.log, each.step)
+    return space
+
+
+def stored_space(spec: StudySpec, trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
+    """The distributions that Optuna stores with a trial, by searched field.
+
+    Choices that are numbers are stored as the range that they span: within a study, Optuna lets a range grow, but no
+    list of choices. Early versions stored lists, and their studies keep them.
+
+    Args:
+        trials: Of the study.
+    """
+    lists = {name for t in trials for name, d in t.distributions.items() if isinstance(d, CategoricalDistribution)}
+    space = search_space(spec)
+    for name, each in spec.search.items():
+        if isinstance(each, Choices) and each.is_numeric and name not in lists:
+            low, high = min(each.choices), max(each.choices)
+            if float in list_types(spec.annotation(name)):
+                space[name] = FloatDistribution(float(low), float(high))
+            elif all(isinstance(choice, int) for choice in each.choices):
+                space[name] = IntDistribution(int(low), int(high))
+    return space
+
+
+def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
+    """Asks the sampler for a value of each searched field, by dotted name.
+
+    Raises:
+        ValueError: A value is none of the choices, in a trial that a person enqueued.
+    """
+    params: dict[str, Any] = {}
+    for name, d in stored_space(spec, trial.study.get_trials(deepcopy=False)).items():
+        if isinstance(d, CategoricalDistribution):
+            params[name] = trial.suggest_categorical(name, d.choices)
+        elif isinstance(d, IntDistribution):
+            params[name] = trial.suggest_int(name, d.low, d.high, step=d.step, log=d.log)
+        elif isinstance(d, FloatDistribution):
+            params[name] = trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
+        if isinstance(spec.search[name], Choices) and params[name] not in spec.search[name]:
+            raise ValueError(f"{name} = {params[name]!r} is none of its {spec.search[name]}")
     return params
 
 
@@ -48,6 +89,14 @@ def baseline_params(spec: StudySpec) -> dict[str, Any]:
     owners = {"train": spec.baseline, "workload": spec.build_workload()}
     fields = {key: split_key(key) for key in spec.search}
     return {key: getattr(owners[section], name) for key, (section, name) in fields.items()}
+
+
+def try_params(spec: StudySpec) -> list[dict[str, Any]]:
+    """The parameters of each entry of [[search.try]]; a key that is left out has the baseline's value."""
+    entries = [
+        {key: int(value) if spec.is_integer(key) else value for key, value in entry.items()} for entry in spec.tries
+    ]
+    return [{**baseline_params(spec), **entry} for entry in entries]
 
 
 def largest_step(spec: StudySpec) -> int:
@@ -66,7 +115,7 @@ def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Se
         **train,
         "steps": spec.full.steps,
         "samples": spec.full.samples,
-        "val_samples": _val_samples(spec),
+        "val_samples": count_val_samples(spec),
         "eval_every": spec.full.eval_every or spec.trial.samples,
         "eval_unit": "samples",
         "schedule": spec.full.schedule,
@@ -105,7 +154,7 @@ def _overlay(spec: StudySpec, params: Mapping[str, Any]) -> tuple[dict[str, Any]
     return sections["train"], sections["workload"]
 
 
-def _val_samples(spec: StudySpec) -> int:
+def count_val_samples(spec: StudySpec) -> int:
     """Size of the validation set: as set, else so that validation takes at most a tenth of a trial."""
     if "val_samples" in spec.train:
         return int(spec.train["val_samples"])

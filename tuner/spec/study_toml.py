@@ -139,6 +139,8 @@ class StudySpec(Section):
     workload: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, Dimension]
+    tries: tuple[dict[str, Any], ...] = ()
+    """`[[search.try]]`: parameters that the user wants tried after the baseline; a missing key has its value."""
     trial: TrialSection
     sampler: Choice = Choice(name="gp")
     pruner: Choice = Choice(name="median")
@@ -168,11 +170,13 @@ class StudySpec(Section):
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not valid TOML: {error}.") from error
+        if "tries" in values:
+            raise UserError(f"{path}: unknown key tries; write its entries as [[search.try]].")
         for key, value in (overrides or {}).items():
             apply_override(values, key, value)
         if not search:
             values["search"] = {}
-        elif values.get("search") == {}:
+        elif isinstance(values.get("search"), dict) and not values["search"].keys() - {"try"}:
             raise UserError(f"{path}: [search] is empty; name a field to search, such as train.batch_size.")
         return cls.build(values, base_dir=path.resolve().parent, source=str(path))
 
@@ -190,7 +194,10 @@ class StudySpec(Section):
         """
         values = {**(_with_schedule(values) if stored else values), "base_dir": base_dir}
         if isinstance(values.get("search"), dict):
-            values["search"] = flatten(values["search"])
+            search = dict(values["search"])
+            if "try" in search:
+                values["tries"] = _read_tries(search.pop("try"), source)
+            values["search"] = flatten(search)
         try:
             spec = cls.model_validate(values)
         except ValidationError as error:
@@ -263,6 +270,7 @@ class StudySpec(Section):
                 self._check_dimension(key, dimension, owners)
             if not stored:
                 self._check_budget()
+                self._check_tries(owners)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
@@ -301,6 +309,30 @@ class StudySpec(Section):
                 "or change it."
             )
 
+    def _check_tries(self, owners: Mapping[str, BaseModel]) -> None:
+        """Check that each entry of [[search.try]] is in the search space, and that no two trials would be the same."""
+        baseline = {key: getattr(owners[split_key(key)[0]], split_key(key)[1]) for key in self.search}
+        names: dict[str, dict[str, Any]] = {"the baseline": baseline}
+        for number, entry in enumerate(self.tries, 1):
+            where = f"search.try {number}"
+            for key, value in entry.items():
+                if key not in self.search:
+                    raise UserError(f"{where}: {describe_unknown_key(key, self.search)}")
+                dimension = self.search[key]
+                fits = value in dimension
+                if fits and isinstance(dimension, Range) and self.is_integer(key):
+                    fits = value == int(value)
+                if not fits:
+                    raise UserError(
+                        f"{where}: {key} = {value!r} is outside its search space ({dimension}): change it, or widen "
+                        "the space."
+                    )
+            params = {**baseline, **entry}
+            same = next((name for name, other in names.items() if other == params), None)
+            if same is not None:
+                raise UserError(f"{where}: it is the same as {same}; remove it, or change a value.")
+            names[where] = params
+
     def _check_budget(self) -> None:
         """Check that all batch sizes see equally many samples, and that the pruner's first rung is within a trial."""
         steps = [
@@ -337,11 +369,22 @@ class StudySpec(Section):
                 f'{trial.unit}, a longer [full], or full.schedule = "none".'
             )
 
-    def is_integer(self, key: str) -> bool:
-        """Whether a searched field takes whole numbers only."""
+    def annotation(self, key: str) -> Any:
+        """The type of a searched field."""
         section, name = split_key(key)
         fields = (TrainConfig if section == "train" else self.workload_class).model_fields
-        return is_whole(fields[name].annotation)
+        return fields[name].annotation
+
+    def is_integer(self, key: str) -> bool:
+        """Whether a searched field takes whole numbers only."""
+        return is_whole(self.annotation(key))
+
+
+def _read_tries(value: Any, source: str) -> tuple[dict[str, Any], ...]:
+    """The entries of [[search.try]] by dotted keys."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise UserError(f"{source}: search.try: write each entry under a heading [[search.try]], with double brackets.")
+    return tuple(flatten(entry, of_dimensions=False) for entry in value)
 
 
 def _with_schedule(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import optuna
 from filelock import FileLock
 
 from trainer.locks import is_locked, lock_folder
-from tuner.spec.setups import baseline_params
+from tuner.spec.setups import baseline_params, try_params
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
 from tuner.study.record import CLAIM, StudyRecord, TrialRecord, create_trial, trial_name, write_unopened_trial
@@ -64,15 +65,34 @@ def _is_free(trial: TrialRecord, study_dir: Path) -> bool:
 
 
 def _create_trial(study: optuna.Study, spec: StudySpec) -> int:
-    """Create a trial that belongs to this machine; the first one is the baseline. Returns its number."""
-    if _has_baseline(StudyRecord.read(study).trials):
+    """Create a trial that belongs to this machine, and return its number.
+
+    The first one is the baseline, the next ones are the entries of [[search.try]].
+    """
+    trials = StudyRecord.read(study).trials
+    if not _has_baseline(trials):
+        number = create_trial(study, baseline_params(spec), host=platform.node(), baseline=True)
+        if _has_baseline(StudyRecord.read(study).trials[:number]):
+            # Another machine, which the lock does not reach, was first.
+            write_unopened_trial(study, number, baseline=False)
+            optuna_internals.remove_fixed_params(study, number)
+        return number
+    untried = list_untried(trials, spec)
+    if not untried:
         return create_trial(study, {}, host=platform.node())
-    number = create_trial(study, baseline_params(spec), host=platform.node(), baseline=True)
-    if _has_baseline(StudyRecord.read(study).trials[:number]):
-        # Another machine, which the lock does not reach, was first.
-        write_unopened_trial(study, number, baseline=False)
+    number = create_trial(study, untried[0], host=platform.node(), tried=untried[0])
+    if untried[0] not in list_untried(StudyRecord.read(study).trials[:number], spec):
+        # As above.
+        write_unopened_trial(study, number, tried={})
         optuna_internals.remove_fixed_params(study, number)
     return number
+
+
+def list_untried(trials: Sequence[TrialRecord], spec: StudySpec) -> list[dict[str, Any]]:
+    """Parameters of the entries of [[search.try]] that no trial has; a failed trial is tried again."""
+    # A trial has its parameters only once its process opened it.
+    taken = [params for trial in trials if trial.state != "failed" for params in (trial.tried, trial.params)]
+    return [params for params in try_params(spec) if params not in taken]
 
 
 def _has_baseline(trials: Sequence[TrialRecord]) -> bool:
@@ -82,7 +102,8 @@ def _has_baseline(trials: Sequence[TrialRecord]) -> bool:
 def needs_more_trials(record: StudyRecord, spec: StudySpec, total: int) -> bool:
     """Whether the study needs another trial besides its finished and running ones."""
     patience, since = spec.trial.patience, record.trials_since_improvement(spec.trial.min_delta)
-    return _num_counted(record) < total and not 0 < patience <= since
+    wants_more = not 0 < patience <= since or bool(list_untried(record.trials, spec))
+    return _num_counted(record) < total and wants_more
 
 
 def _num_counted(record: StudyRecord) -> int:
@@ -94,6 +115,8 @@ def _num_counted(record: StudyRecord) -> int:
 def describe_end(record: StudyRecord, spec: StudySpec, total: int) -> str:
     """Why the study starts no more trials."""
     if _num_counted(record) >= total:
-        return f"the study has its {total} trial{'s' if total > 1 else ''}"
+        untried = len(list_untried(record.trials, spec))
+        left = f"; {untried} of [[search.try]] not tried: raise trial.num_trials" if untried else ""
+        return f"the study has its {total} trial{'s' if total > 1 else ''}{left}"
     delta = f" by more than {spec.trial.min_delta:g}" if spec.trial.min_delta else ""
     return f"no trial improved {spec.study.metric}{delta} in the last {spec.trial.patience}"

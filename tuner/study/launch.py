@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import optuna
 import torch
+from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
@@ -21,13 +22,13 @@ from trainer.clock import clock
 from trainer.data.loader import check_lengths, check_losses
 from trainer.tracking import Tracker
 from tuner.spec.comparison import compare_specs
-from tuner.spec.setups import largest_step
+from tuner.spec.setups import largest_step, stored_space
 from tuner.spec.study_toml import StudySpec
 from tuner.study.claims import claim_trial, describe_end, needs_more_trials
 from tuner.study.objective import Interrupted, Objective
 from tuner.study.optuna_internals import storage_of
 from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, write_study
-from tuner.study.samplers import build_pruner, build_sampler
+from tuner.study.samplers import SpecSampler, build_pruner
 from tuner.study.storage import for_other_processes, opened
 from tuner.study.supervisor import Display, Job, Supervisor, visible_devices, worker_environments
 from tuner.study.tracked_run import Runtime, code_digest
@@ -153,9 +154,9 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     """
     storage = opened(storage)
     name = spec.study.name
-    sampler, pruner = build_sampler(spec.sampler, spec.study.seed), build_pruner(spec.pruner, spec.trial.first_point)
+    sampler, pruner = SpecSampler(spec), build_pruner(spec.pruner, spec.trial.first_point)
     # Before the study is created: the data may be missing, damaged, or too small for the search space.
-    digest = _check_data(spec)
+    digest, num_samples = _check_data(spec)
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -165,21 +166,33 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
         load_if_exists=True,
     )
     if not is_new(study):
-        changed = compare_specs(spec, read_spec(study))
+        changed = compare_specs(spec, read_spec(study)) or _compare_choices(study, spec)
         changed += ["the data has changed"] if StudyRecord.read(study).data_digest not in (None, digest) else []
         if changed:
             raise UserError(
                 f"study {name} was started with another spec ({'; '.join(changed)}): give study.name another value, "
                 "or set these back."
             )
-    write_study(study, spec=spec.to_dict(), data_digest=digest, base_dir=str(spec.base_dir))
+    write_study(study, spec=spec.to_dict(), data_digest=digest, num_samples=num_samples, base_dir=str(spec.base_dir))
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names([spec.study.metric])
     return study
 
 
-def _check_data(spec: StudySpec) -> str:
-    """Check the spec against its data; returns the data's digest.
+def _compare_choices(study: optuna.Study, spec: StudySpec) -> list[str]:
+    """The searched fields whose list of choices differs from that of the trials, which Optuna does not allow."""
+    trials = study.get_trials(deepcopy=False)
+    stored = {name: d for trial in trials for name, d in trial.distributions.items()}
+    changed = []
+    for name, distribution in stored_space(spec, trials).items():
+        before = stored.get(name)
+        if isinstance(before, CategoricalDistribution) and distribution != before:
+            changed.append(f"search.{name}: its trials are stored with the list of choices {list(before.choices)}")
+    return changed
+
+
+def _check_data(spec: StudySpec) -> tuple[str, int]:
+    """Check the spec against its data; returns the data's digest and its number of training samples.
 
     Raises:
         UserError: A split is empty or does not match its lengths, the weights name other losses than a batch, no
@@ -206,7 +219,7 @@ def _check_data(spec: StudySpec) -> str:
             f"the search may take {largest} samples a step (train.batch_size x train.grad_accumulation), and the data "
             f"has {num_samples}: search smaller ones or use more data."
         )
-    return digest
+    return digest, num_samples
 
 
 def _run_trial(

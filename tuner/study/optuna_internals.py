@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Engine
@@ -73,6 +75,40 @@ def set_user_attr(study: optuna.Study, number: int, key: str, value: Any) -> Non
 def remove_fixed_params(study: optuna.Study, number: int) -> None:
     """Let the sampler propose all parameters of a trial that was created with fixed ones."""
     study._storage.set_trial_system_attr(_trial_id(study, number), FIXED_PARAMS, {})
+
+
+class StudyInSpace:
+    """A study for a sampler, as if all of its trials had the parameters of one search space.
+
+    Optuna's samplers leave a parameter out whose distribution has changed. A trial with a value that is none of the
+    choices is left out.
+    """
+
+    def __init__(self, study: optuna.Study, space: Mapping[str, BaseDistribution]) -> None:
+        self._study, self._space = study, space
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self.get_trials()
+
+    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+        return self._get_trials(deepcopy, states)
+
+    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        trials = self._study._get_trials(deepcopy, states, use_cache)
+        return [self._convert(trial) for trial in trials if all(map(self._is_choice, trial.params.items()))]
+
+    def _is_choice(self, param: tuple[str, Any]) -> bool:
+        distribution = self._space.get(param[0])
+        return not isinstance(distribution, CategoricalDistribution) or param[1] in distribution.choices
+
+    def _convert(self, trial: FrozenTrial) -> FrozenTrial:
+        converted = copy.copy(trial)
+        converted.distributions = {name: self._space.get(name, d) for name, d in trial.distributions.items()}
+        return converted
 
 
 def _trial_id(study: optuna.Study, number: int) -> int:

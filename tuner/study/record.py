@@ -7,6 +7,7 @@ Imports no torch, so that `tuner status` is quick.
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
+from trainer.config import TrainConfig
 from trainer.errors import UserError
 from trainer.locks import is_locked
 from tuner.study import optuna_internals
@@ -49,6 +51,8 @@ class TrialKeys(TypedDict, total=False):
     """Digest of the workload's code that the trial ran."""
     aim_run: str
     baseline: bool
+    tried: Mapping[str, Any]
+    """The parameters of the entry of [[search.try]] that it was created for; empty if another trial has them."""
     starts: list[Any]
     """[starts since the last sign of life, number of evaluations, name of the newest checkpoint]."""
     infeasible: str
@@ -118,6 +122,8 @@ class StudyKeys(TypedDict, total=False):
     spec: Mapping[str, Any]
     base_dir: str
     data_digest: str
+    num_samples: int
+    """Of the training data."""
     ended: str
     """Why the last launch ended; empty while one runs, or after it was stopped."""
     promotions: list[PromotionKeys]
@@ -226,6 +232,7 @@ class TrialRecord:
     code: str | None
     aim_run: str | None
     is_baseline: bool
+    tried: Mapping[str, Any]
     starts: Sequence[Any]
     infeasible: str | None
     d: Sequence[float]
@@ -264,6 +271,7 @@ class TrialRecord:
             code=keys.get("code"),
             aim_run=keys.get("aim_run"),
             is_baseline=bool(keys.get("baseline")),
+            tried=keys.get("tried", {}),
             starts=keys.get("starts", [0]),
             infeasible=keys.get("infeasible"),
             d=keys.get("d", []),
@@ -405,6 +413,8 @@ class StudyRecord:
     """As plain values: reading must not need the workload's module."""
     base_dir: Path | None
     data_digest: str | None
+    num_samples: int | None
+    """Of the training data; None in a study of an early version."""
     minimized: bool
     trials: list[TrialRecord]
     ended: str
@@ -434,6 +444,7 @@ class StudyRecord:
             spec=keys["spec"],
             base_dir=Path(keys["base_dir"]) if "base_dir" in keys else None,
             data_digest=keys.get("data_digest"),
+            num_samples=keys.get("num_samples"),
             minimized=study.direction == StudyDirection.MINIMIZE,
             trials=[TrialRecord.read(trial) for trial in study.get_trials(deepcopy=False)],
             ended=keys.get("ended", ""),
@@ -508,6 +519,21 @@ class StudyRecord:
         unit = next(iter(then))
         # Between samples and steps is the batch size, and with it the trial's parameters.
         return float(hours * now[unit] / then[unit]) if now.get(unit) else None
+
+    def full_samples(self, trial: TrialRecord) -> int | None:
+        """Samples of a trial's full run, in whole batches; None while the trial has no parameters."""
+        if not trial.params:
+            return None
+        step_size, full = 1, self.spec["full"]
+        for name in ("batch_size", "grad_accumulation"):
+            default = self.spec["train"].get(name, TrainConfig.model_fields[name].default)
+            step_size *= trial.params.get(f"train.{name}", default)
+        return int(step_size * (full.get("steps") or math.ceil(full["samples"] / step_size)))
+
+    def full_epochs(self, trial: TrialRecord) -> float | None:
+        """Passes of a trial's full run over the training data; None if the size of the data is not known."""
+        samples = self.full_samples(trial)
+        return samples / self.num_samples if samples and self.num_samples else None
 
     @cached_property
     def pareto_front(self) -> set[int]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import optuna
@@ -17,8 +17,10 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.errors import UserError
-from tuner.spec.study_toml import Choice
+from tuner.spec.setups import search_space, stored_space
+from tuner.spec.study_toml import Choice, StudySpec
 from tuner.study.gaussian_process import GaussianProcessSampler
+from tuner.study.optuna_internals import StudyInSpace
 
 T = TypeVar("T")
 
@@ -90,6 +92,47 @@ class PerTrialSampler(BaseSampler):
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         with self._for(trial) as sampler:
             sampler.after_trial(study, trial, state, values)
+
+
+class SpecSampler(BaseSampler):
+    """A sampler in the search space of a spec.
+
+    It sees the trials of a space that was narrower as trials of the spec's, and chooses among numbers where Optuna
+    stores the range that they span.
+    """
+
+    def __init__(self, spec: StudySpec) -> None:
+        self._sampler, self._spec = build_sampler(spec.sampler, spec.study.seed), spec
+        self._space = search_space(spec)
+
+    def _view(self, study: optuna.Study) -> optuna.Study:
+        return cast(optuna.Study, StudyInSpace(study, self._space))
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        inferred = self._sampler.infer_relative_search_space(self._view(study), trial)
+        return inferred | {
+            name: distribution
+            for name, distribution in stored_space(self._spec, study.get_trials(deepcopy=False)).items()
+            if name in inferred
+        }
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        space = {name: self._space.get(name, distribution) for name, distribution in search_space.items()}
+        return self._sampler.sample_relative(self._view(study), trial, space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        distribution = self._space.get(param_name, param_distribution)
+        return self._sampler.sample_independent(self._view(study), trial, param_name, distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler.before_trial(self._view(study), trial)
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
+        self._sampler.after_trial(self._view(study), trial, state, values)
 
 
 def build_sampler(choice: Choice, seed: int) -> BaseSampler:

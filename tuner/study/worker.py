@@ -21,7 +21,7 @@ from trainer.errors import UserError
 from tuner.spec.study_toml import StudySpec
 from tuner.study.launch import run_trials
 from tuner.study.record import TrialRecord
-from tuner.study.samplers import build_pruner, build_sampler
+from tuner.study.samplers import SpecSampler, build_pruner
 from tuner.study.storage import opened
 from tuner.study.supervisor import Job
 from tuner.study.tracked_run import Runtime
@@ -124,7 +124,7 @@ def _work(job: Job, pipe: WorkerPipe) -> tuple[str, str]:
         study = optuna.load_study(
             study_name=job.study_name,
             storage=opened(job.storage),
-            sampler=build_sampler(spec.sampler, spec.study.seed),
+            sampler=SpecSampler(spec),
             pruner=build_pruner(spec.pruner, spec.trial.first_point),
         )
         runtime = Runtime(job.run_root, job.track, pipe.stopped.is_set)

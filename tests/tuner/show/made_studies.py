@@ -26,7 +26,7 @@ def new_study(storage: BaseStorage | str | None = None, *, without: str = "", **
     """A study without trials; `changes` as `build` takes them."""
     spec = build(without=without, **changes)
     study = optuna.create_study(study_name="toy", storage=storage, direction=spec.study.direction)
-    write_study(study, spec=spec.to_dict(), base_dir="/studies/toy")
+    write_study(study, spec=spec.to_dict(), base_dir="/studies/toy", num_samples=128)
     return study
 
 

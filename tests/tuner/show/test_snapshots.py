@@ -48,7 +48,7 @@ def show_confirmation(record: StudyRecord) -> str:
 
 
 def show_on_terminal(*parts: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=120)
     assert isinstance(console.file, io.StringIO)
     console.print(*parts, sep="\n")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

@@ -19,7 +19,8 @@ from trainer import UserError
 from trainer.clock import format_hours
 from tuner import launch, open_study
 from tuner.show.live import StudyDisplay
-from tuner.show.status import status
+from tuner.show.note import escape, study_note
+from tuner.show.status import status, status_parts
 from tuner.show.table import trial_table
 from tuner.study.storage import open_storage
 from tuner.study.tracked_run import Runtime
@@ -81,12 +82,45 @@ def test_hours_are_those_of_the_current_full_run(study: optuna.Study) -> None:
     )
 
 
+def test_full_run_in_steps_sees_more_samples_with_larger_batches() -> None:
+    steps = new_study(without="full.samples", **{"full.steps": 100})
+    trials = [add_trial(steps, [4.0] * 4, batch_size=size) for size in (4, 16)]
+    assert [read(steps).full_samples(trial) for trial in trials] == [400, 1600]
+    assert [read(steps).full_epochs(trial) for trial in trials] == [3.125, 12.5]
+    # 500 samples are 31.25 batches of 16.
+    samples = new_study(**{"full.samples": 500, "train.grad_accumulation": 2, "trial.evaluations": 1})
+    trials = [add_trial(samples, [4.0] * 4, batch_size=size) for size in (4, 8)]
+    assert [read(samples).full_samples(trial) for trial in trials] == [504, 512]
+    detail = status(read(samples))["trials_detail"][0]
+    assert (detail["full_samples"], detail["full_epochs"]) == (504, 504 / 128)
+
+
+def test_length_is_not_known_without_the_data_or_the_parameters() -> None:
+    study = new_study()
+    add_trial(study, [4.0] * 4)
+    study.set_user_attr("num_samples", None)
+    study.ask()
+    assert [(d["full_samples"], d["full_epochs"]) for d in status(read(study))["trials_detail"]] == [
+        (480, None),
+        (None, None),
+    ]
+
+
+def test_best_trial_at_an_edge_is_shown(study: optuna.Study) -> None:
+    sentence = "best train.d_coef = 0.1 is at the lower edge of 0.1 to 10: widen it in [search]"
+    add_trial(study, [3.0] * 4, d_coef=0.1)
+    assert status(read(study))["edges"] == [sentence]
+    assert sentence in map(str, status_parts(read(study)))
+    assert f"**At the edge**: {escape(sentence)}." in study_note(read(study), "tuner promote toy", {})
+
+
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_table_fits_and_hides_nothing(study: optuna.Study, width: int) -> None:
     console = Console(width=width, file=io.StringIO())
     assert isinstance(console.file, io.StringIO)
-    console.print(trial_table(read(study)))
+    console.print(*status_parts(read(study), width=width))
     text = console.file.getvalue()
+    assert ("full samples" in text, "epochs" in text) == (width == 120,) * 2
     assert max(map(len, text.splitlines())) <= width
     for cell in ("86.0 h", "20.0 h *", "1,036 h *", "1:22:29", "0.123", "4.5000", "baseline", "infeasible", "rising"):
         assert cell in text, cell

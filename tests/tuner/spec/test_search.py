@@ -42,6 +42,11 @@ def test_range_holds_the_values_of_its_grid() -> None:
     assert True not in Range(low=0, high=2) and "1" not in Range(low=0, high=2) and None not in Range(low=0, high=2)
 
 
+def test_true_is_not_the_choice_one() -> None:
+    assert 1 in Choices(choices=(1, 2)) and True not in Choices(choices=(1, 2))
+    assert True in Choices(choices=(True, False)) and 1 not in Choices(choices=(True, False))
+
+
 def test_all_whole_numbers_of_a_dimension_rise() -> None:
     assert Choices(choices=(16, 4, 8)).list_whole_numbers() == [4, 8, 16]
     assert list(Range(low=4, high=16, step=4).list_whole_numbers()) == [4, 8, 12, 16]

@@ -12,7 +12,7 @@ from trainer import UserError
 from trainer.optimizers import has_same_rates
 from tuner.spec.comparison import compare_specs
 from tuner.spec.overrides import parse_override
-from tuner.spec.setups import baseline_params, full_setup, suggest, trial_setup
+from tuner.spec.setups import baseline_params, full_setup, suggest, trial_setup, try_params
 from tuner.spec.study_toml import StudySpec
 
 
@@ -20,6 +20,62 @@ def test_both_spellings_of_a_searched_field_are_the_same(tmp_path: Path) -> None
     spec = StudySpec.load(write(tmp_path))
     assert list(spec.search) == ["train.batch_size", "train.d_coef"]
     assert baseline_params(spec) == {"train.batch_size": 8, "train.d_coef": 1.0}
+
+
+TRIES = """
+[[search.try]]
+"train.batch_size" = 16
+"train.d_coef" = 0.3
+[[search.try]]
+train.d_coef = 2
+"""
+
+
+def test_settings_to_try_take_the_rest_from_the_baseline(tmp_path: Path) -> None:
+    path = write(tmp_path, TOML.replace("[trial]", f"{TRIES}[trial]"))
+    spec = StudySpec.load(path)
+    assert list(spec.search) == ["train.batch_size", "train.d_coef"]
+    expected = [{"train.batch_size": 16, "train.d_coef": 0.3}, {"train.batch_size": 8, "train.d_coef": 2}]
+    assert try_params(spec) == expected
+    assert try_params(StudySpec.build(spec.to_dict(), base_dir=spec.base_dir)) == expected
+    assert compare_specs(spec, StudySpec.load(write(tmp_path))) == []
+    assert StudySpec.load(write(tmp_path, path.read_text() + TRIES), search=False).tries == ()
+
+
+@pytest.mark.parametrize(
+    ("tries", "message"),
+    [
+        ({"train.d_coef": 0.3}, r"search\.try: write each entry under a heading \[\[search\.try\]\]"),
+        ([3], r"search\.try: write each entry"),
+        ([{"train.d_coeff": 0.3}], r"search\.try 1: unknown key train\.d_coeff; did you mean train\.d_coef\?"),
+        ([{"train.lr": 0.3}], r"search\.try 1: unknown key train\.lr"),
+        ([{"train.d_coef": 0.3}, {"train.d_coef": 20}], r"search\.try 2: train\.d_coef = 20 is outside .* widen"),
+        ([{"train.d_coef": "0.3"}], r"search\.try 1: train\.d_coef = '0\.3' is outside"),
+        ([{"train.batch_size": 5}], r"search\.try 1: train\.batch_size = 5 is outside its search space"),
+        ([{"train.batch_size": True}], r"search\.try 1: train\.batch_size = True is outside"),
+        ([{"train": {"batch_size": {"choices": 4}}}], r"search\.try 1: unknown key train\.batch_size\.choices"),
+        ([{"train.batch_size": 8}], r"search\.try 1: it is the same as the baseline; remove it, or change a value"),
+        ([{}], r"search\.try 1: it is the same as the baseline"),
+        ([{"train.d_coef": 2}, {"train.batch_size": 8, "train.d_coef": 2.0}], r"2: it is the same as search\.try 1"),
+    ],
+)
+def test_mistake_in_a_setting_to_try_is_one_line(tries: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build(**{"search.try": tries})
+    assert "\n" not in str(error.value)
+
+
+def test_whole_number_to_try_is_one() -> None:
+    search = {"search.train.batch_size": {"low": 4, "high": 16}, "trial.samples": 800, "full.samples": 4000}
+    (params,) = try_params(build(**search, **{"search.try": [{"train.batch_size": 4.0}]}))
+    assert repr(params["train.batch_size"]) == "4"
+    with pytest.raises(UserError, match=r"batch_size = 4\.5 is outside"):
+        build(**search, **{"search.try": [{"train.batch_size": 4.5}]})
+
+
+def test_tries_are_written_below_search(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key tries; write its entries as \[\[search\.try\]\]"):
+        StudySpec.load(write(tmp_path, TOML + "[[tries]]\ntrain.d_coef = 2\n"))
 
 
 def test_spec_survives_a_round_trip_through_the_storage() -> None:

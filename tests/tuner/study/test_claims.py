@@ -11,10 +11,11 @@ from typing import Any
 import optuna
 import pytest
 from optuna.samplers import RandomSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tests.tuner.studies_for_tests import build
-from tuner.study.claims import claim_trial, needs_more_trials
+from tuner.study import claims
+from tuner.study.claims import claim_trial, describe_end, needs_more_trials
 from tuner.study.launch import open_study
 from tuner.study.record import StudyRecord
 from tuner.study.storage import open_storage
@@ -29,12 +30,15 @@ def claim_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     url = f"sqlite:///{tmp_path}/tuner.db"
     with ExitStack() as held:
 
-        def claim(machine: str, sampler: optuna.samplers.BaseSampler | None = None) -> tuple[optuna.Trial, bool]:
-            study = open_study(build(), open_storage(url))
+        def claim(
+            machine: str, sampler: optuna.samplers.BaseSampler | None = None, **changes: Any
+        ) -> tuple[optuna.Trial, bool]:
+            spec = build(**changes)
+            study = open_study(spec, open_storage(url))
             study.sampler = sampler or RandomSampler(seed=0)
             name = platform.node()
             monkeypatch.setattr(platform, "node", lambda: machine)
-            found = claim_trial(study, build(), Runtime(tmp_path / machine, track=False), 10, held)
+            found = claim_trial(study, spec, Runtime(tmp_path / machine, track=False), 10, held)
             monkeypatch.setattr(platform, "node", lambda: name)
             assert found is not None
             return found
@@ -79,6 +83,70 @@ def test_later_of_two_simultaneous_baselines_becomes_a_usual_trial(
     later, _ = claim_on("beta")
     assert later.number == 1 and later.user_attrs["baseline"] is False
     assert later.suggest_float("train.d_coef", 0.1, 10.0) != 1.0, "not the baseline's value"
+
+
+TWO: dict[str, Any] = {"search.try": [{"train.d_coef": 3.0}, {"train.batch_size": 16}]}
+
+
+def params_of(trial: optuna.Trial) -> tuple[int, float]:
+    return suggest_batch_size(trial), trial.suggest_float("train.d_coef", 0.1, 10.0)
+
+
+def suggest_batch_size(trial: optuna.Trial) -> int:
+    return trial.suggest_categorical("train.batch_size", [4, 8, 16])
+
+
+def test_settings_of_the_user_follow_the_baseline_once(claim_on: ClaimOn) -> None:
+    """The first one is not opened when the second is claimed."""
+    claimed = [claim_on("alpha", **TWO)[0] for _ in range(4)]
+    assert [params_of(trial) for trial in claimed[:3]] == [(8, 1.0), (8, 3.0), (16, 1.0)]
+    assert params_of(claimed[3]) not in ((8, 3.0), (16, 1.0))
+    assert [bool(trial.user_attrs.get("tried")) for trial in claimed] == [False, True, True, False]
+
+
+def test_setting_that_was_added_later_is_tried_next(claim_on: ClaimOn) -> None:
+    first = TWO["search.try"][:1]
+    claimed = [claim_on("alpha", **{"search.try": first})[0] for _ in range(3)]
+    sampled = params_of(claimed[2])
+    more = {"search.try": [{"train.batch_size": sampled[0], "train.d_coef": sampled[1]}, *TWO["search.try"]]}
+    assert params_of(claim_on("alpha", **more)[0]) == (16, 1.0), "the sampler's trial has the first one's parameters"
+    assert params_of(claim_on("alpha", **more)[0]) != (16, 1.0)
+
+
+def test_failed_setting_of_the_user_is_tried_again(claim_on: ClaimOn) -> None:
+    claim_on("alpha", **TWO)
+    trial = claim_on("alpha", **TWO)[0]
+    trial.study.tell(trial, state=TrialState.FAIL)
+    assert params_of(claim_on("alpha", **TWO)[0]) == (8, 3.0)
+
+
+def test_later_of_two_simultaneous_tries_becomes_a_usual_trial(
+    claim_on: ClaimOn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_on("alpha", **TWO), claim_on("alpha", **TWO)
+    entries = claims.list_untried([], build(**TWO))
+    looks = iter((entries, entries[1:]))
+    monkeypatch.setattr(claims, "list_untried", lambda trials, spec: next(looks, []))
+    later, _ = claim_on("beta", **TWO)
+    assert later.number == 2 and later.user_attrs["tried"] == {}
+    assert params_of(later) != (8, 3.0)
+
+
+def test_settings_of_the_user_count_and_outlast_patience(claim_on: ClaimOn) -> None:
+    spec = build(**TWO, **{"trial.patience": 1})
+    trial, _ = claim_on("alpha", **TWO)
+    params_of(trial)
+    trial.study.tell(trial, 1.0)
+    other, _ = claim_on("alpha", **TWO)
+    params_of(other)
+    other.study.tell(other, 2.0)
+    record = StudyRecord.read(trial.study)
+    assert needs_more_trials(record, spec, 3)
+    assert not needs_more_trials(record, build(**{"trial.patience": 1}), 3)
+    assert not needs_more_trials(record, spec, 2)
+    assert describe_end(record, spec, 2) == (
+        "the study has its 2 trials; 1 of [[search.try]] not tried: raise trial.num_trials"
+    )
 
 
 def test_enqueued_trial_runs_next(claim_on: ClaimOn) -> None:

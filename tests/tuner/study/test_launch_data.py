@@ -8,6 +8,7 @@ import pytest
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from tuner.study.launch import open_study
+from tuner.study.record import StudyRecord
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,8 @@ def test_bad_data_is_refused_before_a_study_is_created(workload: str, message: s
     with pytest.raises(UserError, match=message):
         open_study(spec, storage)
     assert not optuna.get_all_study_names(storage)
+
+
+def test_study_stores_the_number_of_training_samples() -> None:
+    study = open_study(build(), optuna.storages.InMemoryStorage())
+    assert StudyRecord.read(study).num_samples == 128

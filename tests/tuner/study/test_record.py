@@ -58,6 +58,7 @@ def test_every_field_of_a_trial_is_read(study: optuna.Study, tmp_path: Path) -> 
         code="7db81962274a212b",
         aim_run=None,
         is_baseline=True,
+        tried={},
         starts=[1, 0, ""],
         infeasible=None,
         d=[1.16284e-05, 0.000496902, 0.0354605, 0.0407087],

@@ -1,0 +1,193 @@
+"""A study that is launched again with a wider [search] continues with all of its trials."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from tests.tuner.studies_for_tests import build
+from trainer import UserError
+from tuner import launch
+from tuner.spec.comparison import compare_specs
+from tuner.spec.setups import count_val_samples, search_space, suggest
+from tuner.spec.study_toml import Choice, StudySpec
+from tuner.study import gaussian_process
+from tuner.study.launch import open_study
+from tuner.study.samplers import build_sampler
+from tuner.study.tracked_run import Runtime
+
+LENGTHS: dict[str, Any] = {"trial.samples": 1600, "full.samples": 4800}
+NARROW: dict[str, Any] = {"search.train.batch_size": {"choices": [8, 16]}, **LENGTHS}
+WIDE: dict[str, Any] = {
+    "search.train.batch_size": {"choices": [4, 8, 16, 32]},
+    "search.train.d_coef": {"low": 0.01, "high": 10.0, "log": True},
+    **LENGTHS,
+}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/tuner.db"
+
+
+def loss(params: dict[str, Any]) -> float:
+    """Lowest at batch size 32 and d_coef 0.03, outside the narrow space."""
+    return abs(math.log2(params["train.batch_size"] / 32)) + abs(math.log10(params["train.d_coef"] / 0.03))
+
+
+def run(study: optuna.Study, spec: StudySpec, num_trials: int) -> list[dict[str, Any]]:
+    """Trials without training; returns their parameters."""
+    asked = []
+    for _ in range(num_trials):
+        trial = study.ask()
+        asked.append(suggest(trial, spec))
+        study.tell(trial, loss(asked[-1]))
+    return asked
+
+
+def with_sampler(spec: StudySpec, name: str) -> StudySpec:
+    return spec.model_copy(update={"sampler": Choice(name=name)})
+
+
+@pytest.mark.parametrize("name", ["gp", "tpe", "random", "qmc"])
+def test_wider_space_is_searched_with_all_trials(name: str, url: str) -> None:
+    narrow, wide = (with_sampler(build(**changes), name) for changes in (NARROW, WIDE))
+    before = run(open_study(narrow, url), narrow, 8)
+    study = open_study(wide, url)
+    after = run(study, wide, 24)
+    assert [trial.params for trial in study.trials] == before + after
+    assert {params["train.batch_size"] for params in after} >= {4, 32}
+    assert min(params["train.d_coef"] for params in after) < 0.1
+    assert all(params["train.batch_size"] in (8, 16) for params in before)
+
+
+def test_gaussian_process_learns_from_the_trials_of_the_narrower_space(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, wide = build(**NARROW), build(**WIDE)
+    before = run(open_study(narrow, url), narrow, 6)
+    seen: list[np.ndarray[Any, Any]] = []
+    expected_improvement = gaussian_process.expected_improvement
+
+    def watch(known: Any, targets: Any, candidates: Any) -> Any:
+        seen.append(known)
+        return expected_improvement(known, targets, candidates)
+
+    monkeypatch.setattr(gaussian_process, "expected_improvement", watch)
+    study = open_study(wide, url)
+    after = run(study, wide, 3)
+    assert [known.shape for known in seen] == [(6, 2), (7, 2), (8, 2)]
+    # Coordinates are those of the wider space.
+    np.testing.assert_allclose(seen[0], gaussian_process.encode(dict(sorted(search_space(wide).items())), before))
+    assert any(params["train.batch_size"] == 32 or params["train.d_coef"] < 0.1 for params in after)
+
+
+@pytest.mark.parametrize("name", ["gp", "tpe", "random", "qmc"])
+def test_numbers_are_chosen_as_from_a_list(name: str, url: str) -> None:
+    """Although Optuna stores a range."""
+    spec = with_sampler(build(**WIDE), name)
+    study = open_study(spec, url)
+    asked = run(study, spec, 9)
+    plain = optuna.create_study(sampler=build_sampler(Choice(name=name), 0))
+    for params in asked:
+        trial = plain.ask()
+        batch_size = trial.suggest_categorical("train.batch_size", [4, 8, 16, 32])
+        d_coef = trial.suggest_float("train.d_coef", 0.01, 10.0, log=True)
+        assert params == {"train.batch_size": batch_size, "train.d_coef": d_coef}
+        plain.tell(trial, loss(params))
+    assert study.trials[0].distributions["train.batch_size"] == IntDistribution(4, 32)
+
+
+def test_choices_of_a_fractional_field_are_stored_as_a_range_of_fractions(url: str) -> None:
+    spec = build(**{"search.train.d_coef": {"choices": [1, 2.5]}})
+    study = open_study(spec, url)
+    run(study, spec, 2)
+    assert study.trials[0].distributions["train.d_coef"] == FloatDistribution(1.0, 2.5)
+    wider = build(**{"search.train.d_coef": {"choices": [0.5, 1, 2.5]}})
+    assert {params["train.d_coef"] for params in run(open_study(wider, url), wider, 8)} == {0.5, 1, 2.5}
+
+
+def test_enqueued_value_that_is_no_choice_is_refused_and_not_learned_from(url: str) -> None:
+    spec = build(**WIDE)
+    study = open_study(spec, url)
+    run(study, spec, 4)
+    study.enqueue_trial({"train.batch_size": 5, "train.d_coef": 1.0})
+    trial = study.ask()
+    with pytest.raises(ValueError, match="batch_size = 5 is none of its choices"):
+        suggest(trial, spec)
+    study.tell(trial, 0.0)
+    assert len(run(study, spec, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"search.train.batch_size": {"choices": [4, 8]}}, r"batch_size was .*\(4, 8, 16\) and is now .*16 is missing"),
+        ({"search.train.batch_size": {"low": 4, "high": 16}}, "choices can't become a range"),
+        ({"search.train.d_coef": {"choices": [0.1, 1.0, 10.0]}}, "a range can't become choices"),
+        ({"search.train.d_coef": {"low": 0.2, "high": 10, "log": True}}, "low=0.2 .* it is narrower"),
+        ({"search.train.d_coef": {"low": 0.1, "high": 9, "log": True}}, "it is narrower"),
+        ({"search.train.d_coef": {"low": 0.1, "high": 10}}, "log and step can't change"),
+        ({"search.workload.width": {"choices": [8, 16]}}, r"search\.workload\.width was added"),
+    ],
+)
+def test_other_changes_are_refused_by_name(changes: dict[str, Any], phrase: str) -> None:
+    loose = {**LENGTHS, "trial.evaluations": 1}
+    (changed,) = compare_specs(build(**loose | changes), build(**loose))
+    assert re.search(phrase, changed), changed
+
+
+def test_removed_field_and_missed_steps_are_refused() -> None:
+    steps = build(**{"search.train.d_coef": {"low": 0.5, "high": 2.0, "step": 0.5}})
+    missed = build(**{"search.train.d_coef": {"low": 0.25, "high": 2.25, "step": 0.5}, "train.d_coef": 1.25})
+    assert any("its steps miss 0.5" in phrase for phrase in compare_specs(missed, steps))
+    wider = build(**{"search.train.d_coef": {"low": 0.5, "high": 4.0, "step": 0.5}})
+    assert compare_specs(wider, steps) == []
+    assert compare_specs(build(without="search.train.d_coef"), build()) == ["search.train.d_coef was removed"]
+
+
+def test_space_that_changes_the_validation_set_is_refused() -> None:
+    """Without train.val_samples, the smallest batch size decides how many a budget in steps affords."""
+    steps = {"trial.steps": 20, "trial.samples": None}
+    narrow = build(**NARROW | steps)
+    wide = WIDE | steps
+    assert any("train.val_samples was" in phrase for phrase in compare_specs(build(**wide), narrow))
+    assert compare_specs(build(**wide, **{"train.val_samples": count_val_samples(narrow)}), narrow) == []
+
+
+def test_study_with_a_stored_list_continues_and_keeps_its_list(url: str) -> None:
+    """Early versions stored numbers as a list, which Optuna lets no study change."""
+    spec = build()
+    study = open_study(spec, url)
+    params = {"train.batch_size": 8, "train.d_coef": 1.0}
+    distributions = {
+        "train.batch_size": CategoricalDistribution([4, 8, 16]),
+        "train.d_coef": FloatDistribution(0.1, 10.0, log=True),
+    }
+    for value in (1.0, 2.0, 3.0, 4.0):
+        study.add_trial(create_trial(value=value, params=params, distributions=distributions))
+    run(open_study(spec, url), spec, 2)
+    assert study.trials[-1].distributions["train.batch_size"] == CategoricalDistribution([4, 8, 16])
+    with pytest.raises(UserError, match=r"batch_size: its trials are stored .*\[4, 8, 16\]\): give study\.name"):
+        open_study(build(**{"search.train.batch_size": {"choices": [2, 4, 8, 16]}}), url)
+    wider = {"search.train.d_coef": {"low": 0.01, "high": 10.0, "log": True}}
+    run(open_study(build(**wider), url), build(**wider), 2)
+
+
+def test_launch_continues_with_more_batch_sizes(runtime: Runtime, url: str) -> None:
+    narrow = {"search.train.batch_size": {"choices": [8, 16]}}
+    launch(build(**narrow), storage=url, runtime=runtime, num_trials=2)
+    wider = {"search.train.batch_size": {"choices": [4, 8, 16]}, "search.try": [{"train.batch_size": 4}]}
+    study = launch(build(**wider), storage=url, runtime=runtime, num_trials=4)
+    assert [trial.state for trial in study.trials][:2] == [TrialState.COMPLETE] * 2
+    assert study.trials[2].params == {"train.batch_size": 4, "train.d_coef": 1.0}
+    with pytest.raises(UserError, match="4 is missing"):
+        launch(build(**narrow), storage=url, runtime=runtime, num_trials=4)
