@@ -38,7 +38,7 @@ pipe.recv_bytes()
 number = 1
 while True:
     try:
-        os.mkdir(os.environ[""starts""] + f"-{number}")
+        os.mkdir(os.environ["STARTS"] + f"-{number}")
         break
     except FileExistsError:
         number += 1
