@@ -38,7 +38,7 @@ pipe.recv_bytes()
 number = 1
 while True:
     try:
-        os.mkdir(os.environ[""starts""] + f"-{number}")
+        os.mkdir(os.environ["STARTS"] + f"-{number}")
         break
     except FileExistsError:
         number += 1
@@ -96,7 +96,7 @@ def supervise(tmp_path: Path) -> Callable[..., Supervisor]:
 
     def make(code: str, display: Witness | None = None, stop: Callable[[], bool] = lambda: False) -> Supervisor:
         study = optuna.create_study(study_name="toy", storage=InMemoryStorage())
-        environment = {"OMP_NUM_THREADS": "1", ""starts"": str(tmp_path / "starts")}
+        environment = {"OMP_NUM_THREADS": "1", "STARTS": str(tmp_path / "starts")}
         job = Job("toy", {}, tmp_path, "sqlite://", tmp_path, track=False, total=2)
         return Supervisor(
             job,
