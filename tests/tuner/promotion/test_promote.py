@@ -257,7 +257,7 @@ def test_impossible_promotion_is_refused_with_the_reason(study: optuna.Study, ru
 def test_status_has_the_promised_form(study: optuna.Study, runtime: Runtime) -> None:
     promote(study, runtime=runtime)
     found = status(StudyRecord.read(study))
-    promised = ["study", "direction", "metric", "trials", "baseline", "best", "full_runs"]
+    promised = ["study", "direction", "metric", "trials", "baseline", "best", "edges", "full_runs"]
     assert list(found) == [*promised, "trials_detail", "trial_length", "ended"]
     assert list(found["trials"]) == ["complete", "pruned", "infeasible", "failed", "running", "waiting"]
     assert found["baseline"]["number"] == 0 and found["best"]["value"] == study.best_value
