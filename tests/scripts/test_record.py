@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.bench.search.record_long import (
+from scripts.bench.search.record import (
     Plan,
     PowerAverage,
     anneal,
