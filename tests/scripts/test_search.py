@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from scripts.bench.search.contenders import CONTENDERS, OURS, RANDOM
 from scripts.bench.search.correlations import correlate
 from scripts.bench.search.curves import Configuration, Curves
+from scripts.bench.search.external_search import ExternalSearch
 from scripts.bench.search.replay import COMPUTE, bootstrap_interval, compute_to_goal, find_compute, replay
 from scripts.bench.search.runs import Choice, Runs, Task
 from scripts.bench.search.strategies import BASELINE, Confirmed, Corner
@@ -190,6 +192,30 @@ def test_replay_takes_the_last_choice_that_it_can_pay(task: Task) -> None:
 def test_corner_needs_no_compute(task: Task) -> None:
     (choice,) = Corner().choices(task)
     assert choice == (0, Configuration(2, 0.1), 0)
+
+
+TOOL = """
+from scripts.bench.search.external import client
+search = client.read_line()
+print("a tool may print")
+config = {"batch_size": search["batch_sizes"][0], "d_coef": 1.0}
+client.train(config, search["points"][0])
+client.promote(config)
+while True:
+    curve = client.train(config, search["longest"])
+    assert curve[-1][0] == search["longest"]
+    config = config | {"d_coef": config["d_coef"] * 1.01}
+"""
+
+
+def test_external_tool_is_asked_until_the_budget_is_spent(task: Task) -> None:
+    choices = list(ExternalSearch((sys.executable, "-c", TOOL), share=60).choices(task))
+    assert choices == [(0, BASELINE, 0), (512, BEST, 512)]
+
+
+def test_failure_of_an_external_tool_is_an_error(task: Task) -> None:
+    with pytest.raises(UserError, match="exited with 3"):
+        list(ExternalSearch((sys.executable, "-c", "raise SystemExit(3)")).choices(task))
 
 
 def test_compute_to_goal_is_where_regret_stays_low() -> None:

@@ -10,6 +10,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
+from scripts.bench.search.external_search import ExternalSearch, find_command
 from scripts.bench.search.strategies import Confirmed, Corner, OptunaSearch, Strategy
 from tuner.spec.study_toml import Choice
 from tuner.study.samplers import PRUNERS, build_sampler
@@ -68,11 +69,26 @@ def list_optuna() -> dict[str, Variants]:
     }
 
 
+EXTERNAL = {"Syne Tune's": ("syne_tune", ("ASHA", "MOBSTER", "HyperTune", "DyHPO"))}
+"""By title, a tool and its methods."""
+
+
+def list_external() -> dict[str, Variants]:
+    """The methods of the tools whose environments exist."""
+    return {
+        f"{title} {method}": {f"1/{share}": ExternalSearch(command, share) for share in SHARES}
+        for title, (tool, methods) in EXTERNAL.items()
+        for method in methods
+        if (command := find_command(tool, method))
+    }
+
+
 CONTENDERS: dict[str, Variants] = {
     "always the corner": {"": Corner()},
     "random": vary_length(RANDOM),
     "random, best 3 continued": vary_rung(RANDOM),
     **list_optuna(),
+    **list_external(),
     "ours": vary_length(OURS),
     "ours, confirmed": vary_rung(OURS),
     "ours, confirmed, 2 seeds": vary_rung(OURS, num_seeds=2),
