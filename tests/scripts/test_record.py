@@ -64,8 +64,8 @@ def test_points_have_the_shares_that_are_judged() -> None:
 
 def test_grid_is_recorded_from_coarse_to_fine() -> None:
     order = list(list_configurations(Plan(), [], num_seeds=3))
-    assert len(set(order)) == 36
-    assert set(order[:9]) == {(size, d_coef, 0) for size in (2, 8, 32) for d_coef in (0.01, 0.1, 1.0)}
+    assert len(set(order)) == 30
+    assert set(order[:9]) == {(size, d_coef, 0) for size in (2, 8, 32) for d_coef in (0.03, 0.3, 3.0)}
 
 
 def test_recording_resumes_and_ends_with_further_seeds_of_the_best(recorded: Path, tmp_path: Path) -> None:
@@ -114,4 +114,4 @@ def test_average_weights_late_updates_most(curve: dict[str, Any]) -> None:
         average(optimizer)
     (mean,) = {float(weights.mean().round(decimals=1)) for weights in average.weights}
     assert 94 < mean < 96  # the mean of k, weighted by k ** 16, is 17 / 18 of 100
-    assert len(set(curve["average"]) - set(curve["loss"])) > 40
+    assert len(set(curve["average"]) - set(curve["loss"])) > 30
