@@ -240,8 +240,9 @@ def test_correlations_have_each_recorded_loss(curves: Curves) -> None:
 
 
 def test_correlations_are_among_recorded_configurations(all_curves: list[dict[str, Any]], tmp_path: Path) -> None:
-    curves = Curves.load_recorded(write_curves(tmp_path / "curves.json", all_curves[:4]))
-    assert all(row["all"] == 1 and row["best_third"] is None for row in correlate(curves))
+    some = [curve for curve in all_curves if curve["d_coef"] != 10]
+    rows = correlate(Curves.load_recorded(write_curves(tmp_path / "curves.json", some)))
+    assert all(row["all"] > 0.9 and row["best_third"] is None and row["regret"] == 0 for row in rows)
 
 
 def test_each_contender_is_compared_at_several_lengths() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from scripts.bench.search.replay import BUDGETS, COMPUTE, GOAL
 
-PALETTE = ("#0072B2", "#D55E00", "#000000", "#E69F00", "#009E73", "#56B4E9", "#CC79A7")
-"""Okabe and Ito's."""
+PALETTE = ("#0072B2", "#D55E00", "#000000", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#888888", "#882255")
+"""Okabe and Ito's, and two more."""
 CHARTED = (
     "ours",
     "ours, confirmed",
@@ -42,8 +42,10 @@ def write_chart(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel="compute, in full runs", ylabel="mean regret, %", title=title)
     axes.set_xticks(BUDGETS, ["1/16", "1/8", "1/4", "1/2", "1", "2"])
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter("")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, metadata={"Date": None})
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.bench.common import RECORDS
+from scripts.bench.common import RECORDS, Record
 from trainer.config import TrainConfig
 from trainer.errors import UserError
 from tuner.study.objective import is_rising
@@ -73,41 +73,23 @@ class Curves:
             if not fill:
                 raise UserError(f"{path}: {missing} curves of seed 0 are missing: run scripts.bench.search.record.")
             fill_missing(curves)
-        for table in (curves.loss, curves.average, curves.d, curves.annealed):
-            table[:] = np.where(curves.recorded[..., None], table, table[:, :, :1])
         return curves
 
     @classmethod
     def load_recorded(cls, path: Path) -> Curves:
-        """As `load`; NaN where nothing is recorded."""
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist: record it with scripts.bench.search.record.") from None
-        grid, points = record["grid"], record["points"]
+        """As `load`; NaN where seed 0 is not recorded."""
+        record = read_record(path)
+        grid, num_points = record["grid"], len(record["points"])
         lengths = [int(length) for length in record["curves"][0]["annealed"]]
-        num_seeds = 1 + max(curve["seed"] for curve in record["curves"])
-        shape = (len(grid["batch_sizes"]), len(grid["d_coefs"]), num_seeds)
-        loss, average, d = (np.full((*shape, len(points)), np.nan) for _ in range(3))
-        annealed, recorded = np.full((*shape, len(lengths)), np.nan), np.zeros(shape, bool)
+        recorded = np.zeros(list_axes(record), bool)
         for curve in record["curves"]:
-            place = find_place(grid, curve)
-            recorded[place] = True
-            for table, name in ((loss, "loss"), (average, "average"), (d, "d")):
-                table[place] = np.nan if name == "d" else np.inf
-                table[place][: len(curve[name])] = curve[name]
-            annealed[place] = [np.inf if value is None else value for value in curve["annealed"].values()]
-        return cls(
-            grid["batch_sizes"],
-            np.array(grid["d_coefs"]),
-            np.array(points),
-            np.array(lengths),
-            loss,
-            average,
-            d,
-            annealed,
-            recorded,
-        )
+            recorded[find_place(grid, curve)] = True
+        loss, average, d = (build_table(record, name, num_points) for name in ("loss", "average", "d"))
+        annealed = build_table(record, "annealed", len(lengths))
+        for table in (loss, average, d, annealed):
+            table[:] = np.where(recorded[..., None], table, table[:, :, :1])
+        d_coefs, points = np.array(grid["d_coefs"]), np.array(record["points"])
+        return cls(grid["batch_sizes"], d_coefs, points, np.array(lengths), loss, average, d, annealed, recorded)
 
     @property
     def length(self) -> int:
@@ -160,6 +142,32 @@ class Curves:
         return between
 
 
+def read_record(path: Path) -> Record:
+    try:
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: record it with scripts.bench.search.record.") from None
+    return record
+
+
+def list_axes(record: Record) -> tuple[int, int, int]:
+    """The numbers of batch sizes, d_coefs and seeds."""
+    grid, last_seed = record["grid"], max(curve["seed"] for curve in record["curves"])
+    return len(grid["batch_sizes"]), len(grid["d_coefs"]), last_seed + 1
+
+
+def build_table(record: Record, name: str, num_values: int) -> Floats:
+    """One value of the curves, [batch size, d_coef, seed, value]; NaN where it is not recorded. A run that diverged has
+    fewer values, and lacks some annealed ones."""
+    table = np.full((*list_axes(record), num_values), np.nan)
+    for curve in record["curves"]:
+        row = table[find_place(record["grid"], curve)]
+        values = curve[name].values() if name == "annealed" else curve[name]
+        row[:] = np.nan if name == "d" else np.inf
+        row[: len(values)] = [np.inf if value is None else value for value in values]
+    return table
+
+
 def find_place(grid: Mapping[str, Sequence[float]], curve: Mapping[str, Any]) -> tuple[int, int, int]:
     """A curve's index in the tables."""
     size, d_coef = grid["batch_sizes"].index(curve["batch_size"]), grid["d_coefs"].index(curve["d_coef"])
@@ -167,8 +175,8 @@ def find_place(grid: Mapping[str, Sequence[float]], curve: Mapping[str, Any]) ->
 
 
 def fill_missing(curves: Curves) -> None:
-    """Write the curves of seed 0 that are missing: the nearest neighbours' in the plane of the logarithms, weighted by
-    inverse distance."""
+    """Write the curves that no seed has: the nearest neighbours' in the plane of the logarithms, weighted by inverse
+    distance."""
     size, d_coef = np.meshgrid(np.log(curves.batch_sizes), np.log(curves.d_coefs), indexing="ij")
     plane = np.stack([size, d_coef], axis=-1)
     known = np.argwhere(curves.recorded[..., 0])
@@ -177,4 +185,4 @@ def fill_missing(curves: Curves) -> None:
         nearest = distances.argsort()[:NUM_NEIGHBOURS]
         weights = 1 / distances[nearest]
         for table in (curves.loss, curves.average, curves.d, curves.annealed):
-            table[*place, 0] = np.average(table[*known[nearest].T, 0], axis=0, weights=weights)
+            table[*place] = np.average(table[*known[nearest].T, 0], axis=0, weights=weights)
