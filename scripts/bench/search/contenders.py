@@ -60,7 +60,7 @@ def vary_rung(search: OptunaSearch, *, num_seeds: int = 1, is_annealed: bool = F
 
 
 def list_optuna() -> dict[str, Variants]:
-    """Each sampler as it comes and set up by hand, with each pruner."""
+    """Each sampler with its defaults and set up by hand, with each pruner."""
     return {
         f"{name}{suffix}, {pruner}": vary_length(OptunaSearch(samplers[name], build_pruner, ordered=bool(suffix)))
         for name in SAMPLERS

@@ -20,7 +20,7 @@ from syne_tune.optimizer.scheduler import SchedulerDecision
 
 from scripts.bench.search.external import client
 
-RUNGS = (1, 4, 8, 24, 96)
+RUNGS = (1, 2, 4, 8, 24, 96)
 """Rungs below the end of a trial, in units of the first point."""
 
 
