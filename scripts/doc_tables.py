@@ -20,6 +20,11 @@ PAGES = [ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/search.md
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.S)
 Record = dict[str, Any]
 
+BUDGETS = ("1/16", "1/8", "1/4", "1/2", "1", "2")
+"""Compute of a search, in full runs, as its record has them."""
+QUARTER = BUDGETS.index("1/4")
+NOT_RECORDED = "Not measured yet."
+
 
 def format_spread(values: Record, scale: float = 1.0, digits: int = 0) -> str:
     """Median and quartiles."""
@@ -103,17 +108,45 @@ def format_end_to_end(record: Record) -> Iterator[str]:
 
 
 def format_search(record: Record) -> Iterator[str]:
-    shown = (0.5, 0.75, 1, 1.5, 2, 4)
+    if not record:
+        yield NOT_RECORDED
+        return
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    yield f"`{record['command']}`: mean of {record['seeds']} seeds; {versions}."
+    yield "![mean regret over compute](../scripts/records/search.svg)"
     yield ""
-    yield "| mean regret after the compute of N full runs | " + " | ".join(f"{at:g}" for at in shown) + " | to 1% |"
-    yield "|---|" + "---:|" * (len(shown) + 1)
+    yield (
+        f"`{record['command']}`: mean of {record['seeds']} seeds on each of {' and '.join(record['tasks'])}; "
+        f"in brackets the 95% interval over seeds, by bootstrap; {versions}."
+    )
+    yield ""
+    yield f"| mean regret at N full runs | {' | '.join(BUDGETS)} | to 0.5% | not in the full run |"
+    yield "|---|" + "---:|" * (len(BUDGETS) + 2)
     for row in record["rows"]:
-        values = " | ".join(f"{row['mean'][record['compute'].index(at)]:.2%}" for at in shown)
-        reached = "never" if row["compute_to_goal"] is None else f"{row['compute_to_goal']:g}"
-        name = f"**{row['name']}**" if row["name"].startswith("prodigy-tuner") else row["name"]
-        yield f"| {name} | {values} | {reached} |"
+        name = f"**{row['name']}**" if row["name"].startswith("ours") else row["name"]
+        variant = f" ({row['variant']})" if row["variant"] else ""
+        values = [f"{regret:.2%}" for regret in row["regret"]]
+        values[QUARTER] = format_regret(row)
+        reached = "never" if row["compute_to_goal"] is None else f"{row['compute_to_goal']:.2g}"
+        yield f"| {name}{variant} | {' | '.join(values)} | {reached} | {row['outside'][QUARTER]:.2f} |"
+
+
+def format_regret(row: Record) -> str:
+    """The mean regret at a quarter of a full run's compute, and its interval."""
+    low, high = row["interval"][QUARTER]
+    return f"{row['regret'][QUARTER]:.2%} ({low:.2%}-{high:.2%})"
+
+
+def format_correlations(record: Record) -> Iterator[str]:
+    if not record:
+        yield NOT_RECORDED
+        return
+    tasks = record["correlations"]
+    heads = (f"{task}: all | best third | regret of the lowest" for task in tasks)
+    yield f"| loss at a share of the full length | {' | '.join(heads)} |"
+    yield "|---|" + "---:|" * 3 * len(tasks)
+    for rows in zip(*tasks.values(), strict=True):
+        cells = (f"{row['all']:.2f} | {row['best_third']:.2f} | {row['regret']:.2%}" for row in rows)
+        yield f"| {rows[0]['loss']}, 1/{rows[0]['share']} | {' | '.join(cells)} |"
 
 
 def format_bench(record: Record) -> Iterator[str]:
@@ -141,17 +174,10 @@ def format_bench(record: Record) -> Iterator[str]:
         )
 
 
-def format_headline(
-    demo: Record, other: Record, training: Record, end_to_end: Record, *records: Record
-) -> Iterator[str]:
+def format_headline(search: Record, training: Record, end_to_end: Record, *records: Record) -> Iterator[str]:
     """The README's six figures."""
     epyc, xeon, bench, loader, memory = records
-    compute = {
-        (grid, row["name"]): f"{row['compute_to_goal']:g}"
-        for grid, record in (("demo", demo), ("other", other))
-        for row in record["rows"]
-        if row["compute_to_goal"] is not None
-    }
+    regrets = {row["name"]: format_regret(row) for row in search.get("rows", ())}
     seconds = {
         name: f"{row['end_to_end']['seconds']:.0f}" for name, row in end_to_end["sizes"]["demo"]["contenders"].items()
     }
@@ -168,9 +194,8 @@ def format_headline(
         (
             "search",
             "search.md",
-            f"within 1% of the best setting for the compute of {compute['demo', 'prodigy-tuner']} full runs "
-            f"(on other curves {compute['other', 'prodigy-tuner']})",
-            f"Optuna's default sampler: {compute['demo', 'TPE, none']} ({compute['other', 'TPE, none']})",
+            f"for a quarter of a full run's compute, {regrets.get('ours')} above the best setting's loss",
+            f"Optuna's default sampler: {regrets.get('TPE, no pruner')}",
         ),
         (
             "training",
@@ -205,6 +230,8 @@ def format_headline(
             "measured peak on a CPU",
         ),
     ):
+        if name == "search" and not search:
+            continue
         yield f"| [{name}](docs/{page}) | {figure} | {reference} |"
 
 
@@ -212,8 +239,7 @@ TABLES: dict[str, tuple[Callable[..., Iterator[str]], list[str]]] = {
     "headline": (
         format_headline,
         [
-            "search_demo",
-            "search_other",
+            "search",
             "training_cpu",
             "end_to_end_cpu",
             "optimizer_epyc",
@@ -230,10 +256,19 @@ TABLES: dict[str, tuple[Callable[..., Iterator[str]], list[str]]] = {
     "training": (format_training, ["training_cpu"]),
     "end_to_end": (format_end_to_end, ["end_to_end_cpu"]),
     "bench": (format_bench, ["bench_cpu"]),
-    "search_demo": (format_search, ["search_demo"]),
-    "search_other": (format_search, ["search_other"]),
+    "search": (format_search, ["search"]),
+    "correlations": (format_correlations, ["search"]),
 }
 """By name: what formats a table, and the records that it reads."""
+
+
+def read_record(name: str) -> Record:
+    """An empty record if the search is not measured yet."""
+    path = RECORDS / f"{name}.json"
+    if name == "search" and not path.exists():
+        return {}
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def fill_tables(text: str) -> str:
@@ -241,7 +276,7 @@ def fill_tables(text: str) -> str:
 
     def format_table(match: re.Match[str]) -> str:
         form, names = TABLES[match[2]]
-        records = [json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+        records = [read_record(name) for name in names]
         return match[1] + "\n".join(form(*records)) + "\n" + match[3]
 
     return BLOCK.sub(format_table, text)

@@ -1,109 +1,141 @@
 """Search strategies on recorded learning curves: the quality of what they would promote, over compute.
 
     pip install -e '.[bench]'
-    python -m scripts.bench.search [--grid demo] [--seeds 50] [--only NAME ...]
-                                   [--json scripts/records/search_GRID.json] [--chart scripts/records/search_GRID.svg]
+    python -m scripts.bench.search --correlations
+    python -m scripts.bench.search [--seeds 50] [--only NAME ...] [--json scripts/records/search.json]
+                                   [--chart scripts/records/search.svg]
 
-scripts.bench.search.record recorded the curves; nothing is trained here. Regret is the share by which the full-length
-loss of the configuration that a strategy would promote (the mean over the recorded training seeds) is above the best
-recorded one. Compute is in full runs: all samples trained by the search, over the full run's. Each strategy searches
-under `--seeds` seeds, which take the recorded training seeds in rotation. The strategies were chosen on the grid
-"demo"; "other" (another width, depth, split of the corpus, and other training seeds) shows whether the choice holds.
+scripts.bench.search.record recorded the curves; nothing is trained here. Regret is the share by which the annealed loss
+at full length of the configuration that a strategy would promote (the mean over the recorded training seeds) is above
+the best recorded one. Compute is in full runs: all samples trained by the search, over the full run's; a run that is
+continued is counted once. Each strategy searches each task under `--seeds` seeds, which take the recorded training
+seeds in rotation. Of a strategy's trial lengths the best by mean regret at a quarter of a full run is reported.
 """
 
 import argparse
 import multiprocessing
-import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scripts.bench.common import Record, build_parser, run_benchmark
-from scripts.bench.search.contenders import STRATEGIES
-from scripts.bench.search.curves import Curves, find_curves
-from scripts.bench.search.replay import COMPUTE, GOAL, compute_regrets, summarize_regrets
+from scripts.bench.search.chart import write_chart
+from scripts.bench.search.contenders import CONTENDERS
+from scripts.bench.search.correlations import correlate, format_correlations
+from scripts.bench.search.curves import Curves, Floats, find_curves
+from scripts.bench.search.replay import (
+    BUDGETS,
+    COMPUTE,
+    GOAL,
+    JUDGED_AT,
+    Job,
+    find_compute,
+    run_job,
+    summarize_regrets,
+)
 from trainer.errors import UserError
 
-TRIAL_LENGTHS = (400, 600, 800, 1_000, 1_200, 1_600, 2_400, 3_200)
+TASKS = ("text", "speech")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    shown = [0.4, 0.6, 0.8, 1, 1.5, 2, 3, 4]
-    places = [int(np.searchsorted(COMPUTE, at - 1e-6)) for at in shown]
-    width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}}  mean regret after the compute of N full runs{'compute to':>42}")
-    print(f"{'strategy':{width}} " + "".join(f"{at:>9g}" for at in shown) + f"{f'{GOAL:.0%}':>12}")
-    for row in rows:
-        values = "".join(f"{row['mean'][place]:>9.2%}" for place in places)
-        reached = "never" if row["compute_to_goal"] is None else f"{row['compute_to_goal']:g}"
-        print(f"{row['name']:{width}} {values}{reached:>12}")
+class Replays:
+    """The searches of all strategies, on several processes."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.tasks, self.seeds, self.fill = arguments.tasks, arguments.seeds, arguments.fill
+        self.pool = multiprocessing.get_context("spawn").Pool(arguments.workers)
+
+    def run(self, contender: str, variants: Iterable[str], budget: float) -> dict[str, Floats]:
+        """[task, seed, 2, compute] by variant."""
+        jobs = [
+            Job(contender, variant, task, seed, budget, self.fill)
+            for variant in variants
+            for task in self.tasks
+            for seed in range(self.seeds)
+        ]
+        results = self.pool.map(run_job, jobs, chunksize=5)
+        shape = (-1, len(self.tasks), self.seeds, 2, len(COMPUTE))
+        return dict(zip(variants, np.array(results).reshape(shape), strict=True))
+
+    def summarize(self, contender: str) -> dict[str, Any]:
+        """The row of its best variant. The others are replayed only up to the compute at which they are compared."""
+        variants, at = list(CONTENDERS[contender]), find_compute(JUDGED_AT)
+        results = self.run(contender, variants, JUDGED_AT)
+        regrets = {variant: round(float(result[:, :, 0, at].mean()), 5) for variant, result in results.items()}
+        best = min(regrets, key=lambda variant: regrets[variant])
+        row = summarize_regrets(self.run(contender, [best], COMPUTE[-1])[best], self.tasks)
+        return {"name": contender, "variant": best, **row, "variants": regrets}
 
 
-def write_chart(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Mean regret over compute, a line a strategy; variants of ours and full-length trials are in the table only."""
-    import matplotlib
+def format_row(row: dict[str, Any], width: int) -> str:
+    values = "".join(f"{regret:>8.2%}" for regret in row["regret"])
+    reached = "never" if row["compute_to_goal"] is None else f"{row['compute_to_goal']:.3g}"
+    outside = row["outside"][BUDGETS.index(JUDGED_AT)]
+    return f"{row['name']:{width}}{row['variant']:18}{values}{reached:>9}{outside:>9.3f}"
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
-    # Okabe and Ito's palette; ours are the thick ones, and styles differ too.
-    palette = ["#0072B2", "#D55E00", "#000000", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"]
-    matplotlib.rcParams |= {"svg.hashsalt": "prodigy-tuner", "svg.fonttype": "none"}
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    shown = [row for row in rows if not row["name"].startswith("ours") and "full length" not in row["name"]]
-    for number, row in enumerate(shown):
-        style = "-" if number < 2 else ("--", "-.", ":")[number // len(palette)]
-        color, width = palette[number % len(palette)], 3 if number < 2 else 1.3
-        axes.plot(COMPUTE, [100 * value for value in row["mean"]], style, color=color, lw=width, label=row["name"])
-    axes.axhline(100 * GOAL, color="grey", lw=0.8)
-    axes.set(yscale="log", ylim=(0.04, 12), xlabel="compute, in full runs", ylabel="mean regret, %", title=title)
-    ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_yticks([], minor=True)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, metadata={"Date": None})
+def replay_all(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Replay and print the strategies, one after the other."""
+    width = max(map(len, names)) + 2
+    head = "".join(f"{budget:>8g}" for budget in BUDGETS)
+    print(f"{'':{width}}{'':18}  mean regret after the compute of N full runs")
+    print(f"{'strategy':{width}}{'trial length':18}{head}{f'to {GOAL:.1%}':>9}{'outside':>9}")
+    rows, replays = [], Replays(arguments)
+    with replays.pool:
+        for name in names:
+            rows.append(replays.summarize(name))
+            print(format_row(rows[-1], width), flush=True)
+    return rows
+
+
+def print_correlations(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    curves = {task: Curves.load_recorded(find_curves(task)) for task in arguments.tasks}
+    for task, each in curves.items():
+        known = each.recorded
+        print(f"{task}: {known[..., 0].sum()} of {known[..., 0].size} configurations, {known.sum()} curves")
+    rows = {task: correlate(each) for task, each in curves.items()}
+    print("rank correlation with the annealed loss at full length, and the regret of the lowest")
+    print(format_correlations(rows), flush=True)
+    return rows
 
 
 def measure(arguments: argparse.Namespace) -> Record:
-    path = find_curves(arguments.grid)
-    curves = Curves.load(path)
-    names = [name for name in STRATEGIES if not arguments.only or name.startswith(tuple(arguments.only))]
+    names = [name for name in CONTENDERS if not arguments.only or name.startswith(tuple(arguments.only))]
     if not names:
-        raise UserError(f"--only {' '.join(arguments.only)}: the strategies are {', '.join(STRATEGIES)}")
-    print(f"{path.name}: {np.prod(curves.losses.shape[:2])} configurations x {len(curves.seeds)} seeds")
-    correlations, resting = (
-        {samples: round(curves.rank_correlation(samples, resting=rests), 3) for samples in TRIAL_LENGTHS}
-        for rests in (False, True)
-    )
-    for which, values in (("", correlations), (", where d rests", resting)):
-        print(f"rank correlation with full length, by trial length{which}: ", end="")
-        print(", ".join(f"{samples:,}: {value:.2f}" for samples, value in values.items()), flush=True)
-    tasks = [(name, arguments.grid, seed) for name in names for seed in range(arguments.seeds)]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        regrets = np.array(pool.map(compute_regrets, tasks, chunksize=5)).reshape(len(names), arguments.seeds, -1)
-    rows = [summarize_regrets(name, each) for name, each in zip(names, regrets, strict=True)]
-    print_table(rows)
-    if arguments.chart:
-        write_chart(arguments.chart, rows, f"Grid {arguments.grid}: {arguments.seeds} seeds")
+        raise UserError(f"--only {' '.join(arguments.only)}: the strategies are {', '.join(CONTENDERS)}")
+    curves = {} if arguments.correlations else load_all(arguments)
+    correlations = print_correlations(arguments)
+    rows = [] if arguments.correlations else replay_all(arguments, names)
+    if arguments.chart and rows:
+        write_chart(arguments.chart, rows, f"{' and '.join(arguments.tasks)}, {arguments.seeds} seeds each")
     return {
-        "grid": arguments.grid,
+        "tasks": arguments.tasks,
         "seeds": arguments.seeds,
-        "length": curves.length,
-        "rank_correlation": correlations,
-        "rank_correlation_where_d_rests": resting,
-        "compute": COMPUTE.tolist(),
+        "length": {task: each.length for task, each in curves.items()},
+        "budgets": BUDGETS,
+        "compute": COMPUTE.round(5).tolist(),
+        "correlations": correlations,
         "rows": rows,
     }
 
 
+def load_all(arguments: argparse.Namespace) -> dict[str, Curves]:
+    """Raises UserError where a curve is missing, before anything is replayed."""
+    return {task: Curves.load(find_curves(task), fill=arguments.fill) for task in arguments.tasks}
+
+
 def main() -> None:
     parser = build_parser(__doc__)
-    parser.add_argument("--grid", default="demo")
+    parser.add_argument("--correlations", action="store_true", help="only these, also of unfinished recordings")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--workers", type=int, help="processes. Default: one a core")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only strategies whose names start with NAME")
+    parser.add_argument("--fill", action="store_true", help="for trying: missing curves are those of their neighbours")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="where the SVG chart is written")
-    run_benchmark(parser, measure, packages=("optuna", "ray"), rows="rows")
+    run_benchmark(parser, measure, packages=("optuna",), rows="rows")
 
 
 if __name__ == "__main__":

@@ -1,62 +1,97 @@
-"""The strategies that are compared, by name."""
+"""The strategies that are compared: by name, each with the variants of which the best is reported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
-from scripts.bench.search.strategies import Confirmed, OptunaSearch, RayASHA, ShortThenTop, Strategy
+from scripts.bench.search.external_search import ExternalSearch, find_command
+from scripts.bench.search.strategies import Confirmed, Corner, OptunaSearch, Strategy
 from tuner.spec.study_toml import Choice
 from tuner.study.samplers import PRUNERS, build_sampler
 
-SHORT, FULL = 1_200, 6_400
+Variants = Mapping[str, Strategy]
 
+SHARES = (120, 60, 20, 5)
+"""A trial's length is a full run's over one of these."""
+RUNGS = (60, 20, 5)
+"""The same for a confirmation's; these have annealed losses."""
+FIRST_POINT = 512
 
-def build_tpe(seed: int) -> BaseSampler:
-    return TPESampler(seed=seed)
-
-
-def build_ours(name: str) -> Callable[[int], BaseSampler]:
-    return lambda seed: build_sampler(Choice(name=name), seed)
-
-
-# The lengths here are in samples, and the first point is at 200.
-PEERS: dict[str, Callable[[], BasePruner]] = {
-    "none": optuna.pruners.NopPruner,
+OPTUNA_PRUNERS: dict[str, Callable[[], BasePruner]] = {
+    "no pruner": optuna.pruners.NopPruner,
     "Median": optuna.pruners.MedianPruner,
-    "Percentile(75)": lambda: optuna.pruners.PercentilePruner(75.0),
-    "Hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=200),
-    "SuccessiveHalving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=200),
+    "Hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=FIRST_POINT),
     "Wilcoxon": optuna.pruners.WilcoxonPruner,
 }
-OURS = OptunaSearch(build_ours("gp"), PRUNERS["median"], SHORT, with_baseline=True, spare_rising=True)
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "TPE": lambda seed: TPESampler(seed=seed),
+    "Optuna's GP": lambda seed: GPSampler(seed=seed),
+}
+# Configured as ours is by default: few random trials, and ordered batch sizes.
+BY_HAND: dict[str, Callable[[int], BaseSampler]] = {
+    "TPE": lambda seed: TPESampler(seed=seed, multivariate=True, n_startup_trials=5),
+    "Optuna's GP": lambda seed: GPSampler(seed=seed, n_startup_trials=3),
+}
+RANDOM = OptunaSearch(lambda seed: RandomSampler(seed=seed))
+OURS = OptunaSearch(
+    lambda seed: build_sampler(Choice(name="gp"), seed), PRUNERS["median"], with_baseline=True, spare_rising=True
+)
 
-STRATEGIES: dict[str, Strategy] = {
-    "prodigy-tuner": OURS,
-    # The rung has the command's default length: a quarter of the full run.
-    "prodigy-tuner, then --confirm 3": Confirmed(OURS, num_trials=3, rung=1_600),
-    "prodigy-tuner, then --confirm 3 --seeds 1": Confirmed(OURS, num_trials=3, rung=1_600, num_seeds=1),
-    "ours without pruning": replace(OURS, pruner=optuna.pruners.NopPruner),
-    "ours, pruning while d rises": replace(OURS, spare_rising=False),
-    "ours with TPE": replace(OURS, sampler=build_ours("tpe")),
-    "ours with Optuna's GP": replace(OURS, sampler=lambda seed: GPSampler(seed=seed, n_startup_trials=3)),
-    "random": OptunaSearch(lambda seed: RandomSampler(seed=seed), length=SHORT),
-    "random, full length": OptunaSearch(lambda seed: RandomSampler(seed=seed), length=FULL),
-    **{f"TPE, {name}": OptunaSearch(build_tpe, pruner, SHORT) for name, pruner in PEERS.items()},
-    **{f"TPE, {name}, full length": OptunaSearch(build_tpe, pruner, FULL) for name, pruner in PEERS.items()},
-    "Optuna's GP, none": OptunaSearch(lambda seed: GPSampler(seed=seed), length=SHORT),
-    # Configured as ours is by default: few random trials, and ordered batch sizes.
-    "Optuna's GP, set up by hand": OptunaSearch(
-        lambda seed: GPSampler(seed=seed, n_startup_trials=3), length=SHORT, ordered=True
-    ),
-    "TPE, set up by hand": OptunaSearch(
-        lambda seed: TPESampler(seed=seed, multivariate=True, n_startup_trials=5), length=SHORT, ordered=True
-    ),
-    "short, then the top 3": ShortThenTop(3, SHORT),
-    "Ray ASHA": RayASHA(SHORT),
-    "Ray ASHA, full length": RayASHA(FULL),
+
+def vary_length(search: OptunaSearch) -> Variants:
+    return {f"1/{share}": replace(search, share=share) for share in SHARES}
+
+
+def vary_rung(search: OptunaSearch, *, num_seeds: int = 1, is_annealed: bool = False) -> Variants:
+    """All pairs of a trial's length and a longer one of the confirmation."""
+    return {
+        f"1/{share}, then 1/{rung}": Confirmed(
+            replace(search, share=share), rung, num_seeds=num_seeds, is_annealed=is_annealed
+        )
+        for share, rung in product(SHARES, RUNGS)
+        if rung < share
+    }
+
+
+def list_optuna() -> dict[str, Variants]:
+    """Each sampler with its defaults and set up by hand, with each pruner."""
+    return {
+        f"{name}{suffix}, {pruner}": vary_length(OptunaSearch(samplers[name], build_pruner, ordered=bool(suffix)))
+        for name in SAMPLERS
+        for suffix, samplers in (("", SAMPLERS), (" set up by hand", BY_HAND))
+        for pruner, build_pruner in OPTUNA_PRUNERS.items()
+    }
+
+
+EXTERNAL = {"Syne Tune's": ("syne_tune", ("ASHA", "MOBSTER", "HyperTune", "DyHPO"))}
+"""By title, a tool and its methods."""
+
+
+def list_external() -> dict[str, Variants]:
+    """The methods of the tools whose environments exist."""
+    return {
+        f"{title} {method}": {f"1/{share}": ExternalSearch(command, share) for share in SHARES}
+        for title, (tool, methods) in EXTERNAL.items()
+        for method in methods
+        if (command := find_command(tool, method))
+    }
+
+
+CONTENDERS: dict[str, Variants] = {
+    "always the corner": {"": Corner()},
+    "random": vary_length(RANDOM),
+    "random, best 3 continued": vary_rung(RANDOM),
+    **list_optuna(),
+    **list_external(),
+    "ours": vary_length(OURS),
+    "ours, confirmed": vary_rung(OURS),
+    "ours, confirmed, 2 seeds": vary_rung(OURS, num_seeds=2),
+    "ours, confirmed after decay": vary_rung(OURS, is_annealed=True),
+    "ours, confirmed after decay, 2 seeds": vary_rung(OURS, num_seeds=2, is_annealed=True),
 }

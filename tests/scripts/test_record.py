@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.bench.search.record_long import (
+from scripts.bench.search.record import (
+    PLANS,
     Plan,
     PowerAverage,
     anneal,
     build_config,
-    find_decay_start,
     list_configurations,
     record_curves,
 )
@@ -55,17 +55,18 @@ def read_weights(run_dir: Path, step: int) -> dict[str, Tensor]:
     return weights
 
 
-def test_points_have_the_shares_that_are_judged() -> None:
-    points = Plan().points
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_points_have_the_shares_that_are_judged(plan: Plan) -> None:
+    points = plan.points
     assert points == sorted(set(points)) and len(points) == 52
-    assert {Plan().length // share for share in (480, 240, 120, 60, 20, 5, 1)} < set(points)
-    assert not [point for point in points for size in Plan().batch_sizes if point % size]
+    assert {plan.length // share for share in (480, 240, 120, 60, 20, 5, 1)} < set(points)
+    assert not [point for point in points for size in plan.batch_sizes if point % size]
 
 
 def test_grid_is_recorded_from_coarse_to_fine() -> None:
     order = list(list_configurations(Plan(), [], num_seeds=3))
-    assert len(set(order)) == 36
-    assert set(order[:9]) == {(size, d_coef, 0) for size in (2, 8, 32) for d_coef in (0.01, 0.1, 1.0)}
+    assert len(set(order)) == 30
+    assert set(order[:9]) == {(size, d_coef, 0) for size in (2, 8, 32) for d_coef in (0.03, 0.3, 3.0)}
 
 
 def test_recording_resumes_and_ends_with_further_seeds_of_the_best(recorded: Path, tmp_path: Path) -> None:
@@ -97,11 +98,11 @@ def test_an_annealed_loss_is_that_of_the_run_with_decay(curve: dict[str, Any], t
 
 def test_branch_has_the_weights_of_the_run_with_decay(tmp_path: Path) -> None:
     config = build_config(FIRST, 200, schedule="wsd")
-    train(Toy(), build_config(FIRST, find_decay_start(config) * 2), run_dir=tmp_path / "constant")
+    train(Toy(), build_config(FIRST, (config.decay_start or 0) * 2), run_dir=tmp_path / "constant")
     anneal(Toy(), config, tmp_path / "constant", tmp_path)
     train(Toy(), config, run_dir=tmp_path / "whole")
     branch, whole = (read_weights(tmp_path / name, 100) for name in ("200", "whole"))
-    constant = read_weights(tmp_path / "constant", find_decay_start(config))
+    constant = read_weights(tmp_path / "constant", (config.decay_start or 0))
     assert all(branch[name].equal(whole[name]) and not branch[name].equal(constant[name]) for name in whole)
 
 
@@ -114,4 +115,4 @@ def test_average_weights_late_updates_most(curve: dict[str, Any]) -> None:
         average(optimizer)
     (mean,) = {float(weights.mean().round(decimals=1)) for weights in average.weights}
     assert 94 < mean < 96  # the mean of k, weighted by k ** 16, is 17 / 18 of 100
-    assert len(set(curve["average"]) - set(curve["loss"])) > 40
+    assert len(set(curve["average"]) - set(curve["loss"])) > 30

@@ -1,0 +1,33 @@
+"""The script's side of the protocol."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+Config = dict[str, Any]
+
+
+def read_line() -> dict[str, Any]:
+    """Returns the next message; exits where the search is over. The first one describes the search."""
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit()
+    message: dict[str, Any] = json.loads(line)
+    return message
+
+
+def send(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def train(config: Config, until: int) -> list[tuple[int, float]]:
+    """The losses so far, (samples, loss)."""
+    send({"config": config, "until": until})
+    return [(samples, loss) for samples, loss in read_line()["curve"]]
+
+
+def promote(config: Config) -> None:
+    """Choose it from now on."""
+    send({"promote": config})
