@@ -149,5 +149,5 @@ def test_budget_in_seconds_that_reaches_the_decay_is_refused(runtime: Runtime, t
     given["trial"] = {"seconds": 1, "evaluations": 1}
     del given["search"]["train.batch_size"]
     spec = StudySpec.build(given, base_dir=Path.cwd())
-    with pytest.raises(UserError, match=r"seconds 1: trial 0 is at step \d+, and its full run decays from step 9"):
+    with pytest.raises(UserError, match=r"seconds 1: trial 0 is at step [\d,]+, and its full run decays from step 9"):
         launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)

@@ -211,7 +211,8 @@ def test_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_fractional_field_is_searched_in_fractions(tmp_path: Path) -> None:
-    spec = build(**{"train.d_coef": 1.5, "search.train.d_coef": {"low": 1, "high": 10}})
+    fractions = {"train.d_coef": 1.5, "search.train.d_coef": {"low": 1, "high": 10}}
+    spec = build(without="search.train.batch_size", **fractions)
     trial = optuna.create_study().ask()
     suggest(trial, spec)
     assert isinstance(trial.distributions["train.d_coef"], optuna.distributions.FloatDistribution)
