@@ -179,7 +179,7 @@ class Run:
             before = _config_of(state).describe_schedule()
             changed.append(
                 f"the learning rate of its {state['step']:,} steps was {before}, and is now "
-                f"{self.config.describe_schedule()}"
+                f"{self.config.describe_schedule()}: keep that schedule, or train for longer"
             )
         if changed:
             raise UserError(f"{source} is of another run ({'; '.join(changed)}): use another run directory, {remedy}.")
