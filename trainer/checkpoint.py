@@ -162,6 +162,46 @@ def delete_checkpoints(run_dir: Path) -> None:
         digest_path(path).unlink(missing_ok=True)
 
 
+def find_state(
+    run_dir: Path, fits: Callable[[Mapping[str, Any]], bool] = lambda state: True
+) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the newest undamaged checkpoint, its tensors mapped from the file. Logs and skips damaged ones.
+
+    Args:
+        fits: Whether a run may continue from a state. If the newest does not fit, `stable.pth` is returned if it does.
+
+    Raises:
+        UserError: There are checkpoints, and all of them are damaged.
+    """
+    candidates = [path for path in (*list_steps(run_dir)[::-1], run_dir / LATEST, run_dir / STABLE) if path.exists()]
+    newest = None
+    for path in candidates:
+        if newest and path.name != STABLE:
+            continue
+        try:
+            found = path, read_checkpoint(path, mmap=True)
+        except UserError as error:
+            log.warning("%s", error)
+            continue
+        if fits(found[1]):
+            if newest:
+                log.warning(
+                    "going back to step %d: the states after it had another learning rate, and the next one replaces "
+                    "them",
+                    found[1]["step"],
+                )
+            return found
+        newest = newest or found
+    if candidates and newest is None:
+        raise UserError(f"all {len(candidates)} checkpoints in {run_dir} are damaged: start in another folder.")
+    return newest
+
+
+def list_steps(run_dir: Path) -> list[Path]:
+    """The states by step, the newest last."""
+    return sorted(run_dir.glob("step_*.pth"))
+
+
 class Checkpoints:
     """The checkpoints of one run directory. A context manager: its exit waits for the last write."""
 
@@ -183,33 +223,15 @@ class Checkpoints:
     def find(
         self, fits: Callable[[Mapping[str, Any]], bool] = lambda state: True
     ) -> tuple[Path, dict[str, Any]] | None:
-        """Returns the newest undamaged checkpoint, its tensors mapped from the file. Logs and skips damaged ones.
+        """Returns the checkpoint to continue from.
 
-        Args:
-            fits: Whether a state is one of this run's schedule. Without any, the newest is returned.
-
-        Raises:
-            UserError: There are checkpoints, and all of them are damaged.
+        As `find_state`. A state that was written without its alias gets it.
         """
-        candidates = [*self._steps()[::-1], self.run_dir / LATEST, self.run_dir / STABLE]
-        candidates = [path for path in candidates if path.exists()]
-        newest = None
-        for path in candidates:
-            try:
-                found = path, read_checkpoint(path, mmap=True)
-            except UserError as error:
-                log.warning("%s", error)
-                continue
-            if fits(found[1]):
-                return found
-            newest = newest or found
-        if newest:
-            return newest
-        if candidates:
-            raise UserError(
-                f"all {len(candidates)} checkpoints in {self.run_dir} are damaged: start in another folder."
-            )
-        return None
+        found = find_state(self.run_dir, fits)
+        latest = self.run_dir / LATEST
+        if found and found[0].name.startswith("step_") and not (latest.exists() and latest.samefile(found[0])):
+            _link_alias(found[0], latest)
+        return found
 
     def save(self, state: dict[str, Any], *, stable: bool = False) -> None:
         """Write the state as the newest checkpoint, in the background if memory can hold a snapshot.
@@ -250,15 +272,12 @@ class Checkpoints:
         for future in pending:
             future.result()
 
-    def _steps(self) -> list[Path]:
-        return sorted(self.run_dir.glob("step_*.pth"))
-
     def _write_step(self, state: dict[str, Any], aliases: Sequence[str]) -> None:
         path = self.run_dir / step_file(state["step"])
         write_checkpoint(state, path)
         for name in aliases:
             _link_alias(path, self.run_dir / name)
-        steps = self._steps()
+        steps = list_steps(self.run_dir)
         # Later states are damaged, or of a decay that this run has left.
         later = steps[steps.index(path) + 1 :]
         for old in [*later, *steps[: steps.index(path) + 1][: -self.keep]]:

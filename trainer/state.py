@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from trainer.acceleration import RunSize
@@ -176,7 +178,8 @@ class Run:
         its = {**its, "train": {key: value for key, value in its["train"].items() if key not in schedule}}
         changed = [phrase for part in mine for phrase in differences(part, its[part], mine[part])]
         if not follows_schedule(state, self.config):
-            before = _config_of(state).describe_schedule()
+            its_config = read_config(state)
+            before = its_config.describe_schedule() if its_config else "of another trainer"
             changed.append(
                 f"the learning rate of its {state['step']:,} steps was {before}, and is now "
                 f"{self.config.describe_schedule()}: keep that schedule, or train for longer"
@@ -201,13 +204,18 @@ class Run:
             torch.cuda.set_rng_state(state["random"]["cuda"])
 
 
-def _config_of(state: Mapping[str, Any]) -> TrainConfig:
-    return TrainConfig.model_validate(state["config"])
+def read_config(state: Mapping[str, Any]) -> TrainConfig | None:
+    """The configuration in a checkpoint; None if it has none of this trainer."""
+    try:
+        return TrainConfig.model_validate(state["config"])
+    except (KeyError, ValidationError):
+        return None
 
 
 def follows_schedule(state: Mapping[str, Any], config: TrainConfig) -> bool:
     """Whether the updates so far of a checkpoint had the rates of a schedule, which may differ later on."""
-    return "config" in state and has_same_rates(_config_of(state), config, state["step"])
+    before = read_config(state)
+    return before is not None and has_same_rates(before, config, state["step"])
 
 
 def _best_on_disk(run_dir: Path, workload: Workload, best: Mapping[str, float]) -> dict[str, float]:
@@ -220,7 +228,8 @@ def _best_on_disk(run_dir: Path, workload: Workload, best: Mapping[str, float]) 
     for metric, name in workload.best_checkpoints().items():
         if metric in best and (run_dir / name).is_file():
             try:
-                kept[metric] = min(best[metric], read_checkpoint(run_dir / name, mmap=True)["metrics"][metric])
+                on_disk = read_checkpoint(run_dir / name, mmap=True).get("metrics", {})
+                kept[metric] = min(best[metric], on_disk.get(metric, math.inf))
             except UserError as error:
                 log.warning("%s", error)
     return kept

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer import UserError
-from trainer.checkpoint import Checkpoints, is_locked, lock_folder, read_checkpoint, write_checkpoint
+from trainer.checkpoint import Checkpoints, find_state, is_locked, lock_folder, read_checkpoint, write_checkpoint
 
 
 def state(step: int) -> dict[str, object]:
@@ -144,3 +144,22 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     (tmp_path / "step_000000007.pth.tmp").write_bytes(b"half")
     save_all(tmp_path, 8)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_state_without_its_alias_gets_it(tmp_path: Path) -> None:
+    """The process was killed between the two."""
+    save_all(tmp_path, 10)
+    write_checkpoint(state(20), tmp_path / "step_000000020.pth")
+    assert read_checkpoint(tmp_path / "latest.pth")["step"] == 10
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.find() is not None
+    assert read_checkpoint(tmp_path / "latest.pth")["step"] == 20
+
+
+def test_run_goes_back_to_its_stable_state_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_all(tmp_path, 10, 20, 30, keep=3)
+    found = find_state(tmp_path, lambda state: state["step"] < 30)
+    assert found is not None and found[1]["step"] == 30, "refused by its run, and nothing is lost"
+    write_checkpoint(state(15), tmp_path / "stable.pth")
+    found = find_state(tmp_path, lambda state: state["step"] < 30)
+    assert found is not None and found[1]["step"] == 15 and "going back to step 15" in caplog.text

@@ -100,19 +100,22 @@ def _candidates(record: StudyRecord, num_trials: int) -> tuple[list[TrialRecord]
 def _rung(spec: StudySpec, chosen: Sequence[TrialRecord], asked: int | None) -> int:
     """Length of the runs, in the unit of the trials."""
     unit, budget = spec.trial.unit, spec.trial.budget
-    full = math.inf
+    whole = full = math.inf
     if unit != "seconds":
         configs = [full_setup(spec, trial.params).config for trial in chosen]
-        full = min((c.num_steps or 0) * (c.effective_batch_size if unit == "samples" else 1) for c in configs)
+        # At most up to the first decay: a candidate whose rate has fallen would beat one whose rate is constant.
+        step_sizes = [c.effective_batch_size if unit == "samples" else 1 for c in configs]
+        whole = min((c.num_steps or 0) * size for c, size in zip(configs, step_sizes, strict=True))
+        full = min((c.decay_start or c.num_steps or 0) * size for c, size in zip(configs, step_sizes, strict=True))
     if full <= budget:
         raise UserError(
-            f"the full run ({full:,} {unit}) is no longer than a trial: there is nothing to confirm; "
+            f"the full run, up to its decay ({full:,} {unit}), is no longer than a trial: there is nothing to confirm; "
             "leave --confirm out."
         )
-    longer = [length for length in (full / 4, 2 * budget) if length > budget]
+    longer = [length for length in (whole / 4, 2 * budget) if length > budget]
     rung = math.ceil(min(*longer, full)) if asked is None else asked
     if not budget < rung <= full:
-        limit = "" if math.isinf(full) else f" and no longer than the full run ({full:,})"
+        limit = "" if math.isinf(full) else f" and no longer than the full run up to its decay ({full:,})"
         raise UserError(f"--rung {rung}: it must be longer than a trial ({budget:,g} {unit}){limit}.")
     return rung
 

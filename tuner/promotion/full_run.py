@@ -22,7 +22,7 @@ from optuna.exceptions import StorageInternalError
 
 from trainer import Evaluation, TrainResult, UserError
 from trainer.acceleration import detect
-from trainer.checkpoint import holds_state, newest_step
+from trainer.checkpoint import holds_state
 from trainer.errors import first_line
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
@@ -120,10 +120,12 @@ class FullRun:
             )
         promotion = _find_promotion(record, run_dir, is_new)
         origin = _choose_origin(record, spec, trial, run_dir, promotion, fresh) if is_new else _stored_origin(promotion)
-        reached = _find_reached(run_dir, last, origin, is_new)
         if is_new and length.finish:
             raise UserError(f"--finish: trial {trial.number} has no full run to finish; leave it out to start one.")
-        found = decide_length(spec, trial.params, length, last=last, reached=reached, run_dir=run_dir)
+        # A run whose folder was removed, or that starts anew, has the length in [full].
+        known = None if fresh or (is_new and last and not last.is_open) else last
+        origin_step = (origin.step or 0) if origin else 0
+        found = decide_length(spec, trial.params, length, last=known, origin=origin_step, run_dir=run_dir)
         setup, config = found.setup, found.setup.config
         if is_new or not promotion:
             _store_promotion(record, trial, run_dir, origin, promotion, confirmation)
@@ -133,8 +135,7 @@ class FullRun:
         if is_new:
             curve = _begin_curve(record, spec, trial, last, origin, keys)
         else:
-            until = None if found.restart is None else found.restart * config.effective_batch_size
-            curve = _continue_curve(record, trial, last, keys, until)
+            curve = _continue_curve(record, trial, last, keys, found.restart, config.effective_batch_size)
         if is_new and origin is not None:
             link_checkpoints(origin.run_dir, run_dir, setup.workload)
         at_zero = origin is None if is_new else last is not None and last.started_at_zero
@@ -215,13 +216,6 @@ def _refuse_fresh(last: FullRunRecord | None, run_dir: Path) -> None:
         )
 
 
-def _find_reached(run_dir: Path, last: FullRunRecord | None, origin: Origin | None, is_new: bool) -> int:
-    """The step that the run is at, or starts from."""
-    if is_new:
-        return origin.step or 0 if origin else 0
-    return max(last.step if last else 0, newest_step(run_dir) or 0)
-
-
 def _find_promotion(record: StudyRecord, run_dir: Path, is_new: bool) -> PromotionKeys:
     """The stored promotion of a run directory; empty if there is none."""
     promotions = [each for each in record.promotions if each["run_dir"] == str(run_dir)]
@@ -297,16 +291,21 @@ def _begin_curve(
 
 
 def _continue_curve(
-    record: StudyRecord, trial: TrialRecord, last: FullRunRecord | None, keys: FullRunKeys, until: int | None
+    record: StudyRecord,
+    trial: TrialRecord,
+    last: FullRunRecord | None,
+    keys: FullRunKeys,
+    restart: int | None,
+    batch_size: int,
 ) -> optuna.Trial | None:
     """The curve of a run with a checkpoint; None if the run has finished at this length.
 
     Args:
-        until: The run continues from before its decay, at this number of samples.
+        restart: The step before its decay, if the run continues from there.
     """
-    if last is None or (last.is_open and until is None):
+    if last is None or (last.is_open and restart is None):
         return _open_curve(record, trial, last, {}, keys)
-    if until is None and last.step >= (keys["steps"] or 0):
+    if restart is None and last.step >= (keys["steps"] or 0):
         return None
     # It is made longer. A finished trial can't be written to, and a point can't be taken back, so another one continues
     # its curve.
@@ -316,7 +315,10 @@ def _continue_curve(
         curves.tell(last.number, last.curve[max(last.curve)] if last.curve else math.nan)
     if last.started_at_zero or last.continued_from:
         keys = {**keys, "continued_from": str(last.continued_from) if last.continued_from else None}
-    values = {samples: value for samples, value in last.curve.items() if until is None or samples <= until}
+    values = dict(last.curve)
+    if restart is not None:
+        keys = {**keys, "step": restart}
+        values = {samples: value for samples, value in values.items() if samples <= restart * batch_size}
     return _open_curve(record, trial, None, values, keys)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError
-from trainer.checkpoint import STABLE
+from trainer.checkpoint import STABLE, find_state, read_checkpoint
+from trainer.state import follows_schedule, read_config
 from tuner.spec.setups import Setup, full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.record import FullRunRecord
@@ -47,19 +48,30 @@ def decide_length(
     request: LengthRequest,
     *,
     last: FullRunRecord | None,
-    reached: int,
+    origin: int,
     run_dir: Path,
 ) -> Length:
     """The length asked for now, else that of the run so far, else that of `[full]`.
 
     Args:
         last: The run so far, if it was started.
-        reached: Step of the newest checkpoint that it can continue from.
+        origin: Step of the checkpoint that a run without one of its own continues from.
 
     Raises:
         UserError: The run can't have this length.
     """
     current = _current(spec, params, last)
+    # A whole checkpoint is read: only where its step counts.
+    state = None
+    if request != NO_REQUEST:
+        state = find_state(run_dir, lambda state: follows_schedule(state, current.config))
+    reached = state[1]["step"] if state else origin
+    start = current.config.decay_start
+    if state is None and request.steps is None and start is not None and origin > start:
+        raise UserError(
+            f"the trial ended at step {origin:,}, and its full run of {current.config.num_steps:,} steps decays from "
+            f"step {start:,}: use a longer [full], or --steps {math.ceil(origin / (1 - spec.full.decay_fraction))}."
+        )
     if request.finish:
         return Length(_finish(spec, params, request, current, reached))
     if request.steps is None or request.steps == current.config.num_steps:
@@ -71,7 +83,12 @@ def _current(spec: StudySpec, params: Mapping[str, Any], last: FullRunRecord | N
     # A cosine has one length: that of its trials.
     if last is None or last.steps is None or spec.full.schedule == "cosine":
         return full_setup(spec, params)
-    return _with_length(spec, params, last.steps, last.decay_steps)
+    decay_steps = last.decay_steps
+    if decay_steps is None:
+        state = find_state(last.run_dir)
+        config = read_config(state[1]) if state else None
+        decay_steps = config.decay_steps if config and config.schedule == "wsd" else 0
+    return _with_length(spec, params, last.steps, decay_steps)
 
 
 def _with_length(spec: StudySpec, params: Mapping[str, Any], steps: int, decay_steps: int) -> Setup:
@@ -85,7 +102,7 @@ def _finish(spec: StudySpec, params: Mapping[str, Any], request: LengthRequest, 
     config, decay_steps = current.config, request.decay_steps
     if config.schedule == "cosine":
         raise UserError("--finish: the rate of this run falls from its start (full.schedule cosine); leave it out.")
-    if config.decay_start is not None and reached > config.decay_start:
+    if config.decay_start is not None and reached >= config.decay_start:
         if decay_steps not in (None, config.decay_steps):
             raise UserError(
                 f"--decay-steps {decay_steps}: the run decays since step {config.decay_start:,}, over "
@@ -127,9 +144,19 @@ def _change_steps(
             f"--steps {steps}: the learning rate would fall from step {end:,} on, and the full run had a constant one "
             f"until step {start:,}; give at least {math.ceil(start / (1 - share))}{ended}."
         )
-    if restart is not None and not (run_dir / STABLE).exists():
-        raise UserError(
-            f"--steps {steps}: the full run has decayed, and {run_dir / STABLE}, which it would continue from, is "
-            "missing; leave --steps out, or put it back."
-        )
+    if restart is not None:
+        _check_stable(steps, run_dir, restart)
     return Length(setup, restart)
+
+
+def _check_stable(steps: int, run_dir: Path, step: int) -> None:
+    stable = run_dir / STABLE
+    try:
+        problem = None if read_checkpoint(stable, mmap=True)["step"] == step else f"it is not of step {step:,}"
+    except UserError as error:
+        problem = str(error).rstrip(".")
+    if problem:
+        raise UserError(
+            f"--steps {steps}: the full run has decayed and can't continue from {stable} ({problem}); leave --steps "
+            "out, or put it back."
+        )

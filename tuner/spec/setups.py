@@ -65,11 +65,15 @@ def stored_space(spec: StudySpec, trials: Iterable[FrozenTrial]) -> dict[str, Ba
     return space
 
 
+class NotAChoice(Exception):
+    """A parameter's value is none of its choices."""
+
+
 def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
     """Asks the sampler for a value of each searched field, by dotted name.
 
     Raises:
-        ValueError: A value is none of the choices, in a trial that a person enqueued.
+        NotAChoice: In a trial that a person enqueued.
     """
     params: dict[str, Any] = {}
     for name, d in stored_space(spec, trial.study.get_trials(deepcopy=False)).items():
@@ -79,8 +83,9 @@ def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
             params[name] = trial.suggest_int(name, d.low, d.high, step=d.step, log=d.log)
         elif isinstance(d, FloatDistribution):
             params[name] = trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
-        if isinstance(spec.search[name], Choices) and params[name] not in spec.search[name]:
-            raise ValueError(f"{name} = {params[name]!r} is none of its {spec.search[name]}")
+        space = spec.search[name]
+        if isinstance(space, Choices) and params[name] not in space:
+            raise NotAChoice(f"{name} = {params[name]!r} is none of its choices {space.choices}")
     return params
 
 

@@ -28,7 +28,7 @@ def describe_edges(record: StudyRecord) -> list[str]:
             continue
         edge, extent = _find_edge(value, space), _describe_space(space)
         if edge is not None:
-            sentences.append(f"best {name} = {value:.3g} is at the {edge} edge of {extent}: widen it in [search]")
+            sentences.append(f"best {name} = {_format(value)} is at the {edge} edge of {extent}: widen it in [search]")
     return sentences
 
 
@@ -47,6 +47,10 @@ def _find_edge(value: float, space: Mapping[str, Any]) -> str | None:
     if place <= share and not is_least:
         return "lower"
     return "upper" if place >= 1 - share else None
+
+
+def _format(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def _is_number(value: Any) -> bool:

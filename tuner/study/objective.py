@@ -23,7 +23,7 @@ from trainer.memory import Probe, available_memory
 from trainer.micro_batches import SIZED_BY, MemoryFit, describe_shortage, estimate_fit
 from trainer.tracking import Tracker
 from trainer.workload import Workload
-from tuner.spec.setups import Setup, full_setup, suggest, trial_setup
+from tuner.spec.setups import NotAChoice, Setup, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.peak_memory import PeakMemory
 from tuner.study.record import TrialRecord, trial_name, write_trial
@@ -80,7 +80,12 @@ class Objective:
             optuna.TrialPruned: The trial is worse than others at a point of the grid, or infeasible.
             Interrupted: It was stopped.
         """
-        params = suggest(trial, self.spec)
+        try:
+            params = suggest(trial, self.spec)
+        except NotAChoice as error:
+            trial.set_constraint("choices", 1.0)
+            write_trial(trial, infeasible=str(error), host=platform.node())
+            raise optuna.TrialPruned(str(error)) from None
         run_dir = self.runtime.run_dir(self.spec.study.name, trial_name(trial.number))
         code = code_digest(self.spec.build_workload())
         write_trial(trial, run_dir=str(run_dir), host=platform.node(), code=code)

@@ -316,8 +316,9 @@ class FullRunRecord:
     """Value by samples."""
     step: int
     steps: int | None
-    decay_steps: int
-    """The steps at its end over which the learning rate falls to zero; 0: it is constant, as in early versions."""
+    decay_steps: int | None
+    """The steps at its end over which the learning rate falls to zero; 0: it is constant; None: an early version, which
+    did not store it, started the run."""
     metrics: Mapping[str, float]
     started_at_zero: bool
     """Whether it is known to have started at step 0."""
@@ -344,7 +345,7 @@ class FullRunRecord:
             curve=trial.intermediate_values,
             step=keys.get("step", 0),
             steps=keys.get("steps"),
-            decay_steps=keys.get("decay_steps", 0),
+            decay_steps=keys.get("decay_steps"),
             metrics=keys.get("metrics", {}),
             started_at_zero="continued_from" in keys and origin is None,
             continued_from=Path(origin) if origin else None,

@@ -176,18 +176,18 @@ def test_diverged_run_is_kept_and_can_not_win(runtime: Runtime, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("full", "rung"),
-    [(100_000, 320), (1000, 250), (240, 240)],
-    ids=["twice the trial", "a quarter of the full run", "never longer than the full run"],
+    ("full", "rung", "most"),
+    [(100_000, 320, 80_008), (1000, 250, 808), (240, 200, 200)],
+    ids=["twice the trial", "a quarter of the full run", "never into the decay"],
 )
-def test_rung_is_between_trial_and_full_run(runtime: Runtime, tmp_path: Path, full: int, rung: int) -> None:
+def test_rung_is_between_trial_and_full_run(runtime: Runtime, tmp_path: Path, full: int, rung: int, most: int) -> None:
     study = with_trials(tmp_path, 1.0, **{"full.samples": full})
     with pytest.raises(Interrupted):
         confirm(study, 1, runtime=Runtime(runtime.run_root, track=False, stop=lambda: True))
     log = runtime.run_dir("toy", confirmation_run_name(0, 0)) / "train.log"
     assert log.exists()
-    with pytest.raises(UserError, match=rf"no longer than the full run \({full:,}\)"):
-        confirm(study, 1, rung=full + 1, runtime=runtime)
+    with pytest.raises(UserError, match=rf"no longer than the full run up to its decay \({most:,}\)"):
+        confirm(study, 1, rung=most + 1, runtime=runtime)
     assert confirm(study, 1, num_seeds=1, runtime=runtime).rung == rung
 
 

@@ -120,7 +120,7 @@ def test_impossible_length_is_refused_and_nothing_is_lost(study: optuna.Study, r
     run_dir = read_run(study).run_dir
     stable = run_dir / "stable.pth"
     stable.rename(run_dir / "away.pth")
-    with pytest.raises(UserError, match=r"stable\.pth, which it would continue from, is missing"):
+    with pytest.raises(UserError, match=r"can't continue from .*stable\.pth \(checkpoint .* does not exist"):
         promote(study, steps=100, runtime=runtime)
     assert read_run(study).steps == 50 and (run_dir / "latest.pth").exists()
 
@@ -151,3 +151,61 @@ def test_budget_in_seconds_that_reaches_the_decay_is_refused(runtime: Runtime, t
     spec = StudySpec.build(given, base_dir=Path.cwd())
     with pytest.raises(UserError, match=r"seconds 1: trial 0 is at step [\d,]+, and its full run decays from step 9"):
         launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+
+
+def test_finish_of_a_run_that_was_killed_before_its_first_checkpoint(study: optuna.Study, runtime: Runtime) -> None:
+    """Its folder has the trial's checkpoint alone, after 20 steps."""
+    promote(study, runtime=stopping(runtime, 0))
+    assert promote(study, finish=True, runtime=runtime).step == 20 + 4
+
+
+def test_longer_run_that_was_killed_at_once_can_be_finished_or_taken_back(
+    study: optuna.Study, runtime: Runtime
+) -> None:
+    promote(study, runtime=runtime)
+    promote(study, steps=120, runtime=stopping(runtime, 0))
+    assert (read_run(study).step, read_run(study).steps, read_run(study).phase) == (49, 120, "constant")
+    assert promote(study, steps=60, runtime=runtime).step == 60
+    assert read_run(study).state == "finished"
+    promote(study, steps=120, runtime=stopping(runtime, 0))
+    assert promote(study, finish=True, runtime=stopping(runtime, 2)).step == 51
+    assert (read_run(study).steps, read_run(study).decay_start) == (59, 50)
+
+
+def test_damaged_state_before_the_decay_leaves_the_run_as_it_is(study: optuna.Study, runtime: Runtime) -> None:
+    run_dir = promote(study, runtime=stopping(runtime, 35)).run_dir
+    (run_dir / "stable.pth").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"can't continue from .*stable\.pth \(checkpoint .* is damaged"):
+        promote(study, steps=100, runtime=runtime)
+    assert read_run(study).steps == 60 and promote(study, runtime=runtime).step == 60
+
+
+def test_run_of_an_early_version_keeps_its_decay(study: optuna.Study, runtime: Runtime) -> None:
+    """That version stored no `decay_steps`."""
+    promote(study, runtime=stopping(runtime, 20))
+    curves = optuna.load_study(study_name="toy.full", storage=study._storage)
+    (curve,) = curves.trials
+    attrs = {key: value for key, value in curve.user_attrs.items() if key != "decay_steps"}
+    curves._storage.set_trial_state_values(curve._trial_id, optuna.trial.TrialState.FAIL)
+    older = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING,
+        params=curve.params,
+        distributions=curve.distributions,
+        user_attrs=attrs,
+        intermediate_values=curve.intermediate_values,
+    )
+    curves._storage.create_new_trial(curves._study_id, template_trial=older)
+    assert end_of(promote(study, runtime=runtime)) == {"step": 60, "rate": pytest.approx(1 / 12)}
+
+
+def test_trial_beyond_the_decay_of_a_shorter_full_run(runtime: Runtime, tmp_path: Path) -> None:
+    given = values(**{"full.samples": 80_000})
+    given["trial"] = {"seconds": 1, "evaluations": 1, "num_trials": 1}
+    del given["search"]["train.batch_size"]
+    storage = f"sqlite:///{tmp_path}/tuner.db"
+    study = launch(StudySpec.build(given, base_dir=Path.cwd()), storage=storage, runtime=runtime)
+    given["full"]["samples"] = 160
+    launch(StudySpec.build(given, base_dir=Path.cwd()), storage=storage, runtime=runtime)
+    with pytest.raises(UserError, match=r"its full run of 20 steps decays from step 17: .* --steps \d+"):
+        promote(study, runtime=runtime)
+    assert StudyRecord.read(study).full_runs == [] and "promotions" not in study.user_attrs

@@ -221,7 +221,8 @@ def test_fractional_field_is_searched_in_fractions(tmp_path: Path) -> None:
 
 
 def test_optional_whole_number_is_searched_in_whole_numbers() -> None:
-    spec = build(**{"train.micro_batch_size": 10, "search.train.slice_p": {"low": 1, "high": 11, "step": 5}})
+    changes = {"search.train.slice_p": {"low": 1, "high": 11, "step": 5}}
+    spec = build(without="search.train.batch_size", **changes)
     assert suggest(optuna.create_study().ask(), spec)["train.slice_p"] in (1, 6, 11)
 
 

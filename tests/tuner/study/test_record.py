@@ -112,7 +112,7 @@ def test_every_field_of_a_full_run_is_read(study: optuna.Study, tmp_path: Path) 
         curve=run.curve,
         step=60,
         steps=80,
-        decay_steps=0,
+        decay_steps=None,
         metrics={"val/loss": 1.2980615494099068, "val/token_loss": 1.2980615494099068},
         started_at_zero=False,
         continued_from=tmp_path / "runs/toy/confirm-00000-seed-0",

@@ -17,10 +17,11 @@ from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from tuner import launch
 from tuner.spec.comparison import compare_specs
-from tuner.spec.setups import count_val_samples, search_space, suggest
+from tuner.spec.setups import NotAChoice, count_val_samples, search_space, suggest
 from tuner.spec.study_toml import Choice, StudySpec
 from tuner.study import gaussian_process
 from tuner.study.launch import open_study
+from tuner.study.record import StudyRecord
 from tuner.study.samplers import build_sampler
 from tuner.study.tracked_run import Runtime
 
@@ -121,10 +122,19 @@ def test_enqueued_value_that_is_no_choice_is_refused_and_not_learned_from(url: s
     run(study, spec, 4)
     study.enqueue_trial({"train.batch_size": 5, "train.d_coef": 1.0})
     trial = study.ask()
-    with pytest.raises(ValueError, match="batch_size = 5 is none of its choices"):
+    with pytest.raises(NotAChoice, match="batch_size = 5 is none of its choices"):
         suggest(trial, spec)
     study.tell(trial, 0.0)
     assert len(run(study, spec, 2)) == 2
+
+
+def test_study_goes_on_after_an_enqueued_value_that_is_no_choice(runtime: Runtime, url: str) -> None:
+    study = launch(build(), storage=url, runtime=runtime, num_trials=1)
+    study.enqueue_trial({"train.batch_size": 6, "train.d_coef": 1.0})
+    launch(build(), storage=url, runtime=runtime, num_trials=3)
+    trials = StudyRecord.read(study).trials
+    assert [trial.state for trial in trials] == ["complete", "infeasible", "complete"]
+    assert trials[1].infeasible == "train.batch_size = 6 is none of its choices (4, 8, 16)"
 
 
 @pytest.mark.parametrize(
