@@ -344,7 +344,7 @@ class StudySpec(Section):
         samples, is_searched = self.trial.samples, max(map(len, steps)) > 1
         if samples and is_searched and (reason := find_unevenness(samples, self.trial.evaluations, *steps)) is not None:
             raise UserError(f"trial.{reason}.")
-        for size in {batch_size * accumulation for batch_size in steps[0] for accumulation in steps[1]}:
+        for size in sorted({batch_size * accumulation for batch_size in steps[0] for accumulation in steps[1]}):
             self._check_decay(size)
         rung = self.pruner.arguments.get("min_resource")
         if isinstance(rung, int) and rung > self.trial.budget:
