@@ -43,8 +43,8 @@ OUT_OF_MEMORY = (
 )
 """Texts of out-of-memory errors that have no type of their own."""
 
-_memory_fits: dict[tuple[str, ...], MemoryFit] = {}
-"""Memory estimates of this process by all that they depend on: one takes about a second."""
+_memory_fits: dict[tuple[str, ...], dict[int, MemoryFit]] = {}
+"""Memory estimates of this process by all that they depend on, the batch size last: one takes about a second."""
 
 
 class Interrupted(Exception):
@@ -239,17 +239,22 @@ def _decide_micro_batches(
 def _estimate_memory(
     setup: Setup, capabilities: Capabilities, available: int, probes: dict[tuple[str, ...], Probe] | None
 ) -> MemoryFit:
-    """The memory estimate of a trial, made once for each size."""
+    """The memory estimate of a trial, made once for each size; none is needed if a larger batch fits as a whole."""
     workload, config = setup.workload, setup.config
+    batch_size, is_auto = config.batch_size, config.micro_batch_size == "auto"
     key = (
         f"{type(workload).__module__}:{type(workload).__qualname__}",
         workload.model_dump_json(),
-        config.model_dump_json(include=SIZED_BY),
+        config.model_dump_json(include=SIZED_BY - {"batch_size"}),
         capabilities.kind,
     )
-    if key not in _memory_fits or (config.micro_batch_size == "auto" and not _memory_fits[key].fits(available)):
-        _memory_fits[key] = estimate_fit(workload, config, capabilities, available, probes)
-    return _memory_fits[key]
+    known = _memory_fits.setdefault(key, {})
+    for size, larger in known.items():
+        if size > batch_size and larger.micro_batch_size == size and 0 < (larger.needs or 0) <= available:
+            return MemoryFit(batch_size, larger.needs, f"a whole batch of {size} fits")
+    if batch_size not in known or (is_auto and not known[batch_size].fits(available)):
+        known[batch_size] = estimate_fit(workload, config, capabilities, available, probes)
+    return known[batch_size]
 
 
 @contextmanager

@@ -17,13 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tests.toy import Toy
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
-from trainer.acceleration import Capabilities
+from trainer.acceleration import Capabilities, detect
 from trainer.checkpoint import read_checkpoint
+from trainer.config import TrainConfig
+from trainer.micro_batches import MemoryFit
 from trainer.tracking import Tracker, Trackers
 from tuner import launch
 from tuner.show.status import status
 from tuner.spec.setups import trial_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study import objective
 from tuner.study.objective import _decide_micro_batches, is_out_of_memory
 from tuner.study.peak_memory import PeakMemory
 from tuner.study.record import StudyRecord
@@ -311,3 +314,25 @@ def test_trial_that_progresses_each_time_is_not_infeasible(
 def test_settings_without_effect_on_the_metric_can_not_be_searched(key: str) -> None:
     with pytest.raises(UserError, match=rf'search\."{key}": it changes no result; set it in \['):
         build(**{f"search.{key}": {"choices": [1, 2]}})
+
+
+@pytest.mark.parametrize("micro", ["auto", None])
+def test_smaller_batch_than_one_that_fits_is_not_estimated(monkeypatch: pytest.MonkeyPatch, micro: str | None) -> None:
+    estimated: list[int] = []
+
+    def estimate(workload: object, config: TrainConfig, *_: object) -> MemoryFit:
+        estimated.append(config.batch_size)
+        # Only up to 16 fits as a whole.
+        size = min(config.batch_size, 16) if micro else config.batch_size
+        return MemoryFit(size, 100 * size if size <= 16 else 10**15, "by the test")
+
+    monkeypatch.setattr(objective, "estimate_fit", estimate)
+    monkeypatch.setattr(objective, "_memory_fits", {})
+    changes = {"train.micro_batch_size": micro} if micro else {}
+    spec = build(without="search.train.batch_size", **changes)
+    for batch_size in (8, 32, 16, 4, 8, 16):
+        setup = trial_setup(spec, {"train.batch_size": batch_size})
+        fit = objective._estimate_memory(setup, detect("cpu"), 10**12, None)
+        assert fit.micro_batch_size == (min(batch_size, 16) if micro else batch_size)
+        assert fit.fits(10**12) == (batch_size <= 16 or micro is not None)
+    assert estimated == [8, 32, 16]
