@@ -293,4 +293,6 @@ def prepare(
             raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")
         run.progress.best = _best_on_disk(checkpoints.run_dir, workload, run.progress.best)
         log.info("continuing from %s at step %d", path, run.progress.step)
+    if config.schedule != "none":
+        log.info("learning rate: %s", config.describe_schedule())
     return run
