@@ -122,9 +122,9 @@ class FullRun:
         origin = _choose_origin(record, spec, trial, run_dir, promotion, fresh) if is_new else _stored_origin(promotion)
         if is_new and length.finish:
             raise UserError(f"--finish: trial {trial.number} has no full run to finish; leave it out to start one.")
-        # A run whose folder was removed, or that starts anew, has the length in [full].
-        known = None if fresh or (is_new and last and not last.is_open) else last
-        origin_step = (origin.step or 0) if origin else 0
+        # An ended run whose folder was removed starts anew, with the length in [full].
+        known = None if is_new and last and not last.is_open else last
+        origin_step = origin.step or 0 if is_new and origin else 0
         found = decide_length(spec, trial.params, length, last=known, origin=origin_step, run_dir=run_dir)
         setup, config = found.setup, found.setup.config
         if is_new or not promotion:

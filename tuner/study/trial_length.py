@@ -26,7 +26,7 @@ class TrialLength:
     """Of a trial, in `unit`."""
     num_trials: int
     d_rests: int | None
-    """The point from which on no trial's d rises; None if one still rises at the end, or without d."""
+    """The point from which on no trial's d rises; None if one still rises at the end."""
     settled: int | None
     """The point from which on the order of the trials is that of their end; None if only at the end."""
 

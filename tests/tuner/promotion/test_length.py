@@ -209,3 +209,8 @@ def test_trial_beyond_the_decay_of_a_shorter_full_run(runtime: Runtime, tmp_path
     with pytest.raises(UserError, match=r"its full run of 20 steps decays from step 17: .* --steps \d+"):
         promote(study, runtime=runtime)
     assert StudyRecord.read(study).full_runs == [] and "promotions" not in study.user_attrs
+
+
+def test_fresh_run_keeps_the_length_that_it_was_started_with(study: optuna.Study, runtime: Runtime) -> None:
+    promote(study, fresh=True, steps=100, runtime=stopping(runtime, 30))
+    assert promote(study, fresh=True, runtime=runtime).step == 100
