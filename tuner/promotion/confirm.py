@@ -93,7 +93,7 @@ def _candidates(record: StudyRecord, num_trials: int) -> tuple[list[TrialRecord]
     """The best trials and the baseline, and the baseline's number if it is among them."""
     if not record.ranked:
         raise UserError(f"study {record.name} has no complete trial yet: launch it, or look at tuner status.")
-    chosen = [*record.ranked[:num_trials], *filter(record.is_baseline, record.ranked[num_trials:])]
+    chosen = [*record.favourites[:num_trials], *filter(record.is_baseline, record.favourites[num_trials:])]
     return chosen, next((trial.number for trial in chosen if record.is_baseline(trial)), None)
 
 

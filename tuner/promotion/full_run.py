@@ -261,7 +261,7 @@ def _store_promotion(
         "trial": trial.number,
         "value": trial.value or 0.0,
         "params": trial.params,
-        "best": record.ranked[0].number,
+        "best": record.favourites[0].number,
         "run_dir": str(run_dir),
         "continued_from": None if origin is None else str(origin.run_dir),
         "continued_at": (origin.step or 0) if origin else 0,

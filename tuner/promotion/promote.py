@@ -13,6 +13,7 @@ from tuner.promotion.full_run import FullRun
 from tuner.promotion.length import NO_REQUEST, LengthRequest
 from tuner.study.confirmation import Confirmation
 from tuner.study.edges import describe_edges
+from tuner.study.recommendation import describe_recommendation
 from tuner.study.record import StudyRecord, TrialRecord, trial_name
 from tuner.study.tracked_run import Runtime, tracked_train
 
@@ -39,8 +40,9 @@ def promote(
     run_dir = runtime.run_dir(name, f"full-{trial_name(chosen.number)}")
     run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
     log.info("%s: %s", run_dir.name, run.state)
-    for sentence in describe_edges(record) if record.is_best(chosen) else ():
-        log.info("%s", sentence)
+    if chosen is record.recommended:
+        for sentence in filter(None, (describe_recommendation(record), *describe_edges(record))):
+            log.info("%s", sentence)
     run.warn_of_differences()
 
     def on_eval(evaluation: Evaluation) -> None:
@@ -69,7 +71,7 @@ def _stored_confirmation(record: StudyRecord) -> Confirmation | None:
     request, confirmation = record.confirmation_request, record.confirmation
     if request is None or record.promotions:
         return None
-    best = record.ranked[0].number
+    best = record.favourites[0].number
     if confirmation is None:
         raise UserError(
             f"a confirmation of {record.name} is unfinished: continue it ({request.options}), or promote the best "
@@ -77,7 +79,7 @@ def _stored_confirmation(record: StudyRecord) -> Confirmation | None:
         )
     if best != request.best:
         raise UserError(
-            f"trial {best} is better than those that were confirmed: confirm again ({request.options}), or choose with "
+            f"trial {best} is recommended since they were confirmed: confirm again ({request.options}), or choose with "
             f"--trial {best} or --trial {confirmation.winner.number} (which won)."
         )
     log.info("promoting the winner of the confirmation: %s", confirmation.verdict)
@@ -98,12 +100,12 @@ def _choose_trial(record: StudyRecord, number: int | None, confirmation: Confirm
                 f"--trial {started} (continue) or --trial {winner} (start anew), without --confirm."
             )
         return _find_trial(record, winner)
-    best = record.ranked[0]
+    best = record.favourites[0]
     if started is None:
         return best
     if best.number not in (started, record.promotions[-1]["best"]):
         raise UserError(
-            f"a full run of trial {started} was started, and trial {best.number} is better since: choose with "
+            f"a full run of trial {started} was started, and trial {best.number} is recommended since: choose with "
             f"--trial {started} (continue) or --trial {best.number} (start anew)."
         )
     return _find_trial(record, started)

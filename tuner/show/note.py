@@ -25,6 +25,7 @@ from tuner.show.table import (
 )
 from tuner.study.edges import describe_edges
 from tuner.study.optuna_internals import id_of, storage_of
+from tuner.study.recommendation import describe_recommendation
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 from tuner.study.storage import DEFAULT_URL
 from tuner.study.trial_length import judge_trial_length
@@ -139,6 +140,8 @@ def _best(record: StudyRecord) -> str:
             "\n\n**d was still rising at its end**: the short run is too short for this d\\_coef. The order of the "
             "trials may change in a longer one; give `[trial]` more samples, or confirm before the full run."
         )
+    if recommendation := describe_recommendation(record):
+        text += f"\n\n**For the full run**: {escape(recommendation)}."
     for sentence in describe_edges(record):
         text += f"\n\n**At the edge**: {escape(sentence)}."
     return text
@@ -242,7 +245,7 @@ def _promotion(record: StudyRecord, promote: str) -> str:
     if record.best is None:
         return "Once a trial is complete:\n\n" + _code(promote)
     winner = record.confirmation and record.confirmation.winner.number
-    trial = f"{record.best.number}" if winner is None else f"{winner}, which won the confirmation"
+    trial = f"{record.favourites[0].number}" if winner is None else f"{winner}, which won the confirmation"
     return f"The full run with trial {trial}, from its checkpoint:\n\n" + _code(promote)
 
 

@@ -18,6 +18,7 @@ from tuner.show.json_events import to_json
 from tuner.show.sparklines import curves_table
 from tuner.show.table import describe_state, trial_table
 from tuner.study.edges import describe_edges
+from tuner.study.recommendation import describe_recommendation
 from tuner.study.record import State, StudyRecord, TrialRecord, is_launched
 from tuner.study.trial_length import judge_trial_length
 
@@ -39,6 +40,8 @@ def status(record: StudyRecord) -> dict[str, Any]:
         "trials": {state: states.count(state) for state in STATES},
         "baseline": _brief(record.baseline),
         "best": _brief(record.best),
+        "recommended": _brief(record.recommended),
+        "recommendation": record.recommendation,
         "edges": describe_edges(record),
         "full_runs": [
             {
@@ -120,7 +123,7 @@ def status_parts(
     parts += [curves] if curves else []
     if (length := judge_trial_length(record)) is not None:
         parts.append(Text(str(length)))
-    parts += map(Text, describe_edges(record))
+    parts += map(Text, filter(None, (describe_recommendation(record), *describe_edges(record))))
     if record.ended:
         parts.append(Text(f"ended: {record.ended}"))
     for run in record.full_runs:

@@ -113,6 +113,21 @@ def largest_step(spec: StudySpec) -> int:
     return largest
 
 
+def horizon(spec: StudySpec) -> float | None:
+    """Length of a run at a constant learning rate that ranks settings as the baseline's full run does, in the unit of
+    the trials; None if those are in seconds.
+
+    A run whose rate decays ranks them as a constant one of half its length: over the curves in scripts/records, the
+    rank correlation with its end is 0.97 and 0.96 there, against 0.92 and 0.88 at its own length. A decay removes
+    noise, as larger batches do.
+    """
+    if spec.trial.unit == "seconds":
+        return None
+    config = full_setup(spec, {}).config
+    length = (config.num_steps or 0) * (config.effective_batch_size if spec.trial.unit == "samples" else 1)
+    return length if spec.full.schedule == "none" else length / 2
+
+
 def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Setup:
     """The full run with these parameters; `changes` replace fields of the configuration."""
     train, options = _overlay(spec, params)

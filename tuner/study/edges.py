@@ -17,8 +17,9 @@ MIN_CHOICES = 3
 
 
 def describe_edges(record: StudyRecord) -> list[str]:
-    """One sentence for each searched number of the best trial that is at an edge of its space."""
-    best = record.best
+    """One sentence for each searched number of the best trial that is at an edge of its space; of the recommended
+    one, if the study recommends another."""
+    best = record.recommended
     if best is None or len(record.ranked) < MIN_TRIALS:
         return []
     sentences = []

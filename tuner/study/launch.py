@@ -22,9 +22,10 @@ from trainer.clock import clock
 from trainer.data.loader import check_lengths, check_losses
 from trainer.tracking import Tracker
 from tuner.spec.comparison import compare_specs
-from tuner.spec.setups import largest_step, stored_space
+from tuner.spec.setups import horizon, largest_step, search_space, stored_space
 from tuner.spec.study_toml import StudySpec
 from tuner.study.claims import claim_trial, describe_end, needs_more_trials
+from tuner.study.horizon import recommend
 from tuner.study.objective import Interrupted, Objective
 from tuner.study.optuna_internals import storage_of
 from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, write_study
@@ -36,7 +37,7 @@ from tuner.study.tracked_run import Runtime, code_digest
 log = logging.getLogger(__name__)
 
 KEEP_TRIALS = 3
-"""Number of best trials whose checkpoints are kept, besides the baseline's."""
+"""Number of best trials whose checkpoints are kept, besides the baseline's and the recommended one's."""
 
 
 def launch(
@@ -242,12 +243,20 @@ def _run_trial(
         frozen = study.tell(trial, value)
     if display:
         display.trial_ended(TrialRecord.read(frozen))
+    _store_recommendation(study, objective.spec)
     _delete_checkpoints(StudyRecord.read(study))
 
 
+def _store_recommendation(study: optuna.Study, spec: StudySpec) -> None:
+    record = StudyRecord.read(study)
+    recommendation = recommend(search_space(spec), record.trials, minimized=record.minimized, horizon=horizon(spec))
+    if recommendation != record.recommendation:
+        write_study(study, recommendation=recommendation)
+
+
 def _delete_checkpoints(record: StudyRecord) -> None:
-    """Delete the checkpoints of finished trials but those of the baseline and of the best trials."""
-    kept = {trial.number for trial in record.ranked[:KEEP_TRIALS]}
+    """Delete the checkpoints of finished trials but those of the baseline, the best trials and the recommended one."""
+    kept = {trial.number for trial in (*record.ranked[:KEEP_TRIALS], *record.favourites[:1])}
     for trial in record.finished:
         if trial.number in kept or trial.is_baseline or trial.run_dir is None:
             continue

@@ -116,6 +116,18 @@ class PromotionKeys(TypedDict, total=False):
     confirmation: dict[str, Any]
 
 
+class Recommendation(TypedDict):
+    """The trial that the full run is expected to favour, by the model of `tuner.study.horizon`."""
+
+    trial: int
+    best: int
+    """Number of the best trial at that time."""
+    probability: float
+    """That the trial is better than the best one at the full run's end."""
+    growth: float
+    """Of the optimal batch size, as a factor, from a trial to the full run's end."""
+
+
 class StudyKeys(TypedDict, total=False):
     """User attributes of a study. Besides, `confirm-<trial>-seed-<seed>` holds each `ConfirmationRun`."""
 
@@ -126,6 +138,7 @@ class StudyKeys(TypedDict, total=False):
     """Of the training data."""
     ended: str
     """Why the last launch ended; empty while one runs, or after it was stopped."""
+    recommendation: Recommendation | None
     promotions: list[PromotionKeys]
     confirmation: dict[str, Any]
     """`asked`: the ConfirmationRequest, and once it has ended `found`: the Confirmation."""
@@ -419,6 +432,7 @@ class StudyRecord:
     minimized: bool
     trials: list[TrialRecord]
     ended: str
+    recommendation: Recommendation | None
     promotions: list[PromotionKeys]
     confirmation_request: ConfirmationRequest | None
     """Of the last confirmation."""
@@ -449,6 +463,7 @@ class StudyRecord:
             minimized=study.direction == StudyDirection.MINIMIZE,
             trials=[TrialRecord.read(trial) for trial in study.get_trials(deepcopy=False)],
             ended=keys.get("ended", ""),
+            recommendation=keys.get("recommendation"),
             promotions=keys.get("promotions", []),
             confirmation_request=ConfirmationRequest(**kept["asked"]) if kept else None,
             confirmation=_confirmation.validate_python(kept["found"]) if "found" in kept else None,
@@ -482,6 +497,19 @@ class StudyRecord:
     @property
     def best(self) -> TrialRecord | None:
         return self.ranked[0] if self.ranked else None
+
+    @cached_property
+    def recommended(self) -> TrialRecord | None:
+        """The trial to promote: that of the recommendation, or the best one if there is none since it was complete."""
+        found = self.recommendation
+        if self.best is None or found is None or found["best"] != self.best.number:
+            return self.best
+        return next((trial for trial in self.ranked if trial.number == found["trial"]), self.best)
+
+    @property
+    def favourites(self) -> list[TrialRecord]:
+        """The ranked trials, with the recommended one first."""
+        return sorted(self.ranked, key=lambda trial: trial is not self.recommended)
 
     @cached_property
     def baseline(self) -> TrialRecord | None:

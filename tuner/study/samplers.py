@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.errors import UserError
-from tuner.spec.setups import search_space, stored_space
+from tuner.spec.setups import horizon, search_space, stored_space
 from tuner.spec.study_toml import Choice, StudySpec
 from tuner.study.gaussian_process import GaussianProcessSampler
 from tuner.study.optuna_internals import StudyInSpace
@@ -102,7 +102,7 @@ class SpecSampler(BaseSampler):
     """
 
     def __init__(self, spec: StudySpec) -> None:
-        self._sampler, self._spec = build_sampler(spec.sampler, spec.study.seed), spec
+        self._sampler, self._spec = build_sampler(spec.sampler, spec.study.seed, horizon(spec)), spec
         self._space = search_space(spec)
 
     def _view(self, study: optuna.Study) -> optuna.Study:
@@ -135,8 +135,11 @@ class SpecSampler(BaseSampler):
         self._sampler.after_trial(self._view(study), trial, state, values)
 
 
-def build_sampler(choice: Choice, seed: int) -> BaseSampler:
+def build_sampler(choice: Choice, seed: int, horizon: float | None = None) -> BaseSampler:
     """The sampler that `[sampler]` names.
+
+    Args:
+        horizon: See `tuner.spec.setups.horizon`.
 
     Raises:
         UserError: There is no such sampler, or it does not take these arguments; what only a trial shows is raised
@@ -148,7 +151,7 @@ def build_sampler(choice: Choice, seed: int) -> BaseSampler:
     with _explained("sampler", choice):
         # It seeds itself by the trial's number, and its constructor checks every argument.
         if choice.name == "gp":
-            return make(**choice.arguments, seed=seed)
+            return make(**{"horizon": horizon, **choice.arguments}, seed=seed)
         return PerTrialSampler(partial(_build_quietly, make, choice), seed, choice)
 
 

@@ -11,7 +11,8 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from scripts.bench.search.external_search import ExternalSearch, find_command
-from scripts.bench.search.strategies import Confirmed, Corner, OptunaSearch, Strategy
+from scripts.bench.search.runs import Task
+from scripts.bench.search.strategies import Confirmed, Corner, OptunaSearch, Strategy, rank_recommended
 from tuner.spec.study_toml import Choice
 from tuner.study.samplers import PRUNERS, build_sampler
 
@@ -29,19 +30,22 @@ OPTUNA_PRUNERS: dict[str, Callable[[], BasePruner]] = {
     "Hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=FIRST_POINT),
     "Wilcoxon": optuna.pruners.WilcoxonPruner,
 }
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
-    "TPE": lambda seed: TPESampler(seed=seed),
-    "Optuna's GP": lambda seed: GPSampler(seed=seed),
+SAMPLERS: dict[str, Callable[[Task], BaseSampler]] = {
+    "TPE": lambda task: TPESampler(seed=task.seed),
+    "Optuna's GP": lambda task: GPSampler(seed=task.seed),
 }
 # Configured as ours is by default: few random trials, and ordered batch sizes.
-BY_HAND: dict[str, Callable[[int], BaseSampler]] = {
-    "TPE": lambda seed: TPESampler(seed=seed, multivariate=True, n_startup_trials=5),
-    "Optuna's GP": lambda seed: GPSampler(seed=seed, n_startup_trials=3),
+BY_HAND: dict[str, Callable[[Task], BaseSampler]] = {
+    "TPE": lambda task: TPESampler(seed=task.seed, multivariate=True, n_startup_trials=5),
+    "Optuna's GP": lambda task: GPSampler(seed=task.seed, n_startup_trials=3),
 }
-RANDOM = OptunaSearch(lambda seed: RandomSampler(seed=seed))
-OURS = OptunaSearch(
-    lambda seed: build_sampler(Choice(name="gp"), seed), PRUNERS["median"], with_baseline=True, spare_rising=True
+RANDOM = OptunaSearch(lambda task: RandomSampler(seed=task.seed))
+WITHOUT_HORIZON = OptunaSearch(
+    lambda task: build_sampler(Choice(name="gp"), task.seed), PRUNERS["median"], with_baseline=True, spare_rising=True
 )
+RECOMMENDED = replace(WITHOUT_HORIZON, rank=rank_recommended)
+OURS = replace(RECOMMENDED, sampler=lambda task: build_sampler(Choice(name="gp"), task.seed, task.curves.length / 2))
+OPTUNA_RECOMMENDED = replace(RECOMMENDED, sampler=BY_HAND["Optuna's GP"], ordered=True)
 
 
 def vary_length(search: OptunaSearch) -> Variants:
@@ -90,6 +94,9 @@ CONTENDERS: dict[str, Variants] = {
     **list_optuna(),
     **list_external(),
     "ours": vary_length(OURS),
+    "ours without the horizon": vary_length(WITHOUT_HORIZON),
+    "ours, horizon only in the recommendation": vary_length(RECOMMENDED),
+    "ours with Optuna's GP": vary_length(OPTUNA_RECOMMENDED),
     "ours, confirmed": vary_rung(OURS),
     "ours, confirmed, 2 seeds": vary_rung(OURS, num_seeds=2),
     "ours, confirmed after decay": vary_rung(OURS, is_annealed=True),

@@ -124,9 +124,14 @@ class Curves:
             )
         return float(self._between(self.annealed[:, :, seed, at[0]], configuration))
 
+    def d_at(self, configuration: Configuration, seed: int) -> list[float]:
+        """Prodigy's d at `points`."""
+        d: list[float] = self._between(self.d[:, :, seed], configuration).tolist()
+        return d
+
     def rising(self, configuration: Configuration, seed: int) -> list[bool]:
         """Whether d rises at each of `points`, as the tuner marks a trial."""
-        d = self._between(self.d[:, :, seed], configuration).tolist()
+        d = self.d_at(configuration, seed)
         return [is_rising(d[: number + 1], D0) for number in range(len(d))]
 
     def regret(self, configuration: Configuration) -> float:

@@ -6,19 +6,23 @@ Before its first result that is the baseline, the user's own settings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
 from scripts.bench.search.curves import Configuration, Curves
 from scripts.bench.search.runs import Choice, Runs, Task
+from tuner.study.horizon import recommend
+from tuner.study.record import TrialRecord, write_trial
 
 BASELINE = Configuration(batch_size=8, d_coef=1.0)
+BATCH_SIZE, D_COEF = "train.batch_size", "train.d_coef"
 MAX_TRIALS = 64
 """A search ends here; more trials of a Gaussian process would take hours."""
 
@@ -64,11 +68,26 @@ def rank_complete(search: Search) -> list[Trial]:
     return sorted(complete, key=lambda trial: trial.value)
 
 
+def rank_recommended(search: Search) -> list[Trial]:
+    """As `rank_complete`, with the trial first that the tuner recommends."""
+    curves, ranked = search.runs.curves, rank_complete(search)
+    space: dict[str, BaseDistribution] = {
+        BATCH_SIZE: CategoricalDistribution(curves.batch_sizes),
+        D_COEF: FloatDistribution(curves.d_coefs[0], curves.d_coefs[-1], log=True),
+    }
+    records = [
+        replace(TrialRecord.read(frozen), params={BATCH_SIZE: own.batch_size, D_COEF: own.d_coef})
+        for frozen, own in zip(search.study.trials, (trial.configuration for trial in search.trials), strict=True)
+    ]
+    found = recommend(space, records, minimized=True, horizon=curves.length / 2)
+    return sorted(ranked, key=lambda trial: found is None or trial is not search.trials[found["trial"]])
+
+
 @dataclass(frozen=True)
 class OptunaSearch:
     """An Optuna sampler and pruner, over trials of one length."""
 
-    sampler: Callable[[int], BaseSampler]
+    sampler: Callable[[Task], BaseSampler]
     pruner: Callable[[], BasePruner] = optuna.pruners.NopPruner
     share: int = 60
     """A trial has a full run's length over this."""
@@ -85,9 +104,10 @@ class OptunaSearch:
         """The search after each trial."""
         # Hyperband derives a trial's bracket from the study's name.
         name = f"replay-{task.seed}"
-        study = optuna.create_study(study_name=name, sampler=self.sampler(task.seed), pruner=self.pruner())
+        study = optuna.create_study(study_name=name, sampler=self.sampler(task), pruner=self.pruner())
         if self.with_baseline:
-            study.enqueue_trial({"batch_size": BASELINE.batch_size, "d_coef": BASELINE.d_coef})
+            batch_size = task.curves.batch_sizes.index(BASELINE.batch_size) if self.ordered else BASELINE.batch_size
+            study.enqueue_trial({BATCH_SIZE: batch_size, D_COEF: BASELINE.d_coef})
         search = Search(study, Runs(task.curves), [])
         while search.runs.spent < task.budget and len(search.trials) < MAX_TRIALS:
             asked = study.ask()
@@ -105,16 +125,17 @@ class OptunaSearch:
 
     def _suggest(self, asked: optuna.Trial, curves: Curves) -> Configuration:
         if self.ordered:
-            batch_size = curves.batch_sizes[asked.suggest_int("batch_size", 0, len(curves.batch_sizes) - 1)]
+            batch_size = curves.batch_sizes[asked.suggest_int(BATCH_SIZE, 0, len(curves.batch_sizes) - 1)]
         else:
-            batch_size = asked.suggest_categorical("batch_size", curves.batch_sizes)
-        return Configuration(batch_size, asked.suggest_float("d_coef", curves.d_coefs[0], curves.d_coefs[-1], log=True))
+            batch_size = asked.suggest_categorical(BATCH_SIZE, curves.batch_sizes)
+        return Configuration(batch_size, asked.suggest_float(D_COEF, curves.d_coefs[0], curves.d_coefs[-1], log=True))
 
     def _run(self, search: Search, asked: optuna.Trial, trial: Trial, task: Task) -> None:
         """Report each loss, up to the end or until the trial is pruned."""
         curves, length = task.curves, task.curves.length // self.share
         losses = curves.losses(trial.configuration, task.train_seed).tolist()
         rising = curves.rising(trial.configuration, task.train_seed)
+        d = curves.d_at(trial.configuration, task.train_seed)
         for samples, loss, rises in zip(curves.points.tolist(), losses, rising, strict=True):
             trial.value = loss
             asked.report(loss, samples)
@@ -123,6 +144,7 @@ class OptunaSearch:
             trial.is_pruned = samples < length and not is_spared and asked.should_prune()
             if trial.is_pruned or samples >= length:
                 break
+        write_trial(asked, d=d[: curves.points.searchsorted(samples) + 1])
         search.runs.train(trial.configuration, task.train_seed, samples)
 
 

@@ -153,7 +153,7 @@ def test_better_trial_after_the_confirmation_needs_a_choice(runtime: Runtime, tm
     study = with_trials(tmp_path, 2.0, 1.0)
     write_confirmation(study, ConfirmationRequest(1, 2, 320, best=1), found(one(0, 2.0, 2.1), one(1, 1.0, 1.1)))
     study.add_trial(create_trial(value=0.5, params=study.trials[0].params, distributions=study.trials[0].distributions))
-    with pytest.raises(UserError, match=r"trial 2 is better .*--trial 2 or --trial 1 \(which won\)"):
+    with pytest.raises(UserError, match=r"trial 2 is recommended since .*--trial 2 or --trial 1 \(which won\)"):
         promote(study, runtime=runtime)
 
 

@@ -7,17 +7,10 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 
-from tuner.study.gaussian_process import (
-    GaussianProcessSampler,
-    choose,
-    expected_improvement,
-    feasibility,
-    features,
-    standardized,
-    values_at_end,
-)
+from tuner.study.coordinates import choose, features
+from tuner.study.gaussian_process import GaussianProcessSampler, feasibility
 
 BATCH_SIZES = (4, 8, 16, 32)
 DISTRIBUTIONS = [
@@ -49,8 +42,9 @@ def search(sampler: GaussianProcessSampler, num_trials: int, largest: int = 32, 
             trial.set_constraint("memory", 1.0)
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            value = loss(batch_size, d_coef)
-            study.tell(trial, value if direction == "minimize" else -value)
+            value = loss(batch_size, d_coef) * (1 if direction == "minimize" else -1)
+            trial.report(value, 100)
+            study.tell(trial, value)
     return study
 
 
@@ -109,30 +103,6 @@ def test_simultaneous_workers_get_different_proposals() -> None:
     asked = [study.ask(space).params for _ in range(3)]
     places = [[features(space[name], params[name])[0] for name in space] for params in asked]
     assert all(math.dist(one, other) > 0.02 for i, one in enumerate(places) for other in places[:i])
-
-
-def test_pruned_trial_is_projected_with_the_gain_of_complete_trials() -> None:
-    def trial(state: TrialState, value: float | None, reported: dict[int, float]) -> optuna.trial.FrozenTrial:
-        return create_trial(state=state, value=value, intermediate_values=reported)
-
-    complete = [
-        trial(TrialState.COMPLETE, end, {100: end + gain}) for end, gain in ((3.0, 1.0), (3.5, 2.0), (4.0, 1.2))
-    ]
-    pruned = [trial(TrialState.PRUNED, None, {100: 6.0}), trial(TrialState.PRUNED, None, {})]
-    values = values_at_end([*complete, *pruned])
-    assert values[:4] == [3.0, 3.5, 4.0, pytest.approx(4.8)]
-    assert math.isnan(values[4])
-
-
-def test_ruin_does_not_hide_the_differences_of_good_trials() -> None:
-    values = standardized([3.0, 3.1, 3.2, 3.3, 1e6])
-    assert values[1] - values[0] > 0.2
-
-
-def test_improvement_is_expected_where_it_is_unknown_or_near_the_best() -> None:
-    known, targets = np.array([[0.0], [0.2], [0.8], [1.0]]), standardized([4.0, 3.0, 3.2, 4.5])
-    between, at_best, at_worst = expected_improvement(known, targets, np.array([[0.4], [0.2], [1.0]]))
-    assert between > at_best > at_worst >= 0
 
 
 def test_feasibility_is_one_where_nothing_failed_and_none_where_it_did() -> None:

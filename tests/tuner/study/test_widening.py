@@ -17,7 +17,7 @@ from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from tuner import launch
 from tuner.spec.comparison import compare_specs
-from tuner.spec.setups import NotAChoice, count_val_samples, search_space, suggest
+from tuner.spec.setups import NotAChoice, count_val_samples, horizon, search_space, suggest
 from tuner.spec.study_toml import Choice, StudySpec
 from tuner.study import gaussian_process
 from tuner.study.launch import open_study
@@ -50,6 +50,7 @@ def run(study: optuna.Study, spec: StudySpec, num_trials: int) -> list[dict[str,
     for _ in range(num_trials):
         trial = study.ask()
         asked.append(suggest(trial, spec))
+        trial.report(loss(asked[-1]), 100)
         study.tell(trial, loss(asked[-1]))
     return asked
 
@@ -76,18 +77,19 @@ def test_gaussian_process_learns_from_the_trials_of_the_narrower_space(
     narrow, wide = build(**NARROW), build(**WIDE)
     before = run(open_study(narrow, url), narrow, 6)
     seen: list[np.ndarray[Any, Any]] = []
-    expected_improvement = gaussian_process.expected_improvement
 
-    def watch(known: Any, targets: Any, candidates: Any) -> Any:
-        seen.append(known)
-        return expected_improvement(known, targets, candidates)
+    class Watched(gaussian_process.HorizonModel):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            seen.append(self.inputs)
 
-    monkeypatch.setattr(gaussian_process, "expected_improvement", watch)
+    monkeypatch.setattr(gaussian_process, "HorizonModel", Watched)
     study = open_study(wide, url)
     after = run(study, wide, 3)
     assert [known.shape for known in seen] == [(6, 2), (7, 2), (8, 2)]
     # Coordinates are those of the wider space.
-    np.testing.assert_allclose(seen[0], gaussian_process.encode(dict(sorted(search_space(wide).items())), before))
+    ranked = sorted(before, key=loss)
+    np.testing.assert_allclose(seen[0], gaussian_process.encode(dict(sorted(search_space(wide).items())), ranked))
     assert any(params["train.batch_size"] == 32 or params["train.d_coef"] < 0.1 for params in after)
 
 
@@ -97,12 +99,13 @@ def test_numbers_are_chosen_as_from_a_list(name: str, url: str) -> None:
     spec = with_sampler(build(**WIDE), name)
     study = open_study(spec, url)
     asked = run(study, spec, 9)
-    plain = optuna.create_study(sampler=build_sampler(Choice(name=name), 0))
+    plain = optuna.create_study(sampler=build_sampler(Choice(name=name), 0, horizon(spec)))
     for params in asked:
         trial = plain.ask()
         batch_size = trial.suggest_categorical("train.batch_size", [4, 8, 16, 32])
         d_coef = trial.suggest_float("train.d_coef", 0.01, 10.0, log=True)
         assert params == {"train.batch_size": batch_size, "train.d_coef": d_coef}
+        trial.report(loss(params), 100)
         plain.tell(trial, loss(params))
     assert study.trials[0].distributions["train.batch_size"] == IntDistribution(4, 32)
 

@@ -1,0 +1,131 @@
+"""What short trials tell of a longer run: its optimal batch size is larger.
+
+The optimal batch size grows with the square root of a run's length (`GROWTH`). So a batch size of 32 is in a run of
+16 times a trial's length as good as 8 is in a trial; the other parameters are as good as they are in a trial. Over the
+curves in scripts/records this recommends better than the trials' own order, at all lengths of a trial; a model of all
+evaluations of the trials, and one that learns the growth from them, do no better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from scipy.special import ndtr
+
+from tuner.study.coordinates import choose, encode, features, log_range
+from tuner.study.record import Recommendation, TrialRecord
+from tuner.study.surrogate import Surrogate, standardized
+
+Floats = NDArray[np.float64]
+
+BATCH_SIZE = "train.batch_size"
+GROWTH = 0.5
+"""Exponent with which the optimal batch size grows with a run's length: 0.4 to 0.6 in the literature (Zhang et al.
+2024, Bergsma et al. 2025)."""
+MAX_TRIALS = 100
+"""Number of the best trials, and of the newest, that the model has: its time grows with the cube of the number."""
+
+
+class HorizonModel:
+    """A model of trials, of which at least one is comparable.
+
+    A pruned trial counts with its last value less the median gain of complete trials from that point to their end.
+
+    Args:
+        ended: Complete, pruned and infeasible trials.
+        running: They count as average trials, so that workers do not propose the same.
+        horizon: Length of the longer run, in the unit of the trials' points; None: that of a trial.
+    """
+
+    def __init__(
+        self,
+        space: Mapping[str, BaseDistribution],
+        ended: Sequence[TrialRecord],
+        *,
+        minimized: bool = True,
+        horizon: float | None = None,
+        running: Sequence[TrialRecord] = (),
+    ) -> None:
+        sign = 1.0 if minimized else -1.0
+        values = {number: sign * value for number, value in find_values(ended).items()}
+        by_value = sorted(values, key=values.__getitem__)
+        numbers = sorted({*by_value[:MAX_TRIALS], *list(values)[-MAX_TRIALS:]}, key=values.__getitem__)
+        trials = {trial.number: trial for trial in ended}
+        known = [trials[number] for number in numbers]
+        self.tried = [trial for trial in known if is_comparable(trial)]
+        """The complete ones, the best first."""
+        end = max(max(trial.curve) for trial in self.tried)
+        self.growth = max(horizon / end, 1.0) ** GROWTH if horizon else 1.0
+        self.surrogate = Surrogate(
+            encode(space, [trial.params for trial in (*known, *running)]),
+            np.append(standardized([values[number] for number in numbers]), np.zeros(len(running))),
+            build_shift(space, self.growth),
+        )
+        self.inputs = encode(space, [trial.params for trial in self.tried])
+        self._mean, self._covariance = self.surrogate.predict(self.inputs)
+
+    @property
+    def best(self) -> TrialRecord:
+        """The tried one with the lowest mean in the longer run."""
+        return self.tried[int(self._mean.argmin())]
+
+    def recommend(self) -> Recommendation:
+        chosen = int(self._mean.argmin())
+        covariance = self._covariance
+        variance = covariance[chosen, chosen] + covariance[0, 0] - 2 * covariance[chosen, 0]
+        better = (self._mean[0] - self._mean[chosen]) / math.sqrt(max(variance, 1e-12))
+        return Recommendation(
+            trial=self.tried[chosen].number,
+            best=self.tried[0].number,
+            probability=float(ndtr(better)),
+            growth=self.growth,
+        )
+
+
+def recommend(
+    space: Mapping[str, BaseDistribution], trials: Sequence[TrialRecord], *, minimized: bool, horizon: float | None
+) -> Recommendation | None:
+    """The trial to promote; None where a longer run is not known to change anything: no batch size is searched on a log
+    scale, or the horizon is not known in the unit of the trials."""
+    with_space = [trial for trial in trials if space.keys() <= trial.params.keys()]
+    if not log_range(space.get(BATCH_SIZE)) or horizon is None or not any(map(is_comparable, with_space)):
+        return None
+    ended = [trial for trial in with_space if trial.is_finished and trial.state != "failed"]
+    return HorizonModel(space, ended, minimized=minimized, horizon=horizon).recommend()
+
+
+def is_comparable(trial: TrialRecord) -> bool:
+    """Whether it may be recommended: it is complete and feasible, and has a finite value."""
+    return trial.state == "complete" and trial.is_feasible and bool(trial.curve) and math.isfinite(trial.value or 0.0)
+
+
+def find_values(ended: Sequence[TrialRecord]) -> dict[int, float]:
+    """The values of feasible trials at their end, by number; estimated for pruned ones."""
+    complete, values = [trial for trial in ended if is_comparable(trial)], {}
+    for trial in ended:
+        if not trial.is_feasible or not trial.curve:
+            continue
+        last = max(trial.curve)
+        value = trial.curve[last] if trial.value is None else trial.value
+        if trial.state == "pruned":
+            gains = [each.curve[last] - (each.value or 0.0) for each in complete if last in each.curve]
+            value -= median(gains) if gains else 0.0
+        if math.isfinite(value):
+            values[trial.number] = value
+    return values
+
+
+def build_shift(space: Mapping[str, BaseDistribution], growth: float) -> Floats:
+    """[coordinates]: the growth of the batch size as a share of its range; 0 for the others."""
+    shift: list[float] = []
+    for name, distribution in space.items():
+        if name == BATCH_SIZE and log_range(distribution):
+            shift.append(math.log(growth) / log_range(distribution))
+        else:
+            shift += [0.0] * len(features(distribution, choose(distribution, 0.0)))
+    return np.array(shift)
