@@ -88,7 +88,7 @@ class WandbTracker(BackgroundTracker):
         # Not W&B's own step, which drops what a run that was killed writes about a step again.
         run.define_metric("*", step_metric="step")
         id_file.write_text(run.id)
-        if run.url:
+        if not run.offline:
             log.info("curves: %s", run.url)
         return run
 

@@ -76,7 +76,7 @@ def read_wandb(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {"history": [], "summary": {}}
     (file,) = folder.glob("run-*.wandb")
-    # LevelDB's log format: a header of 7 bytes, then records, each with a checksum (4 bytes), its length (2), a type (1).
+    # LevelDB's log: a header of 7 bytes, then records, each with a checksum (4 bytes), its length (2) and a type (1).
     data = file.read_bytes()[7:]
     while len(data) > 7:
         size = int.from_bytes(data[4:6], "little")

@@ -117,6 +117,24 @@ def status(
         print_status(StudyRecord.read(load_study(study, opened)))
 
 
+def report(
+    study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="The .html file to write.", show_default=False)],
+    storage: Storage = None,
+) -> None:
+    """Write a study as one HTML file to send to somebody: leaderboard, plots, full runs, samples.
+
+    Example: tuner report indextts2-ko --to study.html
+    """
+    from trainer.units import format_bytes
+    from tuner.show.report import write_report
+    from tuner.study.record import StudyRecord
+    from tuner.study.storage import load_study, open_storage
+
+    path = write_report(StudyRecord.read(load_study(study, open_storage(storage, must_exist=True))), to)
+    print(f"{path}: {format_bytes(path.stat().st_size)}")
+
+
 def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8080,
     host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
