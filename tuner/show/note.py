@@ -33,7 +33,7 @@ MAX_RANKED = 15
 MAX_INFEASIBLE = 8
 MAX_FULL_RUNS = 8
 MAX_REASON = 160
-LEFT_ALIGNED = ("parameters", "remarks", "state", "folder")
+LEFT_ALIGNED = ("parameters", "remarks", "state", "folder", "continued from", "code")
 """Headings of the columns of text."""
 
 FENCE = "*Above: written by tuner after each trial. Below: yours, and it stays.*"
