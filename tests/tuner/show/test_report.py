@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Command
-from tests.tuner.studies_for_tests import finished_study
+from tests.tuner.studies_for_tests import HTML, finished_study
 from tuner.show import report
+from tuner.show.plotly_json import Figure
 from tuner.show.plots import parameter_importance
 from tuner.show.report import MARK, render_report
 from tuner.study.record import StudyRecord
@@ -53,6 +54,10 @@ def test_report_loads_nothing_and_takes_no_text_as_html(record: StudyRecord) -> 
     assert [source.partition(",")[0] for source in sources] == ["data:audio/wav;base64"]
     assert [attrs.keys() for tag, attrs in tags if tag == "script"] == [{"nonce"}, {"nonce"}]
     assert not [tag for tag, attrs in tags if tag in ("img", "link", "iframe") or any(n[:2] == "on" for n in attrs)]
+
+
+def test_text_of_a_plot_cannot_end_its_script() -> None:
+    assert report._scripts({"plot": Figure([{"text": HTML}], {})}, "nonce").count("</script>") == 2
 
 
 def test_samples_beyond_the_cap_are_counted(record: StudyRecord, monkeypatch: pytest.MonkeyPatch) -> None:
