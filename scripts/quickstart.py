@@ -17,6 +17,7 @@ from rich.table import Table
 from studies.korean_demo.corpus import make_corpus
 from trainer import TrainResult, UserError
 from trainer.clock import clock
+from trainer.trackers import installed_trackers
 from trainer.tracking import Tracker
 from tuner import launch, open_study, promote
 from tuner.cli.terminal import stop_on_signals
@@ -81,7 +82,8 @@ def main() -> None:
 
     show_results(console, StudyRecord.read(study), reruns, full)
     console.print(f"\nDone in {clock(time.monotonic() - started)}. To look further:")
-    for command in (f"tuner status {spec.study.name}", "tuner dashboard", f"aim up --repo {arguments.run_root}"):
+    viewers = [kind.viewer(arguments.run_root) for kind in installed_trackers(spec.track.to)]
+    for command in (f"tuner status {spec.study.name}", "tuner dashboard", *viewers):
         console.print(f"  .venv/bin/{command}")
 
 

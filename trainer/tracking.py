@@ -1,4 +1,4 @@
-"""Trackers receive a run's figures. They never stop or slow training: Aim has a thread of its own."""
+"""Trackers receive a run's figures. They never stop or slow training: each writes from a thread of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import queue
 import shlex
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -60,14 +61,11 @@ class Trackers:
                     tracker.close()
 
 
-class AimTracker:
-    """Writes to an Aim repository from a thread. If Aim fails, it warns once, and training continues without it.
-
-    A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are texts named
-    `checkpoint`. A run directory stores the hash of its Aim run, so that a resumed run continues the same curves.
+class BackgroundTracker(ABC):
+    """Writes from a thread. If that fails, it warns once, and training continues without it.
 
     Args:
-        repo: Folder of the Aim repository; created if missing.
+        root: Folder of all runs, for what a tracker stores about several of them.
         run_dir: The training run's directory.
         experiment: The group of the run, such as the study's name.
         params: Hyperparameters and lineage shown with the run.
@@ -75,32 +73,42 @@ class AimTracker:
 
     CAPACITY = 10_000
     PATIENCE_S = 10.0
+    NAME: str
+    """As the log has it."""
 
-    def __init__(self, repo: Path, *, run_dir: Path, experiment: str, params: Mapping[str, Any]) -> None:
-        self._repo, self._run_dir, self._experiment, self._params = repo, run_dir, experiment, params
+    def __init__(self, root: Path, *, run_dir: Path, experiment: str, params: Mapping[str, Any]) -> None:
+        self._root, self._run_dir, self._experiment, self._params = root, run_dir, experiment, params
         self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(self.CAPACITY)
-        # A daemon: Aim's close can hang on a damaged repository, and must not keep the process alive.
-        self._thread = threading.Thread(target=self._work, name="aim", daemon=True)
+        # A daemon: a close can hang (Aim's on a damaged repository), and must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name=self.NAME, daemon=True)
         self._started = False
+        self._first_step = 0
+
+    @staticmethod
+    @abstractmethod
+    def viewer(root: Path) -> str:
+        """The command that shows the curves of all runs."""
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """The run to write to; the run directory exists."""
+
+    @abstractmethod
+    def _write(self, run: Any, values: Mapping[str, float], step: int) -> None:
+        """Write figures by name."""
+
+    @abstractmethod
+    def _write_checkpoint(self, run: Any, name: str, step: int) -> None: ...
+
+    @abstractmethod
+    def _close(self, run: Any) -> None: ...
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
-        def write(run: Any) -> None:
-            for name, value in values.items():
-                subset, _, metric = name.partition("/")
-                run.track(value, name=metric, step=step, context={"subset": subset})
-            run.track(samples, name="samples", step=step)
-
-        self._put(write)
+        figures = {**values, "samples": samples}
+        self._put(lambda run: self._write(run, figures, step), step)
 
     def checkpoint(self, name: str, *, step: int) -> None:
-        def write(run: Any) -> None:
-            from aim.sdk.objects.text import Text
-
-            text: Any = Text
-            run.track(text(name), name="checkpoint", step=step, context={"file": name})
-            run["checkpoints", name] = step
-
-        self._put(write)
+        self._put(lambda run: self._write_checkpoint(run, name, step), step)
 
     def close(self) -> None:
         if not self._started:
@@ -111,11 +119,14 @@ class AimTracker:
             return
         self._thread.join(self.PATIENCE_S)
         if self._thread.is_alive():
-            log.warning("Aim did not finish writing within %.0f s; the run's other files are whole", self.PATIENCE_S)
+            log.warning(
+                "%s did not finish writing within %.0f s; the run's other files are whole", self.NAME, self.PATIENCE_S
+            )
 
-    def _put(self, write: Callable[[Any], None]) -> None:
+    def _put(self, write: Callable[[Any], None], step: int) -> None:
         if not self._started:
-            # Started with the first write, so that a refused run leaves no trace in Aim.
+            # Started with the first write, so that a refused run leaves no trace.
+            self._first_step = step
             self._thread.start()
             self._started = True
         with suppress(queue.Full):
@@ -126,19 +137,46 @@ class AimTracker:
             run = self._open()
             while (write := self._queue.get()) is not None:
                 write(run)
-            run.close()
-            _index_run(run)
-        # No failure of Aim (a locked repository, a full disk, a version that it can't read) may end a run of days.
+            self._close(run)
+        # No failure of a tracker (a locked repository, a full disk, no network) may end a run of days.
         except Exception as error:
-            log.warning("Aim stopped tracking (%s: %s); training continues without it", type(error).__name__, error)
+            log.warning(
+                "%s stopped tracking (%s: %s); training continues without it", self.NAME, type(error).__name__, error
+            )
+
+
+class AimTracker(BackgroundTracker):
+    """Writes to the Aim repository in `root`, which is created if missing.
+
+    A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are texts named
+    `checkpoint`. A run directory stores the hash of its Aim run, so that a resumed run continues the same curves.
+    """
+
+    NAME = "Aim"
+
+    @staticmethod
+    def viewer(root: Path) -> str:
+        return f"aim up --repo {shlex.quote(str(root))}"
+
+    def _write(self, run: Any, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            subset, _, metric = name.rpartition("/")
+            run.track(value, name=metric, step=step, context={"subset": subset} if subset else None)
+
+    def _write_checkpoint(self, run: Any, name: str, step: int) -> None:
+        from aim.sdk.objects.text import Text
+
+        text: Any = Text
+        run.track(text(name), name="checkpoint", step=step, context={"file": name})
+        run["checkpoints", name] = step
 
     def _open(self) -> Any:
         """The Aim run that the run directory names, else a new one."""
-        self._repo.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(parents=True, exist_ok=True)
         stored_hash = aim_run(self._run_dir)
-        run = _reopen_run(self._repo, stored_hash) if stored_hash else None
+        run = _reopen_run(self._root, stored_hash) if stored_hash else None
         if run is None:
-            run = _new_run(self._repo)
+            run = _new_run(self._root)
             if stored_hash:
                 run["continues"] = stored_hash
         run.experiment, run.name = self._experiment, self._run_dir.name
@@ -147,6 +185,10 @@ class AimTracker:
         (self._run_dir / AIM_RUN).write_text(run.hash)
         return run
 
+    def _close(self, run: Any) -> None:
+        run.close()
+        _index_run(run)
+
 
 def aim_run(run_dir: Path) -> str | None:
     """Hash of the Aim run of a run directory; None if there is none (yet)."""
@@ -154,11 +196,6 @@ def aim_run(run_dir: Path) -> str | None:
         return (run_dir / AIM_RUN).read_text().strip() or None
     except FileNotFoundError:
         return None
-
-
-def aim_command(repo: Path) -> str:
-    """The command that opens the repository in a browser."""
-    return f"aim up --repo {shlex.quote(str(repo))}"
 
 
 def _reopen_run(repo: Path, run_hash: str) -> Any | None:

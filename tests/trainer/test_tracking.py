@@ -14,7 +14,7 @@ import pytest
 
 from tests.toy import Toy
 from trainer import TrainConfig, train
-from trainer.tracking import AimTracker, aim_command, aim_run
+from trainer.tracking import AimTracker, aim_run
 
 # Aim's own code leaves files to the garbage collector and calls deprecated functions.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -144,7 +144,7 @@ def test_file_handles_do_not_grow_with_the_number_of_runs(tmp_path: Path) -> Non
 
 
 def test_printed_aim_command_can_be_pasted() -> None:
-    assert aim_command(Path("my runs")) == "aim up --repo 'my runs'"
+    assert AimTracker.viewer(Path("my runs")) == "aim up --repo 'my runs'"
 
 
 @pytest.fixture

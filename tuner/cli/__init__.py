@@ -52,6 +52,7 @@ def options(
 for command in (
     study.launch,
     study.status,
+    study.report,
     study.dashboard,
     study.promote,
     training.train,

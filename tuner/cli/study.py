@@ -48,7 +48,7 @@ def launch(
     seconds = parse_duration(timeout) if timeout else None
     from rich.console import Console
 
-    from trainer.tracking import aim_command
+    from trainer.trackers import installed_trackers
     from tuner import Runtime, StudySpec, api, open_study
     from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.spec.overrides import parse_overrides
@@ -78,9 +78,9 @@ def launch(
             raise typer.Exit(STOPPED)
     at = f" --storage {storage}" if storage else ""
     root = f" --run-root {run_root}" if run_root != Path("runs") else ""
-    aim = f" | {aim_command(run_root)}" if track else ""
+    viewers = [f" | {kind.viewer(run_root)}" for kind in installed_trackers(study_spec.track.to if track else ())]
     console.print(
-        f"Next: tuner status {name}{at} | tuner dashboard{at} | tuner promote {name}{at}{root}{aim}",
+        f"Next: tuner status {name}{at} | tuner dashboard{at} | tuner promote {name}{at}{root}{''.join(viewers)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -115,6 +115,24 @@ def status(
         print(to_json(status(StudyRecord.read(load_study(study, opened))), indent=1))
     else:
         print_status(StudyRecord.read(load_study(study, opened)))
+
+
+def report(
+    study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="The .html file to write.", show_default=False)],
+    storage: Storage = None,
+) -> None:
+    """Write a study as one HTML file to send to somebody: leaderboard, plots, full runs, samples.
+
+    Example: tuner report indextts2-ko --to study.html
+    """
+    from trainer.units import format_bytes
+    from tuner.show.report import write_report
+    from tuner.study.record import StudyRecord
+    from tuner.study.storage import load_study, open_storage
+
+    path = write_report(StudyRecord.read(load_study(study, open_storage(storage, must_exist=True))), to)
+    print(f"{path}: {format_bytes(path.stat().st_size)}")
 
 
 def dashboard(

@@ -40,8 +40,8 @@ Spec = Annotated[Path, typer.Argument(help="A study.toml.", show_default=False)]
 Storage = Annotated[
     str | None, typer.Option(help=r"Database URL. \[default: $TUNER_STORAGE, else sqlite:///runs/tuner.db]")
 ]
-RunRoot = Annotated[Path, typer.Option(help="Folder of all run directories and the Aim repository.")]
-Track = Annotated[bool, typer.Option("--track/--no-track", help="Track the run with Aim.")]
+RunRoot = Annotated[Path, typer.Option(help="Folder of all run directories and of the trackers' files.")]
+Track = Annotated[bool, typer.Option("--track/--no-track", help=r"Write to the trackers of \[track].")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override section.key=value, for example train.batch_size=16.")
 ]

@@ -27,9 +27,9 @@ CLOCK_SKEW_S = 300.0
 
 def check_python(running: tuple[int, ...] = sys.version_info[:3]) -> Check:
     name = ".".join(map(str, running))
-    if running[:2] in ((3, 11), (3, 12)):
+    if (3, 11) <= running[:2] <= (3, 14):
         return Check("python", "ok", name)
-    return Check("python", "fail", f"{name}: Aim has no package for it", "use Python 3.11 or 3.12")
+    return Check("python", "fail", f"{name} is not supported", "use Python 3.11 to 3.14")
 
 
 def check_own() -> Check:

@@ -34,18 +34,18 @@ MAX_RANKED = 15
 MAX_INFEASIBLE = 8
 MAX_FULL_RUNS = 8
 MAX_REASON = 160
-LEFT_ALIGNED = ("parameters", "remarks", "state", "folder")
+LEFT_ALIGNED = ("parameters", "remarks", "state", "folder", "continued from", "code")
 """Headings of the columns of text."""
 
 FENCE = "*Above: written by tuner after each trial. Below: yours, and it stays.*"
 """Separates the note from the user's own text. Stored notes are found by it: it must never change."""
 
 
-def study_note(record: StudyRecord, promote: str, files: Mapping[str, str]) -> str:
+def study_note(record: StudyRecord, promote: str | None, files: Mapping[str, str]) -> str:
     """The note of a study.
 
     Args:
-        promote: The command that starts or continues the full run.
+        promote: The command that starts or continues the full run; None for readers who can't run it.
         files: Addresses of the files to download, by name.
     """
     links = ", ".join(f"[{escape(name)}]({address})" for name, address in files.items())
@@ -56,7 +56,7 @@ def study_note(record: StudyRecord, promote: str, files: Mapping[str, str]) -> s
         _confirmation(record),
         _infeasible(record),
         _full_runs(record),
-        "### Promote\n\n" + _promotion(record, promote),
+        "" if promote is None else "### Promote\n\n" + _promotion(record, promote),
         f"### Files\n\n{links}" if files else "",
         f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
     ]
@@ -71,10 +71,37 @@ def full_note(record: StudyRecord, promote: str) -> str:
 
 
 def with_own_text(note: str, before: str) -> str:
-    """The new note in place of the earlier one, with the user's text below; without a fence all text is the user's."""
-    _, fence, own = before.partition(FENCE)
-    own = own if fence else before
-    return f"{note}\n\n---\n\n{FENCE}" + (f"\n\n{own.strip()}" if own.strip() else "")
+    """The new note in place of the earlier one, with the user's text below."""
+    own = own_text(before)
+    return f"{note}\n\n---\n\n{FENCE}" + (f"\n\n{own}" if own else "")
+
+
+def own_text(note: str) -> str:
+    """The user's text in a stored note; without a fence all of it is."""
+    _, fence, own = note.partition(FENCE)
+    return (own if fence else note).strip()
+
+
+def lineage(record: StudyRecord) -> str:
+    """Where each full run comes from, as a table; and the data."""
+    data = "" if record.num_samples is None else f"{record.num_samples:,} samples of training data"
+    data += f", digest {escape(record.data_digest[:12])}" if data and record.data_digest else ""
+    if not record.promotions:
+        return f"### Lineage\n\n{data}" if data else ""
+    cells = [
+        [
+            promotion.get("trial"),
+            format_params(promotion.get("params", {})),
+            f"{promotion['value']:.4f}" if "value" in promotion else "",
+            promotion.get("continued_from") or "step 0",
+            promotion.get("continued_at", ""),
+            promotion.get("started", ""),
+            promotion.get("code_version", ""),
+        ]
+        for promotion in record.promotions
+    ]
+    headings = ["trial", "parameters", record.metric, "continued from", "at step", "started", "code"]
+    return f"### Lineage\n\n{_table(headings, cells)}\n\n{data}"
 
 
 def promote_command(record: StudyRecord, run_root: Path, folder: Path | None = None) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from optuna.importance import get_param_importances
+
 from trainer.config import TrainConfig
 from tuner.show.plotly_json import (
     FULL_RUN,
@@ -23,6 +25,8 @@ from tuner.show.table import format_params, format_value, short_name, trial_mark
 from tuner.study.record import StudyRecord, TrialRecord
 
 MAX_CURVES, MAX_POINTS = 40, 200
+MIN_FOR_IMPORTANCE = 4
+"""Complete trials."""
 D_RISING = "d still rises"
 OFF_SCALE = ("infeasible", "failed")
 """Roles whose values must not be compared with others."""
@@ -149,6 +153,30 @@ def loss_and_hours(record: StudyRecord) -> Figure | None:
     x = pad_axis(build_axis(f"projected {unit} of the full run"), list(map(duration, timed)))
     points = _points(record, timed, duration, lambda t: t.value)
     return build_figure("Loss against time", [line, *points], x, build_axis(record.metric))
+
+
+def parameter_importance(record: StudyRecord) -> Figure | None:
+    """How much each parameter decides whether a trial is among the best, by Optuna's PED-ANOVA.
+
+    It leaves out a parameter whose range changed during the study. The dashboard has its own.
+    """
+    if len(record.ranked) < MIN_FOR_IMPORTANCE:
+        return None
+    shares = get_param_importances(record.study)
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "name": "importance",
+        "x": [rounded(share) for share in shares.values()],
+        "y": [escape(short_name(name)) for name in shares],
+        "marker": {"color": STYLES[FULL_RUN].colour},
+        "hoverinfo": "x",
+    }
+    y = {**build_axis(""), "type": "category", "autorange": "reversed"}
+    left_out = [short_name(name) for name in record.spec["search"] if name not in shares]
+    title = f"Parameter importance, by {len(record.ranked)} trials"
+    title += f"; without {', '.join(left_out)}, whose range changed" if left_out else ""
+    return build_figure(title, [bars], build_axis("share"), y, showlegend=False)
 
 
 def _over_one_parameter(record: StudyRecord, name: str) -> Figure | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from trainer.config import TrainConfig
+from trainer.trackers import TrackerName
 from trainer.workload import Workload
 from tuner.spec.search import Choices, list_types, split_key
 from tuner.spec.study_toml import StudySpec
@@ -25,10 +26,11 @@ DEFAULT_VAL_SAMPLES = 100
 
 @dataclass(frozen=True)
 class Setup:
-    """The arguments of `train()`: the workload with its options, and the configuration."""
+    """The arguments of `train()`: the workload with its options, and the configuration; and the trackers."""
 
     workload: Workload
     config: TrainConfig
+    trackers: Sequence[TrackerName] = ()
 
 
 def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
@@ -146,7 +148,7 @@ def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Se
         probe = spec.build_config({**train, "steps": 1})
         samples = spec.full.samples or (spec.full.steps or 0) * probe.effective_batch_size
         values["eval_every"] = max(1, samples // 100)
-    return Setup(spec.build_workload(options), spec.build_config({**values, **changes}))
+    return Setup(spec.build_workload(options), spec.build_config({**values, **changes}), spec.track.to)
 
 
 def trial_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Setup:
@@ -162,7 +164,7 @@ def trial_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> S
         "eval_unit": spec.trial.unit,
         "keep_checkpoints": 1,
     }
-    return Setup(full.workload, spec.build_config({**values, **changes}))
+    return Setup(full.workload, spec.build_config({**values, **changes}), spec.track.to)
 
 
 def _overlay(spec: StudySpec, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -27,6 +27,7 @@ from trainer.config import (
     role_of,
 )
 from trainer.errors import UserError
+from trainer.trackers import TrackerName
 from trainer.workload import Workload
 from tuner.spec.mistakes import describe_unknown_key, explain
 from tuner.spec.overrides import apply_override
@@ -132,6 +133,12 @@ class FullSection(Section):
         return {"samples": self.samples} if self.samples is not None else {"steps": self.steps or 0}
 
 
+class TrackSection(Section):
+    """Where the figures of all runs are written."""
+
+    to: list[TrackerName] = Field(default=["aim"])
+
+
 class StudySpec(Section):
     """A whole study.toml."""
 
@@ -145,6 +152,7 @@ class StudySpec(Section):
     sampler: Choice = Choice(name="gp")
     pruner: Choice = Choice(name="median")
     full: FullSection
+    track: TrackSection = TrackSection()
     base_dir: Path = Path()
     """Folder of the study.toml: relative paths start here, and the workload's module may be here."""
 

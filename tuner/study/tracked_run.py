@@ -17,7 +17,8 @@ from typing import Any
 import optuna
 
 from trainer import Evaluation, TrainResult, train
-from trainer.tracking import AimTracker, Tracker, Trackers, aim_command, aim_run
+from trainer.trackers import installed_trackers
+from trainer.tracking import Tracker, Trackers, aim_run
 from trainer.workload import Workload
 from tuner.spec.setups import Setup
 from tuner.spec.workloads import folder_digest
@@ -37,7 +38,7 @@ class Runtime:
 
     run_root: Path = Path("runs")
     track: bool = True
-    """Write to the Aim repository in `run_root`."""
+    """Write to the trackers of the spec's [track]."""
     stop: Callable[[], bool] = lambda: False
     """Called at every step boundary; True ends the run there with a checkpoint."""
 
@@ -57,21 +58,20 @@ def tracked_train(
     resume: str | Path = "auto",
     init: Path | None = None,
 ) -> TrainResult:
-    """Calls `train()`, logs to `run_dir/train.log`, and tracks the run in Aim."""
+    """Calls `train()`, logs to `run_dir/train.log`, and tracks the run as the spec's [track] says."""
     lineage = {**lineage, "code_version": code_version()}
-    if runtime.track:
-        # The study by name and the trial by number: both stay valid if the study is copied to another storage.
-        params: dict[str, Any] = {
-            **{key: lineage[key] for key in ("study", "trial") if key in lineage},
-            "train": setup.config.model_dump(mode="json"),
-            "workload": setup.workload.model_dump(mode="json"),
-            "lineage": lineage,
-        }
-        aim = AimTracker(runtime.run_root, run_dir=run_dir, experiment=experiment, params=params)
-        trackers = [*trackers, aim]
+    # The study by name and the trial by number: both stay valid if the study is copied to another storage.
+    params: dict[str, Any] = {
+        **{key: lineage[key] for key in ("study", "trial") if key in lineage},
+        "train": setup.config.model_dump(mode="json"),
+        "workload": setup.workload.model_dump(mode="json"),
+        "lineage": lineage,
+    }
     with log_file(run_dir):
-        if runtime.track:
-            log.info("curves: %s", aim_command(runtime.run_root))
+        for kind in installed_trackers(setup.trackers) if runtime.track else ():
+            log.info("curves: %s", kind.viewer(runtime.run_root))
+            tracker = kind(runtime.run_root, run_dir=run_dir, experiment=experiment, params=params)
+            trackers = [*trackers, tracker]
         return train(
             setup.workload,
             setup.config,

@@ -28,9 +28,9 @@ def executable(folder: Path, name: str) -> Path:
     return path
 
 
-def test_python_without_aim_fails() -> None:
-    assert check_python((3, 12, 1)).state == "ok"
-    assert check_python((3, 13, 0)).state == "fail"
+def test_python_without_packages_fails() -> None:
+    assert check_python((3, 14, 1)).state == "ok"
+    assert check_python((3, 15, 0)).state == "fail"
 
 
 def test_trainer_of_another_distribution_fails(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import optuna
 import pytest
 
-from tests.tuner.studies_for_tests import build
-from trainer.tracking import AimTracker, aim_run
-from tuner import launch, promote
+from tests.tuner.studies_for_tests import build, values
+from trainer.tracking import AimTracker, BackgroundTracker, aim_run
+from tuner import StudySpec, launch, promote
 from tuner.spec.workloads import folder_digest, load_workload_class
 from tuner.study.tracked_run import Runtime, code_digest
 
@@ -40,6 +40,18 @@ def test_trials_and_full_runs_and_their_aim_runs_name_each_other(
         assert (run.experiment, run.name, run["study"], run["trial"]) == ("toy", name, "toy", number)
         assert run["train", "batch_size"] == trial.params["train.batch_size"]
         assert "sqlite" not in str(run[...]), "the link must hold in another storage too"
+
+
+def test_runs_are_written_to_the_trackers_of_the_spec_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(BackgroundTracker, "PATIENCE_S", 300.0)
+    given = {**values(**{"trial.num_trials": 1}), "track": {"to": ["tensorboard"]}}
+    spec, runtime = StudySpec.build(given, base_dir=tmp_path), Runtime(tmp_path / "runs")
+    study = launch(spec, storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+    promote(study, runtime=runtime)
+    for name in ("trial-00000", "full-trial-00000"):
+        assert len(list((tmp_path / "runs" / "toy" / name).glob("events.out.tfevents.*"))) == 1
+    assert not (tmp_path / "runs" / ".aim").exists()
 
 
 def test_without_tracking_there_is_no_aim_run(tmp_path: Path, runtime: Runtime) -> None:
