@@ -60,6 +60,7 @@ for command in (
     training.bench,
     setup.new,
     setup.doctor,
+    setup.notify,
 ):
     app.command()(command)
 

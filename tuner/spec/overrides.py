@@ -9,7 +9,7 @@ from typing import Any
 from trainer.errors import UserError
 from tuner.spec.search import split_key
 
-SECTIONS = ("train", "workload", "full", "trial", "study")
+SECTIONS = ("train", "workload", "full", "trial", "study", "notify", "hooks")
 LENGTHS = ("steps", "samples", "seconds")
 
 
@@ -33,7 +33,7 @@ def apply_override(values: dict[str, Any], key: str, value: Any) -> None:
     """Set one key. A length replaces the section's other lengths: only one of them may be set."""
     section, name = split_key(key)
     if section not in SECTIONS:
-        raise UserError(f"--set {key}: the sections are train, workload, full, trial and study.")
+        raise UserError(f"--set {key}: the sections are {', '.join(SECTIONS)}.")
     if section in ("full", "trial") and name in LENGTHS:
         for other in LENGTHS:
             values.get(section, {}).pop(other, None)
