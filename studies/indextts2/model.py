@@ -204,7 +204,7 @@ class IndexTTS2GPT(nn.Module):
         }
         if not self.training:
             # A filling entry's target is no code, so it never counts as a hit.
-            chunks = zip(mel.split(EVAL_ROWS), torch.split(inputs["mel_targets"], EVAL_ROWS), strict=True)
+            chunks = zip(torch.split(mel, EVAL_ROWS), torch.split(inputs["mel_targets"], EVAL_ROWS), strict=True)
             hits = [(self.mel_head(part).argmax(-1) == target).float().sum() for part, target in chunks]
             sums["mel_top1"] = torch.stack(hits).sum()
         return sums

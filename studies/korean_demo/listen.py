@@ -128,6 +128,7 @@ def main(command_line: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the .wav files")
     parser.add_argument("--index", type=int, default=0, help="of the validation sentence")
     arguments = parser.parse_args(command_line)
+    torch.set_num_threads(1)  # the training has the cores
     try:
         metrics = listen(arguments.checkpoint, arguments.out, arguments.index)
     except UserError as error:
