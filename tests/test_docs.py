@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -95,10 +95,10 @@ def check_keys(model: type[BaseModel], names: set[str], heading: str) -> None:
             assert found == json.dumps(default) or float(found) == default, f"{heading} {name}: {found}, not {default}"
 
 
-@pytest.mark.parametrize("name", ["study", "trial", "full"])
+@pytest.mark.parametrize("name", ["study", "trial", "full", "notify", "hooks"])
 def test_keys_of_the_section_are_documented_with_their_defaults(name: str) -> None:
-    model = StudySpec.model_fields[name].annotation
-    assert model is not None
+    annotation = StudySpec.model_fields[name].annotation
+    model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type))
     check_keys(model, set(model.model_fields), f"[{name}]")
 
 

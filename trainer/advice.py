@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from trainer.device_monitor import GPU_UTILIZATION
 
+GPU_IDLE = "gpu_idle"
+"""Kind of the warning about an idle GPU."""
 BUSY = 0.8
 """A GPU that is busy for a smaller share of the time counts as idle."""
 IDLE_SECONDS = 180.0
@@ -63,11 +65,11 @@ class Advice:
         self._seconds = self._busy = self._waited = 0.0
         self._judging_load = True
 
-    def check_interval(self, values: Mapping[str, float], *, step: int, seconds: float) -> list[str]:
-        """Returns the warnings after a log interval that took `seconds` and ends at `step`."""
+    def check_interval(self, values: Mapping[str, float], *, step: int, seconds: float) -> dict[str, str]:
+        """Returns the warnings, by kind, after a log interval that took `seconds` and ends at `step`."""
         self._intervals += 1
-        warnings = [self._check_load(values, seconds), self._check_loss(values, step)]
-        return [text for text in warnings if text is not None]
+        warnings = {GPU_IDLE: self._check_load(values, seconds), "loss_not_falling": self._check_loss(values, step)}
+        return {kind: text for kind, text in warnings.items() if text is not None}
 
     def _check_load(self, values: Mapping[str, float], seconds: float) -> str | None:
         # The first interval holds compilation and warm-up, when the GPU must idle.

@@ -203,10 +203,18 @@ def list_steps(run_dir: Path) -> list[Path]:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. A context manager: its exit waits for the last write."""
+    """The checkpoints of one run directory. A context manager: its exit waits for the last write.
 
-    def __init__(self, run_dir: Path, *, keep: int) -> None:
-        self.run_dir, self.keep = run_dir, keep
+    Args:
+        keep: Number of states to keep.
+        on_written: Called with path, kind ("best" or "state") and step once a file is whole, before a later one may
+            replace or delete it.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, keep: int, on_written: Callable[[Path, str, int], None] = lambda path, kind, step: None
+    ) -> None:
+        self.run_dir, self.keep, self._on_written = run_dir, keep, on_written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
         for incomplete in run_dir.glob("*.tmp"):
@@ -253,6 +261,8 @@ class Checkpoints:
             write_checkpoint(kept, first)
             for other in others:
                 _link_alias(first, other)
+            for path in (first, *others):
+                self._on_written(path, "best", kept["step"])
 
         self._submit(state, write)
 
@@ -277,6 +287,7 @@ class Checkpoints:
         write_checkpoint(state, path)
         for name in aliases:
             _link_alias(path, self.run_dir / name)
+        self._on_written(path, "state", state["step"])
         steps = list_steps(self.run_dir)
         # Later states are damaged, or of a decay that this run has left.
         later = steps[steps.index(path) + 1 :]

@@ -54,8 +54,9 @@ class Reporter:
             values["train/seconds_left"] = max(0.0, config.seconds - progress.seconds)
         log.info("%s", log_line(progress.step, values, time=meter.seconds))
         self.tracker.track(values, step=progress.step, samples=self.run.samples)
-        for text in self._advice.check_interval(values, step=progress.step, seconds=meter.seconds):
+        for kind, text in self._advice.check_interval(values, step=progress.step, seconds=meter.seconds).items():
             log.warning("[Step %d] %s", progress.step, text)
+            self.tracker.event(kind, text, step=progress.step)
 
     def report_evaluation(self, evaluation: Evaluation) -> None:
         """Report a validation. The tracker also gets the best values so far: `best/mel_loss`.

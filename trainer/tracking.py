@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from trainer.errors import first_line
+
 log = logging.getLogger(__name__)
 
 AIM_RUN = "aim_run"
@@ -34,6 +36,23 @@ class CheckpointTracker(Protocol):
     def checkpoint(self, name: str, *, step: int) -> None: ...
 
 
+@runtime_checkable
+class FileTracker(Protocol):
+    """A `Tracker` that also receives checkpoints when they are whole on disk, in the thread that wrote them.
+
+    The file is not replaced or deleted before `written` returns. `kind` is "best" or "state".
+    """
+
+    def written(self, path: Path, kind: str, step: int) -> None: ...
+
+
+@runtime_checkable
+class EventTracker(Protocol):
+    """A `Tracker` that also receives what happens to the run, as a kind (`gpu_idle`) and a sentence."""
+
+    def event(self, kind: str, text: str, *, step: int) -> None: ...
+
+
 class Trackers:
     """Several trackers as one. One that fails is removed, and training continues."""
 
@@ -45,6 +64,12 @@ class Trackers:
 
     def checkpoint(self, name: str, *, step: int) -> None:
         self._notify(lambda tracker: tracker.checkpoint(name, step=step), kind=CheckpointTracker)
+
+    def written(self, path: Path, kind: str, step: int) -> None:
+        self._notify(lambda tracker: tracker.written(path, kind, step), kind=FileTracker)
+
+    def event(self, kind: str, text: str, *, step: int) -> None:
+        self._notify(lambda tracker: tracker.event(kind, text, step=step), kind=EventTracker)
 
     def close(self) -> None:
         self._notify(lambda tracker: tracker.close())
@@ -170,6 +195,21 @@ class AimTracker(BackgroundTracker):
         run.track(text(name), name="checkpoint", step=step, context={"file": name})
         run["checkpoints", name] = step
 
+    def samples(self, files: Sequence[Path], metrics: Mapping[str, float], *, step: int) -> None:
+        """Write audio, images and texts, and figures of them, in the context `{subset: samples}`."""
+
+        def write(run: Any) -> None:
+            for path in files:
+                try:
+                    run.track(_read_object(path), name=path.stem, step=step, context=context)
+                except (OSError, ValueError, TypeError) as error:
+                    log.warning("%s is not shown in Aim (%s)", path, first_line(error))
+            for name, value in metrics.items():
+                run.track(value, name=name, step=step, context=context)
+
+        context = {"subset": "samples"}
+        self._put(write, step)
+
     def _open(self) -> Any:
         """The Aim run that the run directory names, else a new one."""
         self._root.mkdir(parents=True, exist_ok=True)
@@ -188,6 +228,21 @@ class AimTracker(BackgroundTracker):
     def _close(self, run: Any) -> None:
         run.close()
         _index_run(run)
+
+
+def _read_object(path: Path) -> Any:
+    """A file as Aim's Audio, Text or Image, by its ending."""
+    from aim.sdk.objects.audio import Audio
+    from aim.sdk.objects.image import Image
+    from aim.sdk.objects.text import Text
+
+    classes: Any = (Audio, Image, Text)
+    audio, image, text = classes
+    if path.suffix == ".wav":
+        return audio(str(path), format="wav", caption=path.stem)
+    if path.suffix == ".txt":
+        return text(path.read_text(encoding="utf-8", errors="replace"))
+    return image(str(path), caption=path.stem)
 
 
 def aim_run(run_dir: Path) -> str | None:

@@ -19,6 +19,7 @@ from tuner.show.page import StudyPage
 from tuner.spec.study_toml import StudySpec
 from tuner.study import launch as launch_core
 from tuner.study.confirmation import Confirmation
+from tuner.study.notify import Notifier, describe_study
 from tuner.study.record import StudyRecord
 from tuner.study.supervisor import Display
 from tuner.study.tracked_run import Runtime
@@ -55,7 +56,10 @@ def launch(
     """
     spec = spec if isinstance(spec, StudySpec) else StudySpec.load(spec)
     study, runtime = study or launch_core.open_study(spec, storage), runtime or Runtime()
-    with StudyPage(study, runtime.run_root).keep_updated() as on_change:
+    with (
+        Notifier(spec.notify, f"study {spec.study.name}", running=True) as notifier,
+        StudyPage(study, runtime.run_root).keep_updated() as on_change,
+    ):
         launch_core.launch(
             study,
             spec,
@@ -66,6 +70,8 @@ def launch(
             display=display,
             on_change=on_change,
         )
+        if (record := StudyRecord.read(study)).ended:
+            notifier.send("study_ended", describe_study(record))
     return study
 
 

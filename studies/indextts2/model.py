@@ -195,15 +195,8 @@ class IndexTTS2GPT(nn.Module):
           text_targets, mel_targets [N]: the next token there; NO_TARGET fills up the shape
         All shapes depend on the padded sizes alone, and no value is read on the host.
         """
-        x = F.dropout(self._embed(inputs), self.dropout, self.training)
-        for block in self.gpt.h:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
         num_text = inputs["text_index"].shape[0]
-        index = torch.cat((inputs["text_index"], inputs["mel_index"]))
-        x = self.final_norm(self.gpt.ln_f(x.flatten(0, 1).index_select(0, index)))
+        x = self._hidden(inputs, torch.cat((inputs["text_index"], inputs["mel_index"])))
         text, mel = x[:num_text], x[num_text:]
         sums = {
             "text_loss": cross_entropy_sum(text, self.text_head, inputs["text_targets"], ignore_index=NO_TARGET),
@@ -211,10 +204,26 @@ class IndexTTS2GPT(nn.Module):
         }
         if not self.training:
             # A filling entry's target is no code, so it never counts as a hit.
-            chunks = zip(mel.split(EVAL_ROWS), torch.split(inputs["mel_targets"], EVAL_ROWS), strict=True)
+            chunks = zip(torch.split(mel, EVAL_ROWS), torch.split(inputs["mel_targets"], EVAL_ROWS), strict=True)
             hits = [(self.mel_head(part).argmax(-1) == target).float().sum() for part, target in chunks]
             sums["mel_top1"] = torch.stack(hits).sum()
         return sums
+
+    def mel_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[N, number_mel_codes]: scores of the next code at `mel_index`; `inputs` as `forward` takes them."""
+        logits: Tensor = self.mel_head(self._hidden(inputs, inputs["mel_index"]))
+        return logits
+
+    def _hidden(self, inputs: Mapping[str, Tensor], index: Tensor) -> Tensor:
+        """[N, width]: the input of the heads at N positions."""
+        x = F.dropout(self._embed(inputs), self.dropout, self.training)
+        for block in self.gpt.h:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        hidden: Tensor = self.final_norm(self.gpt.ln_f(x.flatten(0, 1).index_select(0, index)))
+        return hidden
 
     def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """[B, length, width]: the whole row, as vectors."""

@@ -9,6 +9,7 @@ Its files:
     text_ids/, codes/, emo_vec/          one .npy an utterance: int32 [text], int32 [25 a second], float32 [width]
     condition/                           one .npy a speaker: float32 [32, width]
     tokenizer.model                      SentencePiece
+    codebook.npy                         the log-mel frame of each code, float32 [256, 40]: see `listen`
     corpus.json                          recipe, parameters, counts and digest; written last
 """
 
@@ -34,14 +35,14 @@ from rich.progress import Progress
 from studies.korean_demo import speech
 from trainer.errors import UserError
 
-RECIPE = 2  # increase it with every change of a byte: older corpora are then made again
+RECIPE = 3  # increase it with every change of a byte: older corpora are then made again
 VOCAB_SIZE = 600
 MAX_TEXT_LEN = 120  # longer utterances are dropped: the model has no position for them
 MAX_CODE_LEN = 400
 MIN_SENTENCES = 40  # each speaker then has the two validation utterances that make a pair
 PACKAGES = ("espeakng_loader", "konlpy", "sentencepiece", "sklearn")
 FOLDERS = ("codes", "condition", "emo_vec", "text_ids")
-FILES = ("tokenizer.model", "train_pairs.jsonl", "val_pairs.jsonl")
+FILES = ("codebook.npy", "tokenizer.model", "train_pairs.jsonl", "val_pairs.jsonl")
 READERS_INDEX = ".tuner-index"  # created by readers of the manifests
 
 
@@ -129,7 +130,7 @@ def _write(folder: Path, parameters: dict[str, Any], num_workers: int) -> dict[s
     text_ids = {one.id: np.array(encode(one.text), np.int32) for one in planned}
     lengths = {one.id: (len(text_ids[one.id]), len(log_mels[one.id])) for one in planned}
     utterances = [one for one in planned if lengths[one.id][0] <= MAX_TEXT_LEN and lengths[one.id][1] <= MAX_CODE_LEN]
-    codes = speech.quantize(utterances, log_mels)
+    codes, codebook = speech.quantize(utterances, log_mels)
     conditions, emotions = speech.voice_vectors(utterances, log_mels, parameters["width"])
 
     for name, arrays in zip(FOLDERS, (codes, conditions, emotions, text_ids), strict=True):
@@ -137,6 +138,7 @@ def _write(folder: Path, parameters: dict[str, Any], num_workers: int) -> dict[s
         for key, array in arrays.items():
             np.save(folder / name / f"{key}.npy", array)
     (folder / "tokenizer.model").write_bytes(tokenizer)
+    np.save(folder / "codebook.npy", codebook)
     pairs = {}
     for split in ("train", "val"):
         pairs[split] = pair([one for one in utterances if one.split == split], lengths)

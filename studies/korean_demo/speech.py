@@ -25,6 +25,7 @@ SEED = 2024
 SAMPLE_RATE = 22_050
 CODES_PER_SECOND = 25
 NUM_BANDS = 40
+FFT_SIZE = 1024
 NUM_CODES = 256
 CONDITION_LEN = 32
 MAX_CHARACTERS = 48  # longer sentences are cut: a step of the demo should take a tenth of a second
@@ -91,7 +92,7 @@ def read_sentences() -> list[str]:
 
 
 @functools.cache
-def _mel_filters(size: int) -> np.ndarray:
+def mel_filters(size: int) -> np.ndarray:
     """Triangular filters, float32 [size // 2 + 1, NUM_BANDS], evenly spaced in mel from 50 to 8,000 Hz."""
     lowest, highest = 2595 * np.log10(1 + np.array([50, 8000]) / 700)
     mels = np.linspace(lowest, highest, NUM_BANDS + 2)
@@ -104,13 +105,13 @@ def _mel_filters(size: int) -> np.ndarray:
 
 def log_mel(wave: np.ndarray) -> np.ndarray:
     """Log energy by mel band of int16 samples at SAMPLE_RATE: float32 [frames, NUM_BANDS]."""
-    size, hop = 1024, SAMPLE_RATE // CODES_PER_SECOND
+    size, hop = FFT_SIZE, SAMPLE_RATE // CODES_PER_SECOND
     padded = np.pad(wave.astype(np.float32) / 32768, (0, size))
     frames = np.lib.stride_tricks.sliding_window_view(padded, size)[: len(wave) : hop]
     window = np.hanning(size).astype(np.float32)
     spectrum = np.fft.rfft(frames * window)
     power = (spectrum.real**2 + spectrum.imag**2) / np.sum(window**2)  # abs() takes as long as the transform
-    energies: np.ndarray = np.log(power.astype(np.float32) @ _mel_filters(size) + np.float32(1e-5))
+    energies: np.ndarray = np.log(power.astype(np.float32) @ mel_filters(size) + np.float32(1e-5))
     return energies
 
 
@@ -195,8 +196,11 @@ def speak(utterances: list[Utterance], num_workers: int, progressed: Progressed)
     return log_mels
 
 
-def quantize(utterances: list[Utterance], log_mels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each utterance's frames as int32 codes [frames]: k-means, its centres from the training split alone."""
+def quantize(utterances: list[Utterance], log_mels: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Each utterance's frames as int32 codes [frames], and the codebook, float32 [NUM_CODES, NUM_BANDS].
+
+    K-means, its centres from the training split alone.
+    """
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
@@ -206,7 +210,8 @@ def quantize(utterances: list[Utterance], log_mels: dict[str, np.ndarray]) -> di
         kmeans.fit(frames[::3])  # a third of them finds as good centres in a third of the time
         codes = kmeans.predict(np.concatenate([log_mels[one.id] for one in utterances])).astype(np.int32)
     ends = np.cumsum([len(log_mels[one.id]) for one in utterances])
-    return {one.id: own for one, own in zip(utterances, np.split(codes, ends[:-1]), strict=True)}
+    by_id = {one.id: own for one, own in zip(utterances, np.split(codes, ends[:-1]), strict=True)}
+    return by_id, kmeans.cluster_centers_.astype(np.float32)
 
 
 def voice_vectors(

@@ -39,7 +39,8 @@ def test_idle_gpu_has_a_likely_cause(busy: float, data_wait: float, logged: str 
 def idle(advice: Advice, intervals: int, busy: float, step: int = 0) -> list[str]:
     logged = []
     for number in range(intervals):
-        logged += advice.check_interval(figures(loss=-number, busy=busy, data_wait=0.5), step=step + number, seconds=60)
+        values = figures(loss=-number, busy=busy, data_wait=0.5)
+        logged += advice.check_interval(values, step=step + number, seconds=60).values()
     return logged
 
 
@@ -57,7 +58,7 @@ def test_busy_gpu_and_cpu_log_nothing_and_a_pause_is_forgotten() -> None:
     assert idle(advice, 10, 0.99) == []
     assert len(idle(advice, 6, 0.5, step=10)) == 1
     cpu = Advice()
-    assert [cpu.check_interval(figures(loss=-step), step=step, seconds=600) for step in range(9)] == [[]] * 9
+    assert [cpu.check_interval(figures(loss=-step), step=step, seconds=600) for step in range(9)] == [{}] * 9
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ for command in (
     training.bench,
     setup.new,
     setup.doctor,
+    setup.notify,
 ):
     app.command()(command)
 

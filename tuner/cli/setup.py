@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,29 @@ def new(
     from tuner.new import new
 
     print(new(name))
+
+
+def notify(
+    spec: Annotated[Path | None, typer.Argument(help="A study.toml. Without it: $TUNER_NOTIFY.")] = None,
+) -> None:
+    """Send a test message to the receiver of a study's notifications.
+
+    Example: tuner notify studies/indextts2/study.toml
+    """
+    from tuner.spec.beside import NotifySection
+    from tuner.spec.study_toml import StudySpec
+    from tuner.study.notify import NotSent, deliver, find_target
+
+    target = find_target(StudySpec.load(spec, search=False).notify if spec else NotifySection())
+    if target is None:
+        raise UserError("there is no receiver: set $TUNER_NOTIFY to a webhook's address, or write [notify].")
+    try:
+        deliver(target, "test", f"a test message of tuner on {platform.node()}")
+    except NotSent as error:
+        raise UserError(
+            f"{target.name} did not take the message ({error}): check the address and the network."
+        ) from None
+    print(f"sent to {target.name}")
 
 
 def doctor(

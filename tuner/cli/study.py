@@ -197,6 +197,7 @@ def promote(
     from tuner.doctor.quick import report_checks, run_quick_checks
     from tuner.show.json_events import confirmation_ended
     from tuner.show.table import confirmation_table
+    from tuner.study.notify import find_target
     from tuner.study.objective import Interrupted
     from tuner.study.record import read_spec
     from tuner.study.storage import load_study, open_storage, storage_url
@@ -204,7 +205,9 @@ def promote(
     report_checks(run_quick_checks(run_root, study=study, storage=storage_url(storage)))
     show_log(log_format)
     opened = load_study(study, open_storage(storage, must_exist=True))
-    report_checks(check_paths(read_spec(opened).build_workload()))
+    spec = read_spec(opened)
+    find_target(spec.notify)
+    report_checks(check_paths(spec.build_workload()))
     console = Console(stderr=log_format == Format.json)
     with stop_on_signals(console.print) as stop, user_errors():
         runtime, confirmation = Runtime(run_root, track, stop), None

@@ -62,6 +62,7 @@ def train(
             trackers=[run],
             resume=resume,
             init=init.resolve() if init else None,
+            full=study_spec,
         )
     finish(run, result, "the same command with --resume auto" if resume == "never" else "the same command")
 

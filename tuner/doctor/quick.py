@@ -20,6 +20,7 @@ from tuner.doctor.gpus import check_gpus
 from tuner.doctor.installation import check_clock, check_packages, check_python
 from tuner.doctor.storage import check_lost, check_storage, read_open_trials
 from tuner.spec.study_toml import StudySpec
+from tuner.study.notify import find_target
 
 
 def run_quick_checks(
@@ -61,7 +62,12 @@ def _check_gpus() -> Iterator[Check]:
 
 
 def run_spec_checks(spec: StudySpec, run_root: Path, *, storage: str | None = None) -> Iterator[Check]:
-    """The quick checks for a run of this spec."""
+    """The quick checks for a run of this spec.
+
+    Raises:
+        UserError: The address in [notify] is missing or wrong.
+    """
+    find_target(spec.notify)
     name, workload, device = spec.study.name, spec.build_workload(), spec.baseline.device
     return run_quick_checks(run_root, study=name, workload=workload, storage=storage, device=device)
 

@@ -57,6 +57,7 @@ def promote(
         lineage=run.lineage,
         trackers=[*trackers, *run.trackers()],
         on_eval=on_eval,
+        full=run.spec,
     )
     run.end(result)
     return result

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.clock import format_hours
 from tuner.show.files import database_url
+from tuner.show.samples import SampleRow
 from tuner.show.table import (
     CONFIRMATION_HEADINGS,
     FULL_LENGTH_HEADINGS,
@@ -33,20 +34,29 @@ from tuner.study.trial_length import judge_trial_length
 MAX_RANKED = 15
 MAX_INFEASIBLE = 8
 MAX_FULL_RUNS = 8
+MAX_SAMPLES = 10
 MAX_REASON = 160
-LEFT_ALIGNED = ("parameters", "remarks", "state", "folder", "continued from", "code")
+LEFT_ALIGNED = ("parameters", "remarks", "state", "folder", "files", "continued from", "code")
 """Headings of the columns of text."""
+
+
+class Markdown(str):
+    """A cell that is Markdown already."""
+
 
 FENCE = "*Above: written by tuner after each trial. Below: yours, and it stays.*"
 """Separates the note from the user's own text. Stored notes are found by it: it must never change."""
 
 
-def study_note(record: StudyRecord, promote: str | None, files: Mapping[str, str]) -> str:
+def study_note(
+    record: StudyRecord, promote: str | None, files: Mapping[str, str], samples: Sequence[SampleRow] = ()
+) -> str:
     """The note of a study.
 
     Args:
         promote: The command that starts or continues the full run; None for readers who can't run it.
         files: Addresses of the files to download, by name.
+        samples: What hooks left for the full runs.
     """
     links = ", ".join(f"[{escape(name)}]({address})" for name, address in files.items())
     parts = [
@@ -56,6 +66,7 @@ def study_note(record: StudyRecord, promote: str | None, files: Mapping[str, str
         _confirmation(record),
         _infeasible(record),
         _full_runs(record),
+        _samples(samples),
         "" if promote is None else "### Promote\n\n" + _promotion(record, promote),
         f"### Files\n\n{links}" if files else "",
         f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
@@ -266,6 +277,26 @@ def _full_run_cells(record: StudyRecord, run: FullRunRecord, timed: bool) -> lis
     return [*cells, run.run_dir]
 
 
+def _samples(rows: Sequence[SampleRow]) -> str:
+    """The newest samples, with links to their files."""
+    if not rows:
+        return ""
+    shown = rows[: -MAX_SAMPLES - 1 : -1]
+    names = list(dict.fromkeys(name for row in shown for name in row.metrics))
+    cells = [
+        [
+            row.trial,
+            f"{row.step:,}",
+            *(format_value(row.metrics.get(name, "")) for name in names),
+            Markdown(", ".join(f"[{escape(name)}]({address})" for name, address in row.links.items())),
+        ]
+        for row in shown
+    ]
+    left = len(rows) - len(shown)
+    table = _table(["trial", "step", *names, "files"], cells)
+    return f"### Samples\n\n{table}" + (f"\n\n{left} earlier ones are among the study's artifacts." if left else "")
+
+
 def _promotion(record: StudyRecord, promote: str) -> str:
     if record.full_runs:
         return f"{_continuation(record)}\n\n{_code(promote)}"
@@ -288,6 +319,9 @@ def _code(command: str) -> str:
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table; its cells have their own space, as the dashboard's tables have none between columns."""
-    lines = [[f"\u00a0\u00a0{escape(cell)}" for cell in row] for row in (headings, *rows)]
+    lines = [
+        [f"\u00a0\u00a0{cell if isinstance(cell, Markdown) else escape(cell)}" for cell in row]
+        for row in (headings, *rows)
+    ]
     lines.insert(1, [":---" if heading in LEFT_ALIGNED else "---:" for heading in headings])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

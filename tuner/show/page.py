@@ -22,6 +22,7 @@ from trainer.errors import UserError
 from tuner.show import files
 from tuner.show.note import full_note, promote_command, study_note, with_own_text
 from tuner.show.plots import figures
+from tuner.show.samples import save_samples
 from tuner.study.optuna_internals import id_of, storage_of
 from tuner.study.record import StudyRecord, full_study
 
@@ -109,7 +110,7 @@ class StudyPage:
             artifact_id = files.save_artifact(study, folder, name, text)
             addresses[name] = f"/artifacts/{id_of(study)}/{artifact_id}"
         promote = promote_command(record, self.run_root)
-        _save_note(study, study_note(record, promote, addresses))
+        _save_note(study, study_note(record, promote, addresses, save_samples(record, folder)))
         if (full := full_study(study)) is not None:
             _save_note(full, full_note(record, promote))
         for name, figure in figures(record).items():

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -45,8 +45,9 @@ def _explain_unknown_key(where: Sequence[str], has_choices: bool, model: type[Ba
     key = where[-1]
     for part in where[:-1]:
         nested = model.model_fields[part].annotation if part in model.model_fields else None
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            model = nested
+        for each in (nested, *get_args(nested)):
+            if isinstance(each, type) and issubclass(each, BaseModel):
+                model = each
     section = ".".join([prefix, *where[:-1]]).strip(".")
     if where[0] != "search" or len(where) < 3:
         return describe_unknown_key(key, model.model_fields, section)

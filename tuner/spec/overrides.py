@@ -9,7 +9,7 @@ from typing import Any
 from trainer.errors import UserError
 from tuner.spec.search import split_key
 
-SECTIONS = ("train", "workload", "full", "trial", "study", "track")
+SECTIONS = ("train", "workload", "full", "trial", "study", "track", "notify", "hooks")
 LENGTHS = ("steps", "samples", "seconds")
 
 

@@ -29,6 +29,7 @@ from trainer.config import (
 from trainer.errors import UserError
 from trainer.trackers import TrackerName
 from trainer.workload import Workload
+from tuner.spec.beside import HooksSection, NotifySection
 from tuner.spec.mistakes import describe_unknown_key, explain
 from tuner.spec.overrides import apply_override
 from tuner.spec.search import Dimension, Range, Section, find_unevenness, flatten, is_whole, split_key
@@ -153,6 +154,8 @@ class StudySpec(Section):
     pruner: Choice = Choice(name="median")
     full: FullSection
     track: TrackSection = TrackSection()
+    notify: NotifySection = NotifySection()
+    hooks: HooksSection | None = None
     base_dir: Path = Path()
     """Folder of the study.toml: relative paths start here, and the workload's module may be here."""
 
@@ -216,6 +219,8 @@ class StudySpec(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain values with absolute paths, as stored with the study. `build` reads them."""
         values = self.model_dump(mode="json", exclude_none=True)
+        if "notify" not in self.model_fields_set:
+            del values["notify"]
         # Validation makes paths absolute. Options that the user left out stay out and follow the defaults.
         resolved = self.build_workload().model_dump(mode="json")
         values["workload"] = {key: resolved[key] for key in self.workload}

@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -18,11 +18,16 @@ import optuna
 
 from trainer import Evaluation, TrainResult, train
 from trainer.trackers import installed_trackers
-from trainer.tracking import Tracker, Trackers, aim_run
+from trainer.tracking import AimTracker, Tracker, Trackers, aim_run
 from trainer.workload import Workload
+from tuner.spec.beside import HooksSection
 from tuner.spec.setups import Setup
+from tuner.spec.study_toml import StudySpec
 from tuner.spec.workloads import folder_digest
+from tuner.study.hooks import HookRunner
+from tuner.study.notify import Notifier
 from tuner.study.record import write_aim_run
+from tuner.study.samples import Samples
 
 WORKLOAD = "workload"
 """Key in a checkpoint's lineage: how to build its workload again."""
@@ -57,8 +62,13 @@ def tracked_train(
     on_eval: Callable[[Evaluation], None] | None = None,
     resume: str | Path = "auto",
     init: Path | None = None,
+    full: StudySpec | None = None,
 ) -> TrainResult:
-    """Calls `train()`, logs to `run_dir/train.log`, and tracks the run as the spec's [track] says."""
+    """Calls `train()`, logs to `run_dir/train.log`, and tracks the run as the spec's [track] says.
+
+    Args:
+        full: The spec of a full run, which has the hooks and notifications in it.
+    """
     lineage = {**lineage, "code_version": code_version()}
     # The study by name and the trial by number: both stay valid if the study is copied to another storage.
     params: dict[str, Any] = {
@@ -67,12 +77,20 @@ def tracked_train(
         "workload": setup.workload.model_dump(mode="json"),
         "lineage": lineage,
     }
-    with log_file(run_dir):
+    with log_file(run_dir), ExitStack() as stack:
         for kind in installed_trackers(setup.trackers) if runtime.track else ():
             log.info("curves: %s", kind.viewer(runtime.run_root))
             tracker = kind(runtime.run_root, run_dir=run_dir, experiment=experiment, params=params)
             trackers = [*trackers, tracker]
-        return train(
+        notifier = None
+        if full is not None:
+            notifier = stack.enter_context(Notifier(full.notify, f"{experiment}/{run_dir.name}"))
+            trackers = [*trackers, notifier]
+            if full.hooks is not None:
+                aim = next((tracker for tracker in trackers if isinstance(tracker, AimTracker)), None)
+                # First, so that Aim is open until the last hook has ended.
+                trackers = [_build_hooks(full, full.hooks, setup, run_dir, runtime, lineage, aim), *trackers]
+        result = train(
             setup.workload,
             setup.config,
             run_dir=run_dir,
@@ -83,6 +101,35 @@ def tracked_train(
             init=init,
             lineage={**lineage, WORKLOAD: describe_workload(setup.workload)},
         )
+        if notifier is not None and result.finished:
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            notifier.send("run_ended", f"ended at step {result.step:,}, {metrics}")
+    return result
+
+
+def _build_hooks(
+    spec: StudySpec,
+    section: HooksSection,
+    setup: Setup,
+    run_dir: Path,
+    runtime: Runtime,
+    lineage: Mapping[str, Any],
+    aim: AimTracker | None,
+) -> HookRunner:
+    def show(samples: Samples) -> None:
+        if aim is not None:
+            aim.samples(samples.files, samples.metrics, step=samples.step)
+
+    return HookRunner(
+        section,
+        run_dir,
+        base_dir=spec.base_dir,
+        values={"study": spec.study.name, "trial": str(lineage.get("trial", ""))},
+        best=next(iter(setup.workload.best_checkpoints().values()), None),
+        num_steps=setup.config.num_steps,
+        stop=runtime.stop,
+        on_samples=show,
+    )
 
 
 def link_aim(trial: optuna.Trial, run_dir: Path) -> None:

@@ -111,7 +111,7 @@ def make_codes(text: list[str]) -> np.ndarray:
         for number, sentence in enumerate(sentences)
         for turn in range(2)
     ]
-    codes = speech.quantize(utterances, speech.speak(utterances, os.cpu_count() or 1, lambda: None))
+    codes, _ = speech.quantize(utterances, speech.speak(utterances, os.cpu_count() or 1, lambda: None))
     return np.concatenate([codes[one.id] for one in utterances]).astype(np.uint8)
 
 

@@ -1,0 +1,75 @@
+"""Runs a command of the user in a shell, with a time limit for it and all processes that it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+POLL_S = 0.05
+
+
+def run_in_shell(
+    command: str,
+    *,
+    timeout: float,
+    grace: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    output: IO[bytes] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """Run a command in a process group of its own, at a low CPU priority; returns its exit code.
+
+    Args:
+        timeout: Seconds.
+        grace: Seconds between SIGTERM and SIGKILL for a group that has to end.
+        env: Variables besides this process's. Python is the one that runs this.
+        output: Takes stdout and stderr; None discards them.
+        stop: Polled; True ends it.
+
+    Returns None if it was ended, by `timeout` or by `stop`.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=output or subprocess.DEVNULL,
+        stderr=subprocess.STDOUT if output else subprocess.DEVNULL,
+        # A terminal's Ctrl-C reaches the run alone, which ends the command.
+        start_new_session=True,
+    )
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PGRP, process.pid, 10)
+    deadline = time.monotonic() + timeout
+    try:
+        while process.poll() is None:
+            if stop() or time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_S)
+        return process.returncode
+    finally:
+        if process.returncode is None:
+            _end_group(process, grace)
+
+
+def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End the shell and its children: with SIGTERM, and after `grace` seconds with SIGKILL."""
+    deadline = time.monotonic() + grace
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            # The shell may be gone before its children; the group exists as long as one of them.
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(POLL_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
