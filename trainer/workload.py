@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
-from trainer.export import WeightsFormat, write_weights
+from trainer.export import WeightsFormat, WriteFile, write_weights
 
 
 def resolve_path(path: Path, info: ValidationInfo) -> Path:
@@ -128,6 +129,18 @@ class Workload(BaseModel, ABC):
             UserError: `path` can't be written, or another file that the options name does not fit.
         """
         write_weights(state, path, format=format)
+
+    def export_files(self, state: Mapping[str, Tensor], *, format: WeightsFormat = "pth") -> Mapping[str, WriteFile]:
+        """The files of a folder that can be loaded alone (`tuner export --to FOLDER`): name -> function that writes it.
+        Default: the weights. Override it to add configuration and vocabulary, and check here that they fit.
+
+        Args:
+            state: As for `export_weights`.
+
+        Raises:
+            UserError: The files do not fit each other.
+        """
+        return {f"weights.{format}": partial(self.export_weights, state, format=format)}
 
     def input_files(self) -> Sequence[tuple[str, Path]]:
         """(option, file) for each file that must exist before a run. `tuner doctor` and the quick checks refuse a

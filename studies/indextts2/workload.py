@@ -10,17 +10,18 @@ from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, NonNegativeFloat, ValidationError, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, ValidationInfo, model_validator
 from torch import Tensor
 
+from studies.indextts2.config_file import read_config
 from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_length
-from studies.indextts2.export import export_gpt
+from studies.indextts2.export import export_gpt, list_export_files
 from studies.indextts2.manifest import split_language
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
 from studies.indextts2.weights import count_pieces, load_base_checkpoint
 from trainer.config import Role
 from trainer.errors import UserError
-from trainer.export import WeightsFormat
+from trainer.export import WeightsFormat, WriteFile
 from trainer.workload import Batch, DataPath, Dataset, Workload, resolve_path
 
 
@@ -75,7 +76,7 @@ class IndexTTS2(Workload):
     @cached_property
     def gpt_config(self) -> GPTConfig:
         """The model's configuration, its text vocabulary that of the tokenizer if there is one."""
-        config = self.gpt or _read_config(self.config or Path())
+        config = self.gpt or read_config(self.config or Path())
         if self.tokenizer:
             config = config.model_copy(update={"number_text_tokens": count_pieces(self.tokenizer)})
         return config
@@ -141,6 +142,16 @@ class IndexTTS2(Workload):
 
     def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
         export_gpt(state, path, base_checkpoint=self.base_checkpoint, format=format)
+
+    def export_files(self, state: Mapping[str, Tensor], *, format: WeightsFormat = "pth") -> Mapping[str, WriteFile]:
+        return list_export_files(
+            state,
+            config=self.gpt_config,
+            config_file=self.config,
+            tokenizer=self.tokenizer,
+            base_checkpoint=self.base_checkpoint,
+            format=format,
+        )
 
     def input_files(self) -> Sequence[tuple[str, Path]]:
         specs = {"train_manifests": self.train_manifests, "val_manifests": self.val_manifests}
@@ -246,24 +257,3 @@ def _join_padded(parts: Sequence[np.ndarray], length: int, filling: int) -> np.n
     joined = np.concatenate(parts)
     values[: len(joined)] = joined
     return values
-
-
-def _read_config(path: Path) -> GPTConfig:
-    """The `gpt:` section of a config.yaml."""
-    try:
-        import yaml
-    except ImportError:
-        raise UserError(f"reading {path} needs pyyaml: pip install 'prodigy-tuner[indextts2]'") from None
-    try:
-        section = yaml.safe_load(path.read_text(encoding="utf-8"))["gpt"]
-        return GPTConfig.model_validate(section)
-    except OSError as error:
-        raise UserError(f"config {path} can't be read: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("gpt", *first["loc"])))
-        raise UserError(f"config {path}: {where}: {first['msg']}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
-    except (KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"config {path} has no gpt: section") from None
