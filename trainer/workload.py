@@ -11,7 +11,7 @@ hold for every workload; `check_workload` in `trainer.laws` checks any workload 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 from torch import Tensor, nn
 
+from trainer.check import Check
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
 from trainer.export import WeightsFormat, WriteFile, write_weights
@@ -147,6 +148,18 @@ class Workload(BaseModel, ABC):
         missing or empty one. For other options that are paths they only warn: the workload may create them.
         """
         return ()
+
+    def check_data(
+        self, *, whole: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[Check]:
+        """Judge the content of the data: not whether it can be read, but whether training on it makes sense.
+
+        Args:
+            whole: All of it (`tuner doctor --data`). Else a small sample, in a fraction of a second: `launch`, `train`
+                and `promote` warn of what it finds.
+            progress: Call it with the numbers of samples read and of all samples.
+        """
+        return iter(())
 
     def unpacked(self) -> Workload:
         """The same workload without packing: itself if it packs nothing, else another in which one option, a mode of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -49,6 +49,22 @@ def parse(text: str, path: Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     return content if isinstance(content, Mapping) else {}
+
+
+def name_of(content: Mapping[str, Any], part: Literal["tokenizer", "weights"]) -> str:
+    """The name that a config.yaml gives a file of its folder; the usual name where it gives none, or another folder."""
+    dataset = content.get("dataset")
+    if part == "weights":
+        name, default = content.get("gpt_checkpoint"), "gpt.pth"
+    else:
+        name, default = dataset.get("bpe_model") if isinstance(dataset, Mapping) else None, "bpe.model"
+    return name if isinstance(name, str) and Path(name).name == name else default
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """The tokenizer beside a config.yaml, if there is one."""
+    tokenizer = path.parent / name_of(parse(read_text(path), path), "tokenizer")
+    return tokenizer if tokenizer.is_file() else None
 
 
 def format_config(config: GPTConfig, tokenizer: str, weights: str) -> str:

@@ -96,7 +96,7 @@ class PairedUtterances:
         if rows is not None:
             row = int(rows[row])
         record = manifest.record(row)
-        read = _SampleReader(str(record["id"]), str(manifest.path.parent))
+        read = SampleReader(str(record["id"]), str(manifest.path.parent))
         text, codes, condition, emo_vec = sample_paths(record)
         config = self._config
         width = config.model_dim
@@ -155,7 +155,7 @@ def _place(manifest: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _SampleReader:
+class SampleReader:
     """Reads one sample's arrays. Errors name the sample's id and the file."""
 
     id: str

@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from studies.indextts2.config_file import format_config, parse, read_text, set_vocabulary
+from studies.indextts2.config_file import find_tokenizer, format_config, name_of, parse, read_text, set_vocabulary
 from studies.indextts2.model import GPTConfig, IndexTTS2GPT
 from studies.indextts2.weights import (
     TEXT_ROWS,
@@ -88,14 +87,12 @@ def list_export_files(
     """
     text = read_text(config_file) if config_file else format_config(config, "bpe.model", f"gpt.{format}")
     content = parse(text, config_file or Path("config.yaml"))
-    dataset = content.get("dataset")
-    name = _file_name(dataset.get("bpe_model") if isinstance(dataset, Mapping) else None, "bpe.model")
-    if tokenizer is None and config_file and (config_file.parent / name).is_file():
-        tokenizer = config_file.parent / name
+    name = name_of(content, "tokenizer")
+    tokenizer = tokenizer or (find_tokenizer(config_file) if config_file else None)
     _check_fit(_trained_part(state), config, config_file, tokenizer)
     if config_file:
         text = set_vocabulary(text, config.number_text_tokens, config_file)
-    weights = _file_name(content.get("gpt_checkpoint"), "gpt.pth") if format == "pth" else f"gpt.{format}"
+    weights = name_of(content, "weights") if format == "pth" else f"gpt.{format}"
     files: dict[str, WriteFile] = {
         weights: partial(export_gpt, state, base_checkpoint=base_checkpoint, format=format),
         "config.yaml": partial(_write_text, text),
@@ -104,11 +101,6 @@ def list_export_files(
         logger.info("no tokenizer in [workload] nor beside the config: the folder has none")
         return files
     return files | {name: partial(_copy, tokenizer)}
-
-
-def _file_name(name: Any, default: str) -> str:
-    """The name; the default where config.yaml names nothing or a file of another folder."""
-    return name if isinstance(name, str) and Path(name).name == name else default
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -216,7 +216,8 @@ def format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _pieces(tokenizer: Path) -> list[str]:
+def load_tokenizer(tokenizer: Path) -> Any:
+    """The SentencePieceProcessor of a file. Raises UserError where it can't be read."""
     try:
         import sentencepiece
     except ImportError:
@@ -228,4 +229,9 @@ def _pieces(tokenizer: Path) -> list[str]:
         processor.LoadFromFile(str(tokenizer))
     except (OSError, RuntimeError):
         raise UserError(f"tokenizer {tokenizer} is not a SentencePiece model") from None
+    return processor
+
+
+def _pieces(tokenizer: Path) -> list[str]:
+    processor = load_tokenizer(tokenizer)
     return [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]

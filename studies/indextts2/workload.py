@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -13,12 +13,14 @@ import torch
 from pydantic import AfterValidator, Field, NonNegativeFloat, ValidationInfo, model_validator
 from torch import Tensor
 
-from studies.indextts2.config_file import read_config
+from studies.indextts2.config_file import find_tokenizer, read_config
+from studies.indextts2.data_checks import check_manifests
 from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_length
 from studies.indextts2.export import export_gpt, list_export_files
 from studies.indextts2.manifest import split_language
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
 from studies.indextts2.weights import count_pieces, load_base_checkpoint
+from trainer.check import Check
 from trainer.config import Role
 from trainer.errors import UserError
 from trainer.export import WeightsFormat, WriteFile
@@ -160,6 +162,14 @@ class IndexTTS2(Workload):
     def unpacked(self) -> IndexTTS2:
         # No copy: it would share the data that is already open.
         return self if self.pack is False else self.model_validate(self.model_dump() | {"pack": False})
+
+    def check_data(
+        self, *, whole: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[Check]:
+        tokenizer = self.tokenizer or (find_tokenizer(self.config) if self.config else None)
+        return check_manifests(
+            self.train_manifests, self.val_manifests, self.gpt_config, tokenizer, whole=whole, progress=progress
+        )
 
     def memory_savers(self) -> Sequence[str]:
         return () if self.gradient_checkpointing else ("gradient_checkpointing = true",)
