@@ -66,6 +66,8 @@ class Batch:
     """Tokens with padding, on which the model computes."""
     damaged: tuple[str, ...] = field(default=())
     """One line for each sample that was left out because it can't be read."""
+    part: str = ""
+    """The part of the validation set that all its samples belong to; see `Workload.val_part`."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory the copy does not block."""
@@ -95,6 +97,11 @@ class Workload(BaseModel, ABC):
 
     @abstractmethod
     def val_data(self) -> Dataset: ...
+
+    def val_part(self, index: int) -> str:
+        """The part of `val_data()` that a sample belongs to, such as its language. Each part has metrics of its own
+        besides those of the whole set: `val/loss/ko`. Default: "", no part."""
+        return ""
 
     @abstractmethod
     def collate(self, samples: Sequence[Any], pad_multiple: int = 1) -> Batch:

@@ -130,6 +130,20 @@ class IndexTTS2(Workload):
     def val_data(self) -> Dataset:
         return self._val
 
+    @cached_property
+    def _val_parts(self) -> list[str]:
+        """A name for each validation manifest: its language, or its file's name if they have not several languages."""
+        if len(self.val_manifests) == 1:
+            return [""]
+        languages = [split_language(spec)[1] or "" for spec in self.val_manifests]
+        if all(languages) and len(set(languages)) > 1:
+            return languages
+        stems = [Path(split_language(spec)[0]).stem for spec in self.val_manifests]
+        return [f"{stem}-{number}" if stems.count(stem) > 1 else stem for number, stem in enumerate(stems)]
+
+    def val_part(self, index: int) -> str:
+        return self._val_parts[self._val_files.manifest_of(index)]
+
     def collate(self, samples: Sequence[Utterance], pad_multiple: int = 1) -> Batch:
         return collate(samples, self.gpt_config, pad_multiple)
 
