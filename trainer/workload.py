@@ -162,8 +162,8 @@ class Workload(BaseModel, ABC):
         """Judge the content of the data: not whether it can be read, but whether training on it makes sense.
 
         Args:
-            whole: All of it (`tuner doctor --data`). Else a small sample, in a fraction of a second: `launch`, `train`
-                and `promote` warn of what it finds.
+            whole: All of it (`tuner doctor --data`). Else a small sample, in a fraction of a second: `launch` and
+                `train` warn of what it finds.
             progress: Call it with the numbers of samples read and of all samples.
         """
         return iter(())
