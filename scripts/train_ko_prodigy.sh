@@ -20,6 +20,16 @@ number() { # NAME DEFAULT [LOWEST]: the variable as a whole number
     echo "$value"
 }
 
+decimal() { # NAME: the variable as a number that is not negative
+    [[ ${!1} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || die "$1=${!1}: give a number, such as 0.01."
+    # TOML wants a digit on both sides of the point.
+    LC_ALL=C printf '%.10g\n' "${!1}"
+}
+
+refuse() { # NAME REMEDY: a variable of the original training that has no meaning here
+    [ -z "${!1:-}" ] || die "$1=${!1}: $2"
+}
+
 absolute() {
     case $1 in
     /* | "~"*) echo "$1" ;;
@@ -49,6 +59,32 @@ case ${AMP:-1} in
 0) precision=fp32 ;;
 *) die "AMP=$AMP: give 1 (bf16 where the device has it) or 0 (float32)." ;;
 esac
+optimizer=${OPTIMIZER:-prodigy}
+schedule=${SCHEDULER:-wsd}
+case $schedule in
+none | constant) schedule=none ;;
+wsd) ;;
+cosine) [ "$optimizer" != prodigy ] ||
+    die "SCHEDULER=cosine is AdamW's: give wsd (Prodigy's rate falls at the end of the run) or none, or OPTIMIZER=adamw." ;;
+*) die "SCHEDULER=$schedule: give wsd, none, or with OPTIMIZER=adamw cosine." ;;
+esac
+if [ "$optimizer" = prodigy ]; then
+    refuse LR "Prodigy finds its rate: leave it out and set the factor on it, --set train.d_coef=0.5, or OPTIMIZER=adamw."
+    [ "${WARMUP_STEPS:-0}" = 0 ] || refuse WARMUP_STEPS "Prodigy's step size grows from small by itself: leave it out, or \
+use --set train.warmup_steps=$WARMUP_STEPS --set train.safeguard_warmup=true."
+fi
+[[ ${WSD_MIN_LR_RATIO:-0} =~ ^0*\.?0*$ ]] ||
+    refuse WSD_MIN_LR_RATIO "the rate falls to zero: leave it out, and set the length of the fall with WSD_STABLE_RATIO."
+if [ -n "${WSD_STABLE_RATIO:-}" ]; then
+    [[ $WSD_STABLE_RATIO =~ ^0?\.0*[1-9][0-9]*$ ]] ||
+        die "WSD_STABLE_RATIO=$WSD_STABLE_RATIO: give the share of the run before the rate falls, such as 0.8, or SCHEDULER=none."
+    [ "$schedule" = wsd ] || die "WSD_STABLE_RATIO=$WSD_STABLE_RATIO is for SCHEDULER=wsd: leave it out with $schedule."
+fi
+refuse EPOCHS "the length is in steps: leave it out and set MAX_STEPS; the log names the epochs."
+refuse TIMEOUT_SECS "leave it out and run \`timeout -s INT ${TIMEOUT_SECS:-} bash scripts/train_ko_prodigy.sh\`: \
+it stops with a checkpoint, and scripts/resume_ko_prodigy.sh continues."
+refuse BEST_STEP_ROUND "best weights are kept after every validation: leave it out and set VAL_INTERVAL."
+
 batch_size=$(number BATCH_SIZE 8)
 grad_accumulation=$(number GRAD_ACC 1)
 steps=$(number MAX_STEPS 240000)
@@ -59,7 +95,7 @@ num_workers=$(number NUM_WORKERS 32 0)
 seed=$(number SEED 1234 0)
 
 settings=(
-    --set "train.optimizer=$(quoted "${OPTIMIZER:-prodigy}")"
+    --set "train.optimizer=$(quoted "$optimizer")"
     --set "train.batch_size=$batch_size"
     --set "train.grad_accumulation=$grad_accumulation"
     --set "train.num_workers=$num_workers"
@@ -70,6 +106,23 @@ settings=(
     # The evaluation grid is in samples, equal for every batch size.
     --set "full.eval_every=$((val_interval * batch_size * grad_accumulation))"
 )
+for pair in train.lr:LR train.weight_decay:WEIGHT_DECAY train.max_grad_norm:GRAD_CLIP \
+    workload.text_loss_weight:TEXT_LOSS_WEIGHT workload.mel_loss_weight:MEL_LOSS_WEIGHT; do
+    name=${pair#*:}
+    if [ -n "${!name:-}" ]; then
+        value=$(decimal "$name")
+        settings+=(--set "${pair%%:*}=$value")
+    fi
+done
+if [ -n "${WARMUP_STEPS:-}" ]; then
+    warmup_steps=$(number WARMUP_STEPS 0 0)
+    settings+=(--set "train.warmup_steps=$warmup_steps")
+fi
+if [ -n "${SCHEDULER:-}" ]; then settings+=(--set "full.schedule=$(quoted "$schedule")"); fi
+if [ -n "${WSD_STABLE_RATIO:-}" ]; then
+    fraction=$(awk -v stable="$WSD_STABLE_RATIO" 'BEGIN { printf "%.6g\n", 1 - stable }')
+    settings+=(--set "full.decay_fraction=$fraction")
+fi
 if [ -n "${TRAIN_MANIFEST:-}" ]; then settings+=(--set "workload.train_manifests=$(manifests "$TRAIN_MANIFEST")"); fi
 if [ -n "${VAL_MANIFEST:-}" ]; then settings+=(--set "workload.val_manifests=$(manifests "$VAL_MANIFEST")"); fi
 for pair in tokenizer:TOKENIZER_MODEL base_tokenizer:BASE_TOKENIZER_MODEL config:CONFIG_PATH \

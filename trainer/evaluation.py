@@ -24,7 +24,7 @@ class Evaluation:
     """Seconds of training so far, over `timed_steps`; without warm-up, validation and checkpoints."""
     timed_steps: int
     metrics: dict[str, float]
-    """`val/loss` and the named losses, each a mean over the whole validation set."""
+    """`val/loss` and the named losses, each a mean over the whole validation set; `val/loss/ko` over a part of it."""
     d: float
     """Prodigy's step size estimate; 1 for other optimizers."""
 
@@ -43,13 +43,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def evaluate(
     workload: Workload, model: nn.Module, batches: Iterable[Batch], *, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Validation metrics by name (`val/loss`, ...), dropout off. Waits for the device once, at the end."""
-    meter = LossMeter(workload.loss_weights)
+    """Validation metrics by name, dropout off: `val/loss`, ..., and of each part of the set `val/loss/ko`, ....
+
+    Waits for the device at the end only.
+    """
+    whole = LossMeter(workload.loss_weights)
+    parts: dict[str, LossMeter] = {}
     training = model.training
     model.eval()
     for batch in batches:
         with autocast(device, precision):
             sums = workload.loss_sums(model, batch.to(device).inputs)
-        meter.add(sums, batch.counts)
+        whole.add(sums, batch.counts)
+        if batch.part:
+            parts.setdefault(batch.part, LossMeter(workload.loss_weights)).add(sums, batch.counts)
     model.train(training)
-    return {f"val/{name}": value for name, value in meter.read().items()}
+    metrics = {f"val/{name}": value for name, value in whole.read().items()}
+    for part, meter in sorted(parts.items()):
+        metrics |= {f"val/{name}/{part}": value for name, value in meter.read().items()}
+    return metrics

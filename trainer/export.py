@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from trainer.errors import UserError
 from trainer.units import format_bytes
 
 WeightsFormat = Literal["pth", "safetensors"]
+WriteFile = Callable[[Path], None]
+"""Writes a file to a path. Raises UserError or OSError where the path can't be written."""
 
 
 def write_weights(content: Mapping[str, Any], path: Path, *, format: WeightsFormat = "pth") -> None:

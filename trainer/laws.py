@@ -86,7 +86,9 @@ def check_validation(workload: Workload, *, num_samples: int, tolerance: float) 
     model, device = _model(workload), torch.device("cpu")
     results = []
     for batch_size in (1, 3, num_samples):
-        indices = validation_batches(data.lengths, num_samples, seed=0, batch_size=batch_size)
+        indices = validation_batches(
+            data.lengths, num_samples, seed=0, batch_size=batch_size, part_of=workload.val_part
+        )
         batches = fixed_batches(workload, data, indices)
         results.append(evaluate(workload, model, batches, device=device, precision="fp32"))
     for name, value in results[0].items():

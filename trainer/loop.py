@@ -124,7 +124,9 @@ def _loop(
         expected_seconds=acceleration.compile_seconds,
     )
     val_data = run.workload.val_data()
-    val_indices = validation_batches(val_data.lengths, config.val_samples, seed=config.val_seed)
+    val_indices = validation_batches(
+        val_data.lengths, config.val_samples, seed=config.val_seed, part_of=run.workload.val_part
+    )
     val_batches = fixed_batches(run.workload, val_data, val_indices)
     meter = IntervalMeter(run.workload.loss_weights)
     meter.start(progress.step)

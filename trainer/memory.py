@@ -292,7 +292,8 @@ class Probe:
     def _evaluation_peak(self) -> int:
         """At the peak of a validation, without the optimizer's state."""
         data, config = self.workload.val_data(), self.config
-        batches = validation_batches(data.lengths, config.val_samples, seed=config.val_seed)
+        part_of = self.workload.val_part
+        batches = validation_batches(data.lengths, config.val_samples, seed=config.val_seed, part_of=part_of)
         largest = max(batches, key=lambda indices: len(indices) * int(data.lengths[indices].max()))
         samples, _ = read_samples(data, largest, len(largest))
         if not samples:

@@ -11,8 +11,9 @@ hold for every workload; `check_workload` in `trainer.laws` checks any workload 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -21,9 +22,10 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 from torch import Tensor, nn
 
+from trainer.check import Check
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
-from trainer.export import WeightsFormat, write_weights
+from trainer.export import WeightsFormat, WriteFile, write_weights
 
 
 def resolve_path(path: Path, info: ValidationInfo) -> Path:
@@ -64,6 +66,8 @@ class Batch:
     """Tokens with padding, on which the model computes."""
     damaged: tuple[str, ...] = field(default=())
     """One line for each sample that was left out because it can't be read."""
+    part: str = ""
+    """The part of the validation set that all its samples belong to; see `Workload.val_part`."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory the copy does not block."""
@@ -93,6 +97,11 @@ class Workload(BaseModel, ABC):
 
     @abstractmethod
     def val_data(self) -> Dataset: ...
+
+    def val_part(self, index: int) -> str:
+        """The part of `val_data()` that a sample belongs to, such as its language. Each part has metrics of its own
+        besides those of the whole set: `val/loss/ko`. Default: "", no part."""
+        return ""
 
     @abstractmethod
     def collate(self, samples: Sequence[Any], pad_multiple: int = 1) -> Batch:
@@ -129,11 +138,35 @@ class Workload(BaseModel, ABC):
         """
         write_weights(state, path, format=format)
 
+    def export_files(self, state: Mapping[str, Tensor], *, format: WeightsFormat = "pth") -> Mapping[str, WriteFile]:
+        """The files of a folder that can be loaded alone (`tuner export --to FOLDER`): name -> function that writes it.
+        Default: the weights. Override it to add configuration and vocabulary, and check here that they fit.
+
+        Args:
+            state: As for `export_weights`.
+
+        Raises:
+            UserError: The files do not fit each other.
+        """
+        return {f"weights.{format}": partial(self.export_weights, state, format=format)}
+
     def input_files(self) -> Sequence[tuple[str, Path]]:
         """(option, file) for each file that must exist before a run. `tuner doctor` and the quick checks refuse a
         missing or empty one. For other options that are paths they only warn: the workload may create them.
         """
         return ()
+
+    def check_data(
+        self, *, whole: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[Check]:
+        """Judge the content of the data: not whether it can be read, but whether training on it makes sense.
+
+        Args:
+            whole: All of it (`tuner doctor --data`). Else a small sample, in a fraction of a second: `launch` and
+                `train` warn of what it finds.
+            progress: Call it with the numbers of samples read and of all samples.
+        """
+        return iter(())
 
     def unpacked(self) -> Workload:
         """The same workload without packing: itself if it packs nothing, else another in which one option, a mode of

@@ -79,6 +79,10 @@ class PairedUtterances:
         """Each manifest's SHA-256."""
         return tuple(manifest.digest for manifest in self._manifests)
 
+    def manifest_of(self, index: int) -> int:
+        """The number of the manifest that an utterance is from."""
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """[len(self)] int32: positions that each utterance takes in its row."""
@@ -90,13 +94,13 @@ class PairedUtterances:
         )
 
     def __getitem__(self, index: int) -> Utterance:
-        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        which = self.manifest_of(index)
         manifest, rows = self._manifests[which], self._rows[which]
         row = int(index - self._starts[which])
         if rows is not None:
             row = int(rows[row])
         record = manifest.record(row)
-        read = _SampleReader(str(record["id"]), str(manifest.path.parent))
+        read = SampleReader(str(record["id"]), str(manifest.path.parent))
         text, codes, condition, emo_vec = sample_paths(record)
         config = self._config
         width = config.model_dim
@@ -155,7 +159,7 @@ def _place(manifest: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _SampleReader:
+class SampleReader:
     """Reads one sample's arrays. Errors name the sample's id and the file."""
 
     id: str

@@ -195,7 +195,7 @@ def check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: S
         # Moved rows need not agree in number, only in width.
         skip = 1 if name in moved else 0
         if tensor is not None and (tensor.ndim != target.ndim or tensor.shape[skip:] != target.shape[skip:]):
-            wrong.append(f"{name} is {_format_shape(tensor)}, the model's {_format_shape(target)}")
+            wrong.append(f"{name} is {format_shape(tensor)}, the model's {format_shape(target)}")
     complaints = []
     for problem, names in (
         ("missing", [name for name in state if name not in weights.tensors]),
@@ -211,11 +211,13 @@ def check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: S
         raise UserError(f"checkpoint {weights.path} does not fit: {'; '.join(complaints)}: {remedy}")
 
 
-def _format_shape(tensor: Tensor) -> str:
+def format_shape(tensor: Tensor) -> str:
+    """Such as "24001x1280"."""
     return "x".join(map(str, tensor.shape))
 
 
-def _pieces(tokenizer: Path) -> list[str]:
+def load_tokenizer(tokenizer: Path) -> Any:
+    """The SentencePieceProcessor of a file. Raises UserError where it can't be read."""
     try:
         import sentencepiece
     except ImportError:
@@ -227,4 +229,9 @@ def _pieces(tokenizer: Path) -> list[str]:
         processor.LoadFromFile(str(tokenizer))
     except (OSError, RuntimeError):
         raise UserError(f"tokenizer {tokenizer} is not a SentencePiece model") from None
+    return processor
+
+
+def _pieces(tokenizer: Path) -> list[str]:
+    processor = load_tokenizer(tokenizer)
     return [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, NonNegativeFloat, ValidationError, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, ValidationInfo, model_validator
 from torch import Tensor
 
+from studies.indextts2.config_file import find_tokenizer, read_config
+from studies.indextts2.data_checks import check_manifests
 from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_length
-from studies.indextts2.export import export_gpt
+from studies.indextts2.export import export_gpt, list_export_files
 from studies.indextts2.manifest import split_language
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
 from studies.indextts2.weights import count_pieces, load_base_checkpoint
+from trainer.check import Check
 from trainer.config import Role
 from trainer.errors import UserError
-from trainer.export import WeightsFormat
+from trainer.export import WeightsFormat, WriteFile
 from trainer.workload import Batch, DataPath, Dataset, Workload, resolve_path
 
 
@@ -75,7 +78,7 @@ class IndexTTS2(Workload):
     @cached_property
     def gpt_config(self) -> GPTConfig:
         """The model's configuration, its text vocabulary that of the tokenizer if there is one."""
-        config = self.gpt or _read_config(self.config or Path())
+        config = self.gpt or read_config(self.config or Path())
         if self.tokenizer:
             config = config.model_copy(update={"number_text_tokens": count_pieces(self.tokenizer)})
         return config
@@ -127,6 +130,20 @@ class IndexTTS2(Workload):
     def val_data(self) -> Dataset:
         return self._val
 
+    @cached_property
+    def _val_parts(self) -> list[str]:
+        """A name for each validation manifest: its language, or its file's name if they have not several languages."""
+        if len(self.val_manifests) == 1:
+            return [""]
+        languages = [split_language(spec)[1] or "" for spec in self.val_manifests]
+        if all(languages) and len(set(languages)) > 1:
+            return languages
+        stems = [Path(split_language(spec)[0]).stem for spec in self.val_manifests]
+        return [f"{stem}-{number}" if stems.count(stem) > 1 else stem for number, stem in enumerate(stems)]
+
+    def val_part(self, index: int) -> str:
+        return self._val_parts[self._val_files.manifest_of(index)]
+
     def collate(self, samples: Sequence[Utterance], pad_multiple: int = 1) -> Batch:
         return collate(samples, self.gpt_config, pad_multiple)
 
@@ -142,6 +159,16 @@ class IndexTTS2(Workload):
     def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
         export_gpt(state, path, base_checkpoint=self.base_checkpoint, format=format)
 
+    def export_files(self, state: Mapping[str, Tensor], *, format: WeightsFormat = "pth") -> Mapping[str, WriteFile]:
+        return list_export_files(
+            state,
+            config=self.gpt_config,
+            config_file=self.config,
+            tokenizer=self.tokenizer,
+            base_checkpoint=self.base_checkpoint,
+            format=format,
+        )
+
     def input_files(self) -> Sequence[tuple[str, Path]]:
         specs = {"train_manifests": self.train_manifests, "val_manifests": self.val_manifests}
         return [(option, Path(split_language(spec)[0])) for option, given in specs.items() for spec in given]
@@ -149,6 +176,14 @@ class IndexTTS2(Workload):
     def unpacked(self) -> IndexTTS2:
         # No copy: it would share the data that is already open.
         return self if self.pack is False else self.model_validate(self.model_dump() | {"pack": False})
+
+    def check_data(
+        self, *, whole: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[Check]:
+        tokenizer = self.tokenizer or (find_tokenizer(self.config) if self.config else None)
+        return check_manifests(
+            self.train_manifests, self.val_manifests, self.gpt_config, tokenizer, whole=whole, progress=progress
+        )
 
     def memory_savers(self) -> Sequence[str]:
         return () if self.gradient_checkpointing else ("gradient_checkpointing = true",)
@@ -246,24 +281,3 @@ def _join_padded(parts: Sequence[np.ndarray], length: int, filling: int) -> np.n
     joined = np.concatenate(parts)
     values[: len(joined)] = joined
     return values
-
-
-def _read_config(path: Path) -> GPTConfig:
-    """The `gpt:` section of a config.yaml."""
-    try:
-        import yaml
-    except ImportError:
-        raise UserError(f"reading {path} needs pyyaml: pip install 'prodigy-tuner[indextts2]'") from None
-    try:
-        section = yaml.safe_load(path.read_text(encoding="utf-8"))["gpt"]
-        return GPTConfig.model_validate(section)
-    except OSError as error:
-        raise UserError(f"config {path} can't be read: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("gpt", *first["loc"])))
-        raise UserError(f"config {path}: {where}: {first['msg']}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
-    except (KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"config {path} has no gpt: section") from None

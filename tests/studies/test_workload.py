@@ -133,6 +133,28 @@ def test_packages_of_the_extra_are_named_where_they_are_missing(corpus: Path, mo
             workload(corpus, **options).build_model()
 
 
+@pytest.mark.parametrize(
+    ("manifests", "parts"),
+    [
+        (["a.jsonl::ko"], ["", ""]),
+        (["a.jsonl::ko", "b.jsonl::en"], ["ko", "en"]),
+        (["a.jsonl::ko", "b.jsonl::ko"], ["a", "b"]),
+        (["a.jsonl::ko", "b.jsonl"], ["a", "b"]),
+        (["a.jsonl", "c/a.jsonl"], ["a-0", "a-1"]),
+    ],
+)
+def test_several_validation_manifests_are_parts_by_language_or_name(
+    corpus: Path, tmp_path: Path, manifests: list[str], parts: list[str]
+) -> None:
+    for name in ("text_ids", "codes", "condition", "emo_vec"):
+        (tmp_path / name).symlink_to(corpus / name)
+    (tmp_path / "c").mkdir()
+    for name in ("a", "b", "c/a"):
+        (tmp_path / f"{name}.jsonl").write_bytes((corpus / "val_pairs.jsonl").read_bytes())
+    work = workload(tmp_path, train_manifests=["a.jsonl"], val_manifests=manifests, pack=False)
+    assert [work.val_part(0), work.val_part(len(work.val_data()) - 1)] == parts
+
+
 def test_vocabulary_is_the_tokenizers(corpus: Path, tokenizers: tuple[Path, Path]) -> None:  # noqa: F811
     work = workload(corpus, tokenizer=tokenizers[1])
     size = work.gpt_config.number_text_tokens

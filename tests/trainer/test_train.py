@@ -102,6 +102,28 @@ def test_validation_loss_does_not_depend_on_the_training_batch_size(tmp_path: Pa
     assert seen[4][-1].metrics["val/loss"] == pytest.approx(seen[16][-1].metrics["val/loss"], rel=1e-6)
 
 
+class TwoLanguages(Toy):
+    def val_part(self, index: int) -> str:
+        return "ko" if index < 30 else "en"
+
+
+def test_each_part_of_the_validation_set_has_its_loss_besides_the_whole_one(tmp_path: Path) -> None:
+    frozen = config(steps=1, optimizer="adamw", lr=1e-12)
+    plain, parted = (
+        train(workload, frozen, run_dir=tmp_path / type(workload).__name__).metrics
+        for workload in (Toy(), TwoLanguages())
+    )
+    assert list(parted) == ["val/loss", "val/token_loss"] + [
+        f"val/{name}/{part}" for part in ("en", "ko") for name in ("loss", "token_loss")
+    ]
+    assert parted["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-6)
+    lengths = Toy().val_data().lengths
+    tokens = {"ko": lengths[:30].sum(), "en": lengths[30:].sum()}
+    mean = sum(parted[f"val/loss/{part}"] * count for part, count in tokens.items()) / lengths.sum()
+    assert mean == pytest.approx(parted["val/loss"], rel=1e-6)
+    assert abs(parted["val/loss/ko"] - parted["val/loss/en"]) > 1e-4
+
+
 def test_evaluations_are_on_the_grid_of_samples(tmp_path: Path) -> None:
     seen: list[Evaluation] = []
     train(Toy(), config(steps=None, samples=100, batch_size=12, eval_every=25), run_dir=tmp_path, on_eval=seen.append)

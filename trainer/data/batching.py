@@ -8,7 +8,7 @@ samples share a batch still changes from epoch to epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -65,14 +65,24 @@ class BatchOrder:
 
 
 def validation_batches(
-    lengths: np.ndarray, num_samples: int | None, *, seed: int, batch_size: int = 16
+    lengths: np.ndarray,
+    num_samples: int | None,
+    *,
+    seed: int,
+    batch_size: int = 16,
+    part_of: Callable[[int], str] = lambda index: "",
 ) -> list[np.ndarray]:
     """The fixed validation set: `num_samples` drawn once with `seed`, in batches of similar length.
 
     It does not depend on the training configuration, so every trial is measured on the same batches.
+
+    Args:
+        part_of: `Workload.val_part`. All samples of a batch are of one part.
     """
     if len(lengths) == 0:
         raise UserError("the validation split has no samples: name data for it in [workload].")
     chosen = np.random.default_rng(seed).permutation(len(lengths))[:num_samples]
     chosen = chosen[np.argsort(np.asarray(lengths)[chosen], kind="stable")]
-    return [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    names = np.array([part_of(int(index)) for index in chosen])
+    parts = [chosen[names == name] for name in np.unique(names)]
+    return [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]

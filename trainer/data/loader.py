@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -180,5 +181,5 @@ def fixed_batches(workload: Workload, data: Dataset, batches: Sequence[np.ndarra
         if batch.num_samples:
             if not fixed:
                 check_losses(workload, batch)
-            fixed.append(batch)
+            fixed.append(replace(batch, part=workload.val_part(int(indices[0]))))
     return fixed

@@ -51,6 +51,7 @@ def notify(
 
 def doctor(
     spec: Annotated[Path | None, typer.Argument(help="A study.toml. Without it: only machine and storage.")] = None,
+    data: Annotated[bool, typer.Option("--data", help="Read all data of SPEC and judge it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     gpu_memory: Annotated[float | None, typer.Option(min=1, help="Assume a CUDA card of this size, in GB.")] = None,
     storage: Storage = None,
@@ -62,13 +63,25 @@ def doctor(
     """
     if gpu_memory is not None and not math.isfinite(gpu_memory):
         raise UserError(f"--gpu-memory {gpu_memory}: give the card's memory in GB, such as 25.3.")
+    if data and spec is None:
+        raise UserError("--data judges the data of a study: name its study.toml.")
     from rich.console import Console
+    from rich.progress import Progress
 
     from tuner.doctor.check import as_json as plain
     from tuner.doctor.check import has_failed, show
     from tuner.doctor.examine import examine
 
-    checks = examine(spec, run_root=run_root, gpu_memory=gpu_memory and gpu_memory * 1e9, storage=storage)
+    with Progress(console=Console(stderr=True), transient=True, disable=not data) as bar:
+        task = bar.add_task("reading the data", total=None)
+        checks = examine(
+            spec,
+            run_root=run_root,
+            gpu_memory=gpu_memory and gpu_memory * 1e9,
+            storage=storage,
+            whole_data=data,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     if as_json:
         print(json.dumps(plain(checks), indent=1))
     else:

@@ -95,18 +95,20 @@ def evaluate(
 
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    to: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    to: Annotated[
+        Path, typer.Option(help="The file to write; a name without an ending is a folder.", show_default=False)
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Option(help=r"best_*, latest, a step, or a path. \[default: the first best_*, else latest]"),
     ] = None,
-    format: Annotated[str | None, typer.Option(help=r"pth or safetensors. \[default: from the file name]")] = None,
+    format: Annotated[str | None, typer.Option(help=r"pth or safetensors. \[default: by the name, else pth]")] = None,
     spec: Annotated[Path | None, typer.Option(help="Use the workload of this study.toml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Export a checkpoint's weights for inference, in the format of the base checkpoint.
+    """Export a checkpoint for inference: the weights as a file, or a folder with all that loads them.
 
-    Example: tuner export runs/indextts2-ko/full-trial-00007 --to gpt.pth
+    Example: tuner export runs/indextts2-ko/full-trial-00007 --to release
     """
     from trainer.units import format_bytes
     from tuner.promotion.export import export

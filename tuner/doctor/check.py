@@ -1,27 +1,18 @@
-"""A check, and how it is shown."""
+"""How checks are shown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-State = Literal["ok", "warn", "fail"]
+from trainer.check import Check as Check
+from trainer.check import State as State
+
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """The result of a check, and the remedy."""
-
-    name: str
-    state: State
-    """"fail": a run is impossible; "warn": it takes longer, or some trials are affected."""
-    message: str
-    remedy: str = ""
 
 
 def show(checks: Sequence[Check], console: Console) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def examine(
     run_root: Path = Path("runs"),
     gpu_memory: float | None = None,
     storage: str | None = None,
+    whole_data: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Check]:
     """Run all checks, without changing anything.
 
@@ -49,17 +52,28 @@ def examine(
         run_root: Folder of the run directories.
         gpu_memory: Bytes. Assume a CUDA device with this memory and bf16, not this machine's.
         storage: Database URL, as `open_storage` takes it.
+        whole_data: Judge the content of all data, not of a sample; see `Workload.check_data`.
+        progress: See there.
     """
+    judge = partial(_judge_data, whole=whole_data, progress=progress)
     machine = detect_machine() if gpu_memory is None else build_cuda_machine(gpu_memory)
     # The compiler of this machine, also for an assumed card.
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     checks = [check_own(), check_trainer(), check_python(), *check_packages(), check_compiler(), check_compile(kind)]
     checks += [check_device(machine), *check_gpus(), check_clock(run_root), check_storage(storage)]
     checks += check_interrupted(read_open_trials(storage), run_root)
-    return checks + (list(examine_spec(spec, machine, run_root)) if spec else [check_free(run_root)])
+    return checks + (list(examine_spec(spec, machine, run_root, judge)) if spec else [check_free(run_root)])
 
 
-def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check]:
+def _judge_data(
+    workload: Workload, whole: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Check]:
+    return workload.check_data(whole=whole, progress=progress)
+
+
+def examine_spec(
+    path: Path, machine: Machine, run_root: Path, judge: Callable[[Workload], Iterator[Check]] = _judge_data
+) -> Iterator[Check]:
     """The checks that need a study.toml. If one of them is impossible, only that of the disk follows."""
     study = None
     try:
@@ -67,7 +81,7 @@ def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check
         setup = full_setup(spec, {})
         yield Check("spec", "ok", f"{path}: study {spec.study.name}, {spec.trial.num_trials} trials")
         study = spec.study.name
-        yield from _examine_workload(spec, setup, machine, run_root)
+        yield from _examine_workload(spec, setup, machine, run_root, judge)
         return
     except UserError as error:
         name, place = ("spec", "the spec") if study is None else ("workload", "[workload] or its files")
@@ -81,7 +95,9 @@ def examine_spec(path: Path, machine: Machine, run_root: Path) -> Iterator[Check
     yield check_free(run_root, study)
 
 
-def _examine_workload(spec: StudySpec, setup: Setup, machine: Machine, run_root: Path) -> Iterator[Check]:
+def _examine_workload(
+    spec: StudySpec, setup: Setup, machine: Machine, run_root: Path, judge: Callable[[Workload], Iterator[Check]]
+) -> Iterator[Check]:
     """The checks that need the data and the model. Raises their exceptions."""
     if setup.config.device == "cuda" and machine.capabilities.kind == "cpu":
         yield Check(
@@ -98,6 +114,7 @@ def _examine_workload(spec: StudySpec, setup: Setup, machine: Machine, run_root:
     if has_failed([*missing, *data]):
         yield check_free(run_root, spec.study.name)
         return
+    yield from judge(setup.workload)
     yield from _examine_run(spec, setup, machine, run_root, workload)
 
 

@@ -1,10 +1,11 @@
-"""The checks at the start of `launch`, `promote` and `train`: a fraction of a second, without model or data."""
+"""The checks at the start of `launch`, `promote` and `train`: a fraction of a second, with little data."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -12,7 +13,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.workload import Workload
-from tuner.doctor.check import Check
+from tuner.doctor.check import Check, has_failed
 from tuner.doctor.data import check_paths
 from tuner.doctor.device import explain_unused_gpu, list_known_gpus
 from tuner.doctor.disk import check_free
@@ -31,11 +32,12 @@ def run_quick_checks(
     storage: str | None = None,
     device: str = "auto",
 ) -> Iterator[Check]:
-    """The checks that need no model and no data.
+    """The checks that need no model, and of the data no more than a sample.
 
     Args:
         study: Check its checkpoints and open trials.
-        workload: Check that the files exist which its options name.
+        workload: Check that the files exist which its options name, and a sample of the data. What the sample shows is
+            never more than a warning: it may be wanted.
         storage: Database URL; None where the run needs none.
         device: As `train.device`.
     """
@@ -49,7 +51,11 @@ def run_quick_checks(
     if device != "cpu":
         yield from _check_gpus()
     if workload is not None:
-        yield from check_paths(workload)
+        paths = list(check_paths(workload))
+        yield from paths
+        if not has_failed(paths):
+            for check in workload.check_data():
+                yield replace(check, state="warn") if check.state == "fail" else check
 
 
 def _check_gpus() -> Iterator[Check]:

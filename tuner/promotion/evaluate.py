@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
     torch.manual_seed(config.seed)
     model = _load_model(workload, path)
     data = workload.val_data()
-    indices = validation_batches(data.lengths, config.val_samples, seed=config.val_seed)
+    indices = validation_batches(data.lengths, config.val_samples, seed=config.val_seed, part_of=workload.val_part)
     acceleration = plan(capabilities, config, RunSize.of(model, data, samples_per_step=1, remaining_steps=0))
     apply(acceleration)
     device = torch.device(acceleration.device)
@@ -86,7 +86,7 @@ def _read(workload: Workload, data: Dataset, indices: Sequence[np.ndarray], coun
         damage.add(len(chosen), batch.damaged)
         counts.append(batch.num_samples)
         if batch.num_samples:
-            yield batch
+            yield replace(batch, part=workload.val_part(int(chosen[0])))
 
 
 def _warn_of_differences(path: Path, workload: Workload, config: TrainConfig) -> None:

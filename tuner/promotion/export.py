@@ -1,7 +1,9 @@
-"""Export a checkpoint of a run as weights for inference."""
+"""Export a checkpoint of a run for inference: its weights as a file, or a folder that can be loaded alone."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +12,21 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from trainer.checkpoint import LATEST, digest_path, read_checkpoint
-from trainer.errors import UserError
-from trainer.export import WeightsFormat
+from trainer.errors import UserError, first_line
+from trainer.export import WeightsFormat, WriteFile
+from trainer.units import format_bytes
 from trainer.workload import Workload
 from tuner.spec.mistakes import explain
 from tuner.spec.study_toml import StudySpec
 from tuner.spec.workloads import load_workload_class
 from tuner.study.tracked_run import WORKLOAD
 
+README = "README.txt"
+
 
 @dataclass(frozen=True)
 class Export:
-    """A written file and its source."""
+    """A written file or folder, and its source."""
 
     path: Path
     num_bytes: int
@@ -38,16 +43,18 @@ def export(
     spec: Path | None = None,
     force: bool = False,
 ) -> Export:
-    """Write a checkpoint's weights to `path` with the workload's `export_weights`.
+    """Write a checkpoint's weights to `path`: a file with the workload's `export_weights`, or a folder with its
+    `export_files` and a README.txt.
 
     The checkpoint names its workload, which is imported: export runs that you trust.
 
     Args:
+        path: A folder if it is one, or if its name has no ending; else a file.
         checkpoint: See `find_checkpoint`.
         format: "pth" or "safetensors". Default: as the name of `path` ends.
         spec: Take the workload and its options from this study.toml, for a checkpoint that names none and where
             its files have moved.
-        force: Replace `path` where it exists.
+        force: Replace the file, or those files of the folder that are written.
 
     Raises:
         UserError: There is no such checkpoint, it is none of a run, or `path` can't be written.
@@ -61,10 +68,74 @@ def export(
         workload = _workload(state["lineage"], source)
         if (preferred := find_checkpoint(run_dir, checkpoint, workload)) != source:
             source, state = preferred, _read(preferred)
-    if path.resolve() in [getattr(workload, name) for name in type(workload).model_fields]:
-        raise UserError(f"{path} is a file that the run was made from: export to another one.")
-    workload.export_weights(state["model"], path, format=chosen)
-    return Export(path.resolve(), path.stat().st_size, source, state["step"])
+    into_folder = is_folder(path)
+    if into_folder:
+        files = {**workload.export_files(state["model"], format=chosen), README: _write_readme(state, source)}
+    else:
+        files = {path.name: lambda target: workload.export_weights(state["model"], target, format=chosen)}
+    folder = path if into_folder else path.parent
+    for name in files:
+        _check_file(folder / name, workload, force=force)
+    if into_folder:
+        _write_folder(files, path)
+    else:
+        files[path.name](path)
+    return Export(path.resolve(), sum((folder / name).stat().st_size for name in files), source, state["step"])
+
+
+def is_folder(path: Path) -> bool:
+    """Whether an export to this path is a folder: "ko-v1.2" too, whose ending is a number."""
+    return path.is_dir() or not path.suffix[1:2].isalpha()
+
+
+def _write_folder(files: Mapping[str, WriteFile], folder: Path) -> None:
+    """Write all files, then move them into the folder. A failure leaves the folder as it was."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir()
+        for name, write in files.items():
+            write(temporary / name)
+        folder.mkdir(exist_ok=True)
+        for name in files:
+            os.replace(temporary / name, folder / name)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({first_line(error)}): choose another folder.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_readme(state: Mapping[str, Any], source: Path) -> WriteFile:
+    def write(path: Path) -> None:
+        sizes = {file.name: format_bytes(file.stat().st_size) for file in sorted(path.parent.iterdir())}
+        path.write_text(describe(state, source, sizes), encoding="utf-8")
+
+    return write
+
+
+def describe(state: Mapping[str, Any], source: Path, files: Mapping[str, str]) -> str:
+    """The README.txt: lineage, settings and metrics of a checkpoint, and the files of the folder with their sizes."""
+    lineage, identity = state["lineage"], state.get("identity", {})
+    progress = state.get("progress", {"evaluated_step": state["step"], "metrics": state.get("metrics", {})})
+    metrics = f"metrics of step {progress['evaluated_step']:,}"
+    sections = {
+        "weights for inference": {
+            "checkpoint": source.resolve(),
+            "steps": f"{state['step']:,}",
+            "samples": f"{state['samples']:,}" if "samples" in state else None,
+            "data digest": identity.get("data", {}).get("contents"),
+            **{key.replace("_", " "): value for key, value in lineage.items() if key not in (WORKLOAD, "params")},
+            WORKLOAD: (lineage.get(WORKLOAD) or {}).get("class"),
+        },
+        "parameters of the trial": lineage.get("params", {}),
+        "training": identity.get("train", {}),
+        metrics: {name: f"{value:.4f}" for name, value in progress["metrics"].items()},
+        "files": files,
+    }
+    return "\n".join(
+        f"{title}\n" + "".join(f"  {key}: {value}\n" for key, value in values.items() if value is not None)
+        for title, values in sections.items()
+        if values
+    )
 
 
 def _read(source: Path) -> dict[str, Any]:
@@ -116,15 +187,26 @@ def _format(name: str | None, path: Path) -> WeightsFormat:
 
 
 def _check_target(path: Path, *, force: bool) -> None:
+    """Refuse a target that can't be one whatever the workload."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name the file to write.")
+    if path.is_dir() and any(digest_path(file).exists() for file in path.glob("*.pth")):
+        raise UserError(f"{path} is a run directory: name another folder, or the file to write.")
+    if is_folder(path) and path.is_file():
+        raise UserError(f"{path} is a file: name a folder, or a file that ends in .pth or .safetensors.")
+    if not is_folder(path):
+        _check_file(path, None, force=force)
+
+
+def _check_file(path: Path, workload: Workload | None, *, force: bool) -> None:
     # Only checkpoints of a run have a digest beside them.
     if digest_path(path).exists():
         raise UserError(f"{path} is a checkpoint of a run: export to another file.")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists: choose another name, or replace it with --force.")
+    if workload and path.resolve() in [getattr(workload, name) for name in type(workload).model_fields]:
+        raise UserError(f"{path} is a file that the run was made from: export to another one.")
+    if path.is_dir() or (path.exists() and not force):
+        remedy = "choose another name" + ("" if path.is_dir() else ", or replace it with --force")
+        raise UserError(f"{path} exists: {remedy}.")
 
 
 def _workload(lineage: Mapping[str, Any], source: Path) -> Workload:

@@ -55,6 +55,12 @@ def test_validation_set_is_drawn_once_by_its_seed() -> None:
     assert set(chosen) != set(np.concatenate(validation_batches(LOG_NORMAL, 100, seed=6)))
 
 
+def test_parts_of_the_validation_set_are_in_batches_of_their_own() -> None:
+    batches = validation_batches(LOG_NORMAL, 100, seed=5, part_of=lambda index: "ko" if index % 3 else "en")
+    assert all(len(set(batch % 3 > 0)) == 1 for batch in batches)
+    assert set(np.concatenate(batches)) == set(np.concatenate(validation_batches(LOG_NORMAL, 100, seed=5)))
+
+
 def test_empty_validation_split_is_an_error() -> None:
     with pytest.raises(UserError, match="no samples"):
         validation_batches(np.array([]), 10, seed=0)

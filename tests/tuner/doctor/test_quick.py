@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.toy import Toy
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from tuner.cli import main
 from tuner.doctor import quick as module
 from tuner.doctor.check import Check
+from tuner.doctor.examine import examine
 from tuner.doctor.quick import report_checks, run_spec_checks
+from tuner.spec.study_toml import StudySpec
 from tuner.study.storage import open_storage
 
 MISSING = TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_data:Listed").replace(
@@ -43,6 +48,20 @@ def test_warning_is_printed_and_fail_raises() -> None:
         report_checks([*checks, Check("d", "fail", "e", "f")], output)
     assert output.getvalue() == "tuner: warning: clock is late; set it.\ntuner: a b; c.\n"
     report_checks(checks[:2], output)
+
+
+class Judged(Toy):
+    def check_data(self, *, whole: bool = False, progress: Any = None) -> Iterator[Check]:
+        yield Check("self pairs", "fail", f"whole: {whole}", "pair them")
+
+
+def test_fault_of_the_data_is_a_warning_at_a_start_and_a_fail_for_the_doctor(tmp_path: Path) -> None:
+    spec = write(tmp_path, TOML.replace("tests.toy:Toy", "tests.tuner.doctor.test_quick:Judged"))
+    output = io.StringIO()
+    report_checks(run_spec_checks(StudySpec.load(spec), tmp_path / "runs"), output)
+    assert output.getvalue() == "tuner: warning: self pairs whole: False; pair them.\n"
+    found = examine(spec, run_root=tmp_path / "runs", storage=f"sqlite:///{tmp_path}/tuner.db", whole_data=True)
+    assert Check("self pairs", "fail", "whole: True", "pair them") in found
 
 
 def test_gpu_invisible_to_torch_is_a_warning_unless_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

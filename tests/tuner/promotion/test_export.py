@@ -16,7 +16,7 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from tuner.cli import main
-from tuner.promotion.export import export, find_checkpoint
+from tuner.promotion.export import describe, export, find_checkpoint
 from tuner.spec.setups import full_setup
 from tuner.study.tracked_run import Runtime, describe_workload, tracked_train
 
@@ -70,11 +70,11 @@ def test_workload_beside_its_study_is_found(tmp_path: Path, runtime: Runtime) ->
     sys.path.remove(str(tmp_path))
     tracked_train(setup, runtime.run_root / "it", runtime, experiment="it", lineage={})
     del sys.modules["beside_study"]
-    export(runtime.run_root / "it", tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "5 tensors, width 16"
+    export(runtime.run_root / "it", tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text() == "5 tensors, width 16"
 
 
-@pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out.bin"])
 def test_state_dict_is_what_a_plain_workload_exports(run_dir: Path, tmp_path: Path, name: str) -> None:
     done = export(run_dir, tmp_path / name, checkpoint="latest")
     assert (done.checkpoint, done.step) == (run_dir / "latest.pth", 5)
@@ -137,6 +137,40 @@ def test_export_command_prints_its_source_and_force_replaces(
     assert torch.load(target).keys() == Toy().build_model().state_dict().keys()
 
 
+def test_folder_has_weights_and_a_readme_with_lineage(run_dir: Path, tmp_path: Path) -> None:
+    done = export(run_dir, tmp_path / "ko-v1.2", checkpoint="latest")
+    assert sorted(path.name for path in done.path.iterdir()) == ["README.txt", "weights.pth"]
+    assert done.num_bytes == sum(path.stat().st_size for path in done.path.iterdir())
+    state = read_checkpoint(run_dir / "latest.pth")
+    readme = (done.path / "README.txt").read_text()
+    for line in (
+        f"checkpoint: {run_dir}/latest.pth",
+        "steps: 5",
+        "spec: none",
+        f"data digest: {state['identity']['data']['contents']}",
+        "workload: tests.toy:Toy",
+        "batch_size: 8",
+        f"val/loss: {state['progress']['metrics']['val/loss']:.4f}",
+    ):
+        assert f"  {line}\n" in readme
+    (done.path / "notes.md").write_text("mine")
+    (done.path / "weights.pth").write_text("old")
+    with pytest.raises(UserError, match=r"weights.pth exists: choose another name, or replace it with --force"):
+        export(run_dir, done.path)
+    assert (done.path / "weights.pth").read_text() == "old"
+    export(run_dir, done.path, force=True)
+    assert torch.load(done.path / "weights.pth").keys() == state["model"].keys()
+    assert (done.path / "notes.md").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_trial_and_its_parameters_are_in_the_readme() -> None:
+    lineage = {"study": "ko", "trial": 7, "params": {"train.d_coef": 0.5}, "continued_from": None}
+    text = describe({"step": 5, "lineage": lineage, "metrics": {"val/loss": 2.0}}, Path("/run/best.pth"), {})
+    assert "  study: ko\n  trial: 7\n\nparameters of the trial\n  train.d_coef: 0.5\n" in text
+    assert "metrics of step 5\n  val/loss: 2.0000\n" in text
+
+
 def truncate(path: Path) -> None:
     content = path.read_bytes()
     path.unlink()
@@ -167,9 +201,11 @@ def record(key: str, value: Any) -> Callable[[Path], None]:
         (None, ["it", "--to", "out.pth", "--checkpoint", "7"], "no checkpoint 7"),
         (None, ["it", "--to", "out.pth", "--format", "onnx"], "--format onnx: use pth or safetensors"),
         (None, ["it", "--to", "none/out.pth"], "there is no folder none"),
-        (None, ["it", "--to", "it"], "it is a folder"),
+        (None, ["it", "--to", "it"], "it is a run directory"),
         (None, ["it", "--to", "it/latest.pth", "--force"], "is a checkpoint of a run: export to another file"),
         (None, ["it", "--to", "/proc/out.pth"], "/proc/out.pth could not be written"),
+        (None, ["it", "--to", "/proc/out"], "/proc/out could not be written"),
+        (lambda run: (run.parent / "out").touch(), ["it", "--to", "out"], "out is a file: name a folder"),
         (
             lambda run: truncate(run / "latest.pth"),
             ["it", "--to", "out.pth", "--checkpoint", "latest"],
