@@ -33,6 +33,16 @@ class CheckpointTracker(Protocol):
     def checkpoint(self, name: str, *, step: int) -> None: ...
 
 
+@runtime_checkable
+class EventTracker(Protocol):
+    """A `Tracker` that also receives what the guard of a run reports.
+
+    Kinds: `declined` (the text has the reason), `recovered` (a new best validation), `stopped_by_guard`.
+    """
+
+    def event(self, kind: str, text: str, *, step: int) -> None: ...
+
+
 class Trackers:
     """Several trackers as one. One that fails is removed, and training continues."""
 
@@ -44,6 +54,9 @@ class Trackers:
 
     def checkpoint(self, name: str, *, step: int) -> None:
         self._notify(lambda tracker: tracker.checkpoint(name, step=step), kind=CheckpointTracker)
+
+    def event(self, kind: str, text: str, *, step: int) -> None:
+        self._notify(lambda tracker: tracker.event(kind, text, step=step), kind=EventTracker)
 
     def close(self) -> None:
         self._notify(lambda tracker: tracker.close())
@@ -64,7 +77,7 @@ class AimTracker:
     """Writes to an Aim repository from a thread. If Aim fails, it warns once, and training continues without it.
 
     A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are texts named
-    `checkpoint`. A run directory stores the hash of its Aim run, so that a resumed run continues the same curves.
+    `checkpoint`, and events texts named by their kind. A run directory stores the hash of its Aim run, so that a resumed run continues the same curves.
 
     Args:
         repo: Folder of the Aim repository; created if missing.
@@ -99,6 +112,15 @@ class AimTracker:
             text: Any = Text
             run.track(text(name), name="checkpoint", step=step, context={"file": name})
             run["checkpoints", name] = step
+
+        self._put(write)
+
+    def event(self, kind: str, text: str, *, step: int) -> None:
+        def write(run: Any) -> None:
+            from aim.sdk.objects.text import Text
+
+            kept: Any = Text
+            run.track(kept(text), name=kind, step=step)
 
         self._put(write)
 
