@@ -39,6 +39,7 @@ def train(
     """
     from rich.console import Console
 
+    from trainer.checkpoint import BEST
     from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.spec.overrides import parse_overrides
     from tuner.spec.setups import full_setup
@@ -63,7 +64,9 @@ def train(
             resume=resume,
             init=init.resolve() if init else None,
         )
-    finish(run, result, "the same command with --resume auto" if resume == "never" else "the same command")
+    again = "the same command with --resume auto" if resume == "never" else "the same command"
+    best = f"Its best state is {result.run_dir / BEST}: continue it in a new folder (--resume PATH --run-dir NEW)"
+    finish(run, result, again, remedy=best)
 
 
 def evaluate(

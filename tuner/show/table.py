@@ -154,8 +154,12 @@ def confirmation_table(confirmation: Confirmation) -> Table:
 
 
 def describe_state(run: FullRunRecord) -> str:
-    """A full run's state, and where its learning rate falls: "running, rate falls from step 192,001"."""
-    if run.decay_start is None or run.state == "finished":
-        return run.state
-    verb = "falls" if run.phase == "constant" else "has been falling"
-    return f"{run.state}, rate {verb} from step {run.decay_start:,}"
+    """A full run's state, its last decline, and where its rate falls: "running, rate falls from step 192,001"."""
+    words: list[str] = [run.state]
+    if run.decline is not None:
+        words.append(f"declined at step {run.decline['step']:,}")
+        words += [run.decline["outcome"]] if run.decline["outcome"] else []
+    if run.decay_start is not None and run.state != "finished":
+        verb = "falls" if run.phase == "constant" else "has been falling"
+        words.append(f"rate {verb} from step {run.decay_start:,}")
+    return ", ".join(words)
