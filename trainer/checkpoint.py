@@ -307,7 +307,6 @@ class Checkpoints:
         for old in [*later, *steps[: steps.index(path) + 1][: -self.keep]]:
             _delete(old)
 
-
     def _has_room(self, path: Path) -> bool:
         """Whether `best.pth` can be kept once `path` is no longer one of the newest states. Warns once if not."""
         if (self.run_dir / BEST).exists():

@@ -66,7 +66,7 @@ class Series:
         if rise <= max(rule.noises * noise, rule.share * abs(self.level)):
             return ""
         return (
-            f"above {self.level + rise:.4f} in {rule.high} of the last {rule.newest} values, and its lowest level was "
+            f"at least {self.level + rise:.4f} in {rule.high} of the last {rule.newest} values, and its lowest level was "
             f"{self.level:.4f} (noise: {noise:.4f})"
         )
 

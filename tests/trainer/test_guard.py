@@ -80,7 +80,7 @@ def test_training_loss_is_judged_by_its_own_noise() -> None:
         assert not any(map(guard.add_train, curve))
         jump = [guard.add_train(value * 1.7) for value in curve[-5:]]
         assert jump.count("declined") == 1, noise
-        assert guard.declined.startswith("train/loss is above")
+        assert guard.declined.startswith("train/loss is at least")
 
 
 def test_patience_counts_validations_without_a_new_best() -> None:

@@ -28,7 +28,13 @@ class Recorder:
 
 
 def config(**changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"steps": 20, "eval_every": 8, "precision": "fp32", "save_every": 1000, "on_decline": "stop"}
+    values: dict[str, Any] = {
+        "steps": 20,
+        "eval_every": 8,
+        "precision": "fp32",
+        "save_every": 1000,
+        "on_decline": "stop",
+    }
     return TrainConfig(**{**values, **changes})
 
 
@@ -47,7 +53,7 @@ def run(run_dir: Path, **changes: Any) -> tuple[TrainResult, Recorder]:
 def test_decline_stops_the_run_with_a_checkpoint_and_its_best_state(ruined: None, tmp_path: Path) -> None:
     result, recorder = run(tmp_path)
     assert not result.finished and result.step == 12
-    assert result.stopped_by_guard.startswith("val/loss is above 4.2000 in 2 of the last 3 values")
+    assert result.stopped_by_guard.startswith("val/loss is at least 4.2000 in 2 of the last 3 values")
     assert recorder.events == [("declined", 12), ("stopped_by_guard", 12)]
     best, latest = (read_checkpoint(tmp_path / name) for name in ("best.pth", "latest.pth"))
     assert (best["step"], best["metrics"]["val/loss"], best["progress"]["guard"]["declined"]) == (10, 2.1, "")

@@ -56,6 +56,7 @@ for command in (
     study.promote,
     training.train,
     training.evaluate,
+    training.average,
     training.export,
     training.bench,
     setup.new,

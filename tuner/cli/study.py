@@ -150,7 +150,11 @@ def promote(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start at step 0, not from the trial's checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in steps.")] = None,
     end_now: Annotated[
-        bool, typer.Option("--finish", help="Start the decay of the learning rate now, and end after it; a declining run goes back to its best state.")
+        bool,
+        typer.Option(
+            "--finish",
+            help="Start the decay of the learning rate now, and end after it; a declining run goes back to its best state.",
+        ),
     ] = False,
     decay_steps: Annotated[
         int | None, typer.Option(min=1, help=r"Length of that decay. \[default: a fifth of the steps so far]")

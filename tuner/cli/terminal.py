@@ -92,9 +92,9 @@ def _log_handlers(log_format: Format, level: int) -> Sequence[logging.Handler]:
     return [LogLines("stderr", level), JsonWarnings()]
 
 
-def show_log(log_format: Format = Format.auto) -> None:
-    """Print the trainer's log on stdout. With JSON: the log on stderr, and warnings as JSON on stdout."""
-    logging.basicConfig(format="%(message)s", handlers=_log_handlers(log_format, logging.INFO))
+def show_log(log_format: Format = Format.auto, level: int = logging.INFO) -> None:
+    """Print the trainer's log on stdout, from `level` on. With JSON: the log on stderr, and warnings as JSON on stdout."""
+    logging.basicConfig(format="%(message)s", handlers=_log_handlers(log_format, level))
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,6 +14,9 @@ from trainer.clock import clock, format_hours
 from tuner.show.palette import STATE_STYLES
 from tuner.study.confirmation import Confirmation
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
+
+if TYPE_CHECKING:
+    from tuner.promotion.evaluate import CheckpointMetrics
 
 FULL_LENGTH_HEADINGS = ("full samples", "epochs")
 CONFIRMATION_HEADINGS = ("trial", "parameters", "mean", "min to max", "over the baseline", "remarks")
@@ -150,6 +153,24 @@ def confirmation_table(confirmation: Confirmation) -> Table:
         table.add_column(heading, justify="left" if heading in ("parameters", "remarks") else "right")
     for trial, row in zip(confirmation.trials, confirmation_rows(confirmation), strict=True):
         table.add_row(*row, style="bold" if trial is confirmation.winner else None)
+    return table
+
+
+def checkpoints_table(found: Sequence[CheckpointMetrics]) -> Table:
+    """Checkpoints as they are sorted, with the rank of each by every loss; of other metrics the better end is not known."""
+    table = build_table(f"{len(found)} checkpoints, {found[0].samples:,} samples" if found else "no checkpoints")
+    table.add_column("checkpoint")
+    table.add_column("step", justify="right")
+    metrics = list(found[0].metrics) if found else []
+    ranks = {name: sorted(one.metrics[name] for one in found) for name in metrics if name.endswith("loss")}
+    for name in metrics:
+        table.add_column(name.removeprefix("val/"), justify="right", no_wrap=True)
+    for one in found:
+        cells = [
+            f"{one.metrics[m]:.4f}" + (f" ({ranks[m].index(one.metrics[m]) + 1})" if m in ranks else "")
+            for m in metrics
+        ]
+        table.add_row(", ".join(one.names), "" if one.step is None else f"{one.step:,}", *cells)
     return table
 
 
