@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import read_checkpoint, write_checkpoint
+from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
+from trainer.export import write_weights
 
 
 def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
@@ -24,10 +25,10 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
     """
     if len(sources) < 2:
         raise UserError(f"{len(sources)} checkpoint: an average needs at least two.")
-    if path.exists() or not path.parent.is_dir():
-        raise UserError(
-            f"{path} " + ("exists: choose another name." if path.exists() else "has no folder: make it first.")
-        )
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name.")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
     first = read_checkpoint(sources[0], mmap=True)
     weights = _weights(first, sources[0])
     mean = {name: tensor.to(_wide(tensor)) for name, tensor in weights.items() if tensor.is_floating_point()}
@@ -38,10 +39,11 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
             # Not a sum: the mean of equal weights is exactly these.
             mean[name] = so_far + (others[name].to(so_far.dtype) - so_far) / number
     model = {name: mean[name].to(tensor.dtype) if name in mean else tensor for name, tensor in weights.items()}
-    about = {key: first[key] for key in ("step", "samples", "identity", "lineage") if "model" in first and key in first}
+    known = ("step", "samples", "identity", "lineage") if "model" in first else ()
+    about: dict[str, Any] = {key: first[key] for key in known if key in first}
     if "lineage" in about:
         about["lineage"] = {**about["lineage"], "averaged": [str(source.resolve()) for source in sources]}
-    write_checkpoint({"model": model, **about}, path)
+    write_weights({"model": model, **about}, path)
 
 
 def _weights(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ HISTORY = 40
 
 
 def noise_of(values: Sequence[float]) -> float:
-    """The standard deviation of a curve around its trend, by the median distance of a value from its neighbours' mean."""
+    """The standard deviation of a curve around its trend, by the distance of values from their neighbours' mean."""
     distances = [abs(b - (a + c) / 2) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
     # For normal noise of deviation 1 the distance has deviation sqrt(1.5), and its median is 1 / 1.4826 of that.
     return 1.4826 * median(distances) / math.sqrt(1.5) if distances else 0.0
@@ -65,10 +65,8 @@ class Series:
         noise, rise = noise_of(before), sorted(newest)[-rule.high] - self.level
         if rise <= max(rule.noises * noise, rule.share * abs(self.level)):
             return ""
-        return (
-            f"at least {self.level + rise:.4f} in {rule.high} of the last {rule.newest} values, and its lowest level was "
-            f"{self.level:.4f} (noise: {noise:.4f})"
-        )
+        high, low = f"{self.level + rise:.4f}", f"{self.level:.4f} (noise: {noise:.4f})"
+        return f"at least {high} in {rule.high} of the last {rule.newest} values, and its lowest level was {low}"
 
 
 @dataclass

@@ -77,7 +77,8 @@ class AimTracker:
     """Writes to an Aim repository from a thread. If Aim fails, it warns once, and training continues without it.
 
     A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are texts named
-    `checkpoint`, and events texts named by their kind. A run directory stores the hash of its Aim run, so that a resumed run continues the same curves.
+    `checkpoint`, and events are texts named by their kind. A run directory stores the hash of its Aim run, so that a
+    resumed run continues the same curves.
 
     Args:
         repo: Folder of the Aim repository; created if missing.

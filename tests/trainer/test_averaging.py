@@ -64,7 +64,7 @@ def test_nothing_is_replaced_and_one_checkpoint_is_no_average(tmp_path: Path) ->
     one = write(tmp_path / "1.pth", a=torch.ones(2))
     with pytest.raises(UserError, match="at least two"):
         average_checkpoints([one], tmp_path / "mean.pth")
-    with pytest.raises(UserError, match="1.pth exists: choose another name"):
+    with pytest.raises(UserError, match=r"1\.pth exists: choose another name"):
         average_checkpoints([one, one], one)
     with pytest.raises(UserError, match="no folder"):
         average_checkpoints([one, one], tmp_path / "none" / "mean.pth")

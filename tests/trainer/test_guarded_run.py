@@ -28,13 +28,7 @@ class Recorder:
 
 
 def config(**changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "steps": 20,
-        "eval_every": 8,
-        "precision": "fp32",
-        "save_every": 1000,
-        "on_decline": "stop",
-    }
+    values: dict[str, Any] = {"steps": 20, "eval_every": 8, "precision": "fp32", "on_decline": "stop"}
     return TrainConfig(**{**values, **changes})
 
 

@@ -153,7 +153,7 @@ def promote(
         bool,
         typer.Option(
             "--finish",
-            help="Start the decay of the learning rate now, and end after it; a declining run goes back to its best state.",
+            help="Let the learning rate fall to zero now, and end; a declining run does so from its best state.",
         ),
     ] = False,
     decay_steps: Annotated[

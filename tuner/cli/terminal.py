@@ -93,7 +93,7 @@ def _log_handlers(log_format: Format, level: int) -> Sequence[logging.Handler]:
 
 
 def show_log(log_format: Format = Format.auto, level: int = logging.INFO) -> None:
-    """Print the trainer's log on stdout, from `level` on. With JSON: the log on stderr, and warnings as JSON on stdout."""
+    """Print the trainer's log, from `level` on, on stdout. With JSON: on stderr, and warnings as JSON on stdout."""
     logging.basicConfig(format="%(message)s", handlers=_log_handlers(log_format, level))
 
 

@@ -116,9 +116,7 @@ def evaluate(
 
 
 def average(
-    checkpoints: Annotated[
-        list[Path], typer.Argument(help="Two or more checkpoints of one model.", show_default=False)
-    ],
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one model.", show_default=False)],
     to: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
 ) -> None:
     """Average the weights of checkpoints.

@@ -17,6 +17,7 @@ from trainer.checkpoint import read_checkpoint
 from trainer.config import TrainConfig, differences
 from trainer.data.batching import validation_batches
 from trainer.data.loader import BatchReader, DamageCount
+from trainer.errors import UserError
 from trainer.evaluation import evaluate
 from trainer.workload import Batch, Dataset, Workload
 from tuner.promotion.export import build_workload, find_checkpoint, read_state
@@ -62,7 +63,7 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
 
 
 def evaluate_all(run_dir: Path, *, samples: int | None = None) -> list[CheckpointMetrics]:
-    """Measure every checkpoint of a run on its own validation set, the lowest val/loss first; damaged ones are left out.
+    """Measure every checkpoint of a run on its validation set, the lowest val/loss first; damaged ones are left out.
 
     The checkpoints name their workload, which is imported: evaluate runs that you trust.
 

@@ -157,19 +157,17 @@ def confirmation_table(confirmation: Confirmation) -> Table:
 
 
 def checkpoints_table(found: Sequence[CheckpointMetrics]) -> Table:
-    """Checkpoints as they are sorted, with the rank of each by every loss; of other metrics the better end is not known."""
+    """Checkpoints in their order, with their ranks by each loss: of other metrics the better end is not known."""
     table = build_table(f"{len(found)} checkpoints, {found[0].samples:,} samples" if found else "no checkpoints")
     table.add_column("checkpoint")
     table.add_column("step", justify="right")
     metrics = list(found[0].metrics) if found else []
-    ranks = {name: sorted(one.metrics[name] for one in found) for name in metrics if name.endswith("loss")}
+    ordered = {name: sorted(one.metrics[name] for one in found) for name in metrics if name.endswith("loss")}
     for name in metrics:
         table.add_column(name.removeprefix("val/"), justify="right", no_wrap=True)
     for one in found:
-        cells = [
-            f"{one.metrics[m]:.4f}" + (f" ({ranks[m].index(one.metrics[m]) + 1})" if m in ranks else "")
-            for m in metrics
-        ]
+        ranks = {name: f" ({values.index(one.metrics[name]) + 1})" for name, values in ordered.items()}
+        cells = [f"{one.metrics[name]:.4f}{ranks.get(name, '')}" for name in metrics]
         table.add_row(", ".join(one.names), "" if one.step is None else f"{one.step:,}", *cells)
     return table
 

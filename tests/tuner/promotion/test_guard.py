@@ -65,7 +65,6 @@ def test_finish_goes_back_to_the_best_state_and_lets_the_rate_fall(
     assert (run.steps, run.decay_start, run.state) == (144, 121, "finished")
     assert run.decline is not None and run.decline["step"] == 140 and run.decline["outcome"] == "went back to step 120"
     assert max(samples for samples, value in run.curve.items() if value > 7) == 120 * 8
-    assert not list(result.run_dir.glob("step_000000140.pth"))
     assert read_checkpoint(result.run_dir / "latest.pth")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1 / 24)
 
 
