@@ -106,7 +106,7 @@ def train(
         metrics=progress.metrics,
         best=progress.best,
         run_dir=run_dir,
-        stopped_by_guard="" if run.finished else reporter.stopped_by_guard,
+        stopped_by_guard=reporter.stopped_by_guard,
     )
 
 

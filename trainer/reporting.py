@@ -87,7 +87,7 @@ class Reporter:
         level, verb = (logging.WARNING, "declines") if event == "declined" else (logging.INFO, "has recovered")
         log.log(level, "[Step %d] the run %s: %s", step, verb, text)
         self.tracker.event(event, text, step=step)
-        if event == "declined" and on_decline != "warn":
+        if event == "declined" and on_decline != "warn" and not self.run.finished:
             self.stopped_by_guard = text
             self.tracker.event("stopped_by_guard", text, step=step)
 
