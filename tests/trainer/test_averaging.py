@@ -18,8 +18,8 @@ def write(path: Path, **weights: Any) -> Path:
 
 
 def test_mean_is_computed_in_float32_and_integers_are_those_of_the_first(tmp_path: Path) -> None:
-    # In bfloat16 the sum of the third and the others would be rounded away.
-    values = [256.0, 256.0, 259.0]
+    # In bfloat16, where these are neighbours, the mean would never leave the first.
+    values = [256.0, *[258.0] * 4]
     sources = [
         write(tmp_path / f"{i}.pth", half=torch.tensor([value], dtype=torch.bfloat16), count=torch.tensor([i]))
         for i, value in enumerate(values, 1)

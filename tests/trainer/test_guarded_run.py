@@ -94,10 +94,11 @@ def test_best_state_needs_room_and_its_lack_is_one_warning(
     size = (tmp_path / "probe.pth").stat().st_size
     with Checkpoints(tmp_path, keep=2) as checkpoints, caplog.at_level(logging.WARNING):
         free(2 * size)
-        for step in (1, 2):
-            checkpoints.save({"step": step}, also=["best.pth"])
-            checkpoints._wait()
-    # One file more while the next is written, and one for best.pth: with two states kept, two are missing.
+        checkpoints.save({"step": 1}, also=["best.pth"])
+        checkpoints._wait()
+        # With two states kept: a second one, one more while it is written, and best.pth itself.
+        assert not (tmp_path / "best.pth").exists()
+        checkpoints.save({"step": 2}, also=["best.pth"])
     assert read_checkpoint(tmp_path / "best.pth")["step"] == 2
     assert len(caplog.messages) == 1 and "best.pth is not kept: it needs room for 3 more checkpoints" in caplog.text
     with Checkpoints(tmp_path, keep=2) as checkpoints:
