@@ -2,8 +2,8 @@
 
 A checkpoint is written from a snapshot in host memory by one background thread: to a temporary file, flushed,
 with its digest beside it (`sha256sum -c` reads it), then renamed. `step_*.pth` are the last few states,
-`latest.pth` is a hard link to the newest, `stable.pth` is the state before the rate decays, `best_*.pth` hold weights
-and metrics only.
+`latest.pth` is a hard link to the newest, `stable.pth` to the state before the rate decays, `best.pth` to that of the
+best validation. `best_*.pth` and `milestone_*.pth` hold weights and metrics only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-LATEST, STABLE = "latest.pth", "stable.pth"
+LATEST, STABLE, BEST = "latest.pth", "stable.pth", "best.pth"
 
 # Errors of torch.load for files that are truncated or no checkpoints.
 _DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error)
@@ -141,13 +141,18 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def holds_state(run_dir: Path) -> bool:
-    """Whether the directory has a state to continue, damaged or not. `best_*.pth` are weights without a state."""
+    """Whether the directory has a state to continue, damaged or not. Other files are weights, or names of a state."""
     return (run_dir / LATEST).exists() or any(run_dir.glob("step_*.pth"))
 
 
 def step_file(step: int) -> str:
     """Name of the file with the state after `step` steps."""
     return f"step_{step:09d}.pth"
+
+
+def milestone_file(step: int) -> str:
+    """Name of the file with the weights after `step` steps that stays."""
+    return f"milestone_{step:09d}.pth"
 
 
 def newest_step(run_dir: Path) -> int | None:
@@ -158,8 +163,12 @@ def newest_step(run_dir: Path) -> int | None:
 def delete_checkpoints(run_dir: Path) -> None:
     """Delete all checkpoints of a run directory; another process may do so too."""
     for path in run_dir.glob("*.pth"):
-        path.unlink(missing_ok=True)
-        digest_path(path).unlink(missing_ok=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    digest_path(path).unlink(missing_ok=True)
 
 
 def find_state(
@@ -197,6 +206,20 @@ def find_state(
     return newest
 
 
+def go_back(run_dir: Path, name: str) -> None:
+    """Make a state that has another name, such as `best.pth`, the newest one: the states after it are deleted.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    path = run_dir / name
+    target = run_dir / step_file(read_checkpoint(path, mmap=True)["step"])
+    for alias in (target, run_dir / LATEST):
+        _link_alias(path, alias)
+    for later in list_steps(run_dir)[list_steps(run_dir).index(target) + 1 :]:
+        _delete(later)
+
+
 def list_steps(run_dir: Path) -> list[Path]:
     """The states by step, the newest last."""
     return sorted(run_dir.glob("step_*.pth"))
@@ -207,8 +230,8 @@ class Checkpoints:
 
     Args:
         keep: Number of states to keep.
-        on_written: Called with path, kind ("best" or "state") and step once a file is whole, before a later one may
-            replace or delete it.
+        on_written: Called with path, kind ("best", "milestone" or "state") and step once a file is whole, before a
+            later one may replace or delete it.
     """
 
     def __init__(
@@ -217,6 +240,7 @@ class Checkpoints:
         self.run_dir, self.keep, self._on_written = run_dir, keep, on_written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
+        self._has_warned = False
         for incomplete in run_dir.glob("*.tmp"):
             incomplete.unlink()
 
@@ -241,20 +265,19 @@ class Checkpoints:
             _link_alias(found[0], latest)
         return found
 
-    def save(self, state: dict[str, Any], *, stable: bool = False) -> None:
+    def save(self, state: dict[str, Any], *, also: Sequence[str] = ()) -> None:
         """Write the state as the newest checkpoint, in the background if memory can hold a snapshot.
 
         Args:
-            stable: Keep it as `stable.pth` too.
+            also: Further names under which it is kept: STABLE, and BEST if the disk has room for it.
 
         Raises:
             UserError: This write, or one before it, failed.
         """
-        aliases = (STABLE, LATEST) if stable else (LATEST,)
-        self._submit(state, lambda kept: self._write_step(kept, aliases))
+        self._submit(state, lambda kept: self._write_step(kept, (*also, LATEST)))
 
-    def save_best(self, state: dict[str, Any], names: Sequence[str]) -> None:
-        """Write weights and metrics under each of `names` (`best_*.pth`)."""
+    def save_weights(self, state: dict[str, Any], names: Sequence[str]) -> None:
+        """Write weights and metrics under each of `names` (`best_*.pth`, `milestone_*.pth`)."""
 
         def write(kept: dict[str, Any]) -> None:
             first, *others = (self.run_dir / name for name in names)
@@ -262,7 +285,7 @@ class Checkpoints:
             for other in others:
                 _link_alias(first, other)
             for path in (first, *others):
-                self._on_written(path, "best", kept["step"])
+                self._on_written(path, path.name.partition("_")[0], kept["step"])
 
         self._submit(state, write)
 
@@ -286,14 +309,33 @@ class Checkpoints:
         path = self.run_dir / step_file(state["step"])
         write_checkpoint(state, path)
         for name in aliases:
-            _link_alias(path, self.run_dir / name)
+            if name != BEST or self._has_room(path):
+                _link_alias(path, self.run_dir / name)
         self._on_written(path, "state", state["step"])
         steps = list_steps(self.run_dir)
         # Later states are damaged, or of a decay that this run has left.
         later = steps[steps.index(path) + 1 :]
         for old in [*later, *steps[: steps.index(path) + 1][: -self.keep]]:
-            old.unlink()
-            digest_path(old).unlink(missing_ok=True)
+            _delete(old)
+
+    def _has_room(self, path: Path) -> bool:
+        """Whether `best.pth` can be kept once `path` is no longer one of the newest states. Warns once if not."""
+        if (self.run_dir / BEST).exists():
+            return True  # it takes the place of the file before it
+        # At its peak the run has one more state than it keeps, while it writes, and this one.
+        size, more = path.stat().st_size, self.keep + 2 - len(list_steps(self.run_dir))
+        free = shutil.disk_usage(self.run_dir).free
+        if free < more * size and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s is not kept: it needs room for %d more checkpoints of %s, and %s are free in %s; free some space",
+                BEST,
+                more,
+                format_bytes(size),
+                format_bytes(free),
+                self.run_dir,
+            )
+        return free >= more * size
 
 
 def _link_alias(path: Path, alias: Path) -> None:

@@ -40,6 +40,7 @@ class Role(Enum):
 
 Unit = Literal["samples", "steps", "seconds"]
 Schedule = Literal["none", "cosine", "wsd"]
+OnDecline = Literal["warn", "stop", "finish"]
 
 
 class TrainConfig(BaseModel):
@@ -89,11 +90,18 @@ class TrainConfig(BaseModel):
     eval_every: Annotated[PositiveFloat | None, Role.BUDGET] = None
     """Distance between the points of the evaluation grid, in `eval_unit`. Default: at the end only."""
     eval_unit: Annotated[Unit, Role.BUDGET] = "samples"
+    on_decline: Annotated[OnDecline | None, Role.BUDGET] = None
+    """The guard of a full run: "warn" reports a decline; "stop" and "finish" also end the run there, with a checkpoint.
+    A guarded run keeps the state of its best validation as `best.pth`. None: no guard."""
+    patience: Annotated[PositiveInt | None, Role.BUDGET] = None
+    """Validations without a new best val/loss that count as a decline. Default: any number is none."""
     log_every: Annotated[PositiveInt, Role.FREE] = 100
     """Steps between log lines. The loop waits for the device only at these."""
     save_every: Annotated[PositiveInt | None, Role.FREE] = 1000
     """Steps between checkpoints. A run that ends or is stopped always saves one."""
     keep_checkpoints: Annotated[PositiveInt, Role.FREE] = 2
+    keep_every: Annotated[PositiveInt | None, Role.FREE] = None
+    """Steps between milestones: weights that are never deleted. Default: none."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Role.FREE] = "auto"
     micro_batch_size: Annotated[PositiveInt | Literal["auto"] | None, Role.FREE] = None
     """Limit on the samples of a batch that go through the model at once; the update is that of the whole batch. "auto":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trainer.acceleration import AccelerationPlan, apply, detect, plan
-from trainer.checkpoint import LATEST, Checkpoints, lock_folder
+from trainer.checkpoint import BEST, LATEST, STABLE, Checkpoints, lock_folder, milestone_file
 from trainer.compilation import TrainingLoss, was_compiled
 from trainer.config import TrainConfig
 from trainer.data.batching import BatchOrder, validation_batches
@@ -45,6 +45,8 @@ class TrainResult:
     """Of the last validation."""
     best: dict[str, float]
     run_dir: Path
+    stopped_by_guard: str = ""
+    """Why the guard ended it (`on_decline` "stop" or "finish"); the same call continues it all the same."""
 
     @property
     def samples_per_second(self) -> float | None:
@@ -92,7 +94,8 @@ def train(
         acceleration = plan(capabilities, config, run.size(compiled_before=was_compiled(workload, run.model)))
         apply(acceleration)
         with DeviceMonitor(capabilities.kind) as monitor:
-            _loop(run, acceleration, checkpoints, Reporter(run, trackers, monitor), on_eval, stop)
+            reporter = Reporter(run, trackers, monitor)
+            _loop(run, acceleration, checkpoints, reporter, on_eval, stop)
     progress = run.progress
     return TrainResult(
         finished=run.finished,
@@ -103,6 +106,7 @@ def train(
         metrics=progress.metrics,
         best=progress.best,
         run_dir=run_dir,
+        stopped_by_guard=reporter.stopped_by_guard,
     )
 
 
@@ -135,21 +139,27 @@ def _loop(
     saved_step = -1 if first_step == config.decay_start else first_step
     run.model.train()
     while True:
+        also = [STABLE] if progress.step == config.decay_start else []
         if (point := run.due_evaluation()) is not None:
             evaluation, improved = _evaluate(run, acceleration.precision, val_batches, point)
             reporter.report_evaluation(evaluation)
             if improved:
-                checkpoints.save_best(run.weights(), improved)
+                checkpoints.save_weights(run.weights(), improved)
                 reporter.report_checkpoints(improved)
+            if config.on_decline is not None and progress.guard.since_best == 0:
+                also.append(BEST)
             if on_eval is not None:
                 on_eval(evaluation)
 
-        ends, decays = run.finished or stop(), progress.step == config.decay_start
+        ends = run.finished or stop() or bool(reporter.stopped_by_guard)
         due = config.save_every is not None and progress.step % config.save_every == 0
-        if progress.step != saved_step and (ends or due or decays):
-            checkpoints.save(run.state(), stable=decays)
+        if BEST in also or (progress.step != saved_step and (ends or due or also)):
+            checkpoints.save(run.state(), also=also)
             reporter.report_checkpoints([LATEST])
             saved_step = progress.step
+        if config.keep_every is not None and progress.step and progress.step % config.keep_every == 0:
+            checkpoints.save_weights(run.weights(), [milestone_file(progress.step)])
+            reporter.report_checkpoints([milestone_file(progress.step)])
         if ends:
             break
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from trainer.advice import Advice
 from trainer.device_monitor import DeviceMonitor
 from trainer.evaluation import Evaluation
+from trainer.guard import GuardEvent
 from trainer.metrics import IntervalMeter, log_line
 from trainer.state import Run
 from trainer.tracking import Trackers
@@ -31,6 +32,8 @@ class Reporter:
     def __init__(self, run: Run, tracker: Trackers, monitor: DeviceMonitor) -> None:
         self.run, self.tracker, self.monitor = run, tracker, monitor
         self._advice = Advice(run.progress.step)
+        self.stopped_by_guard = ""
+        """Why the guard ends the run; empty while it does not."""
         self._lost_steps = 0
         """Steps of the latest log intervals in a row without a finite gradient."""
 
@@ -57,6 +60,8 @@ class Reporter:
         for kind, text in self._advice.check_interval(values, step=progress.step, seconds=meter.seconds).items():
             log.warning("[Step %d] %s", progress.step, text)
             self.tracker.event(kind, text, step=progress.step)
+        if config.on_decline is not None and "train/loss" in values:
+            self._report_guard(progress.guard.add_train(values["train/loss"]))
 
     def report_evaluation(self, evaluation: Evaluation) -> None:
         """Report a validation. The tracker also gets the best values so far: `best/mel_loss`.
@@ -70,6 +75,22 @@ class Reporter:
         self.tracker.track({**evaluation.metrics, **best}, step=evaluation.step, samples=evaluation.samples)
         if not math.isfinite(evaluation.metrics["val/loss"]):
             raise Diverged(f"val/loss was {evaluation.metrics['val/loss']} after {evaluation.samples} samples")
+        config, guard = self.run.config, self.run.progress.guard
+        if config.on_decline is not None:
+            self._report_guard(guard.add_validation(evaluation.metrics["val/loss"], config.patience))
+
+    def _report_guard(self, event: GuardEvent | None) -> None:
+        """Report that the run declines, or does so no longer, and end it where the configuration says so."""
+        if event is None:
+            return
+        step, guard, on_decline = self.run.progress.step, self.run.progress.guard, self.run.config.on_decline
+        text = guard.declined or f"val/loss {guard.best:.4f} is the best so far"
+        level, verb = (logging.WARNING, "declines") if event == "declined" else (logging.INFO, "has recovered")
+        log.log(level, "[Step %d] the run %s: %s", step, verb, text)
+        self.tracker.event(event, text, step=step)
+        if event == "declined" and on_decline != "warn" and not self.run.finished:
+            self.stopped_by_guard = text
+            self.tracker.event("stopped_by_guard", text, step=step)
 
     def report_checkpoints(self, names: Sequence[str]) -> None:
         """Report checkpoints of the current step, which may still be being written."""

@@ -17,6 +17,7 @@ from trainer.acceleration import RunSize
 from trainer.checkpoint import Checkpoints, read_checkpoint, snapshot
 from trainer.config import Role, TrainConfig, differences, fields_of_role, identity_fields
 from trainer.errors import UserError
+from trainer.guard import Guard
 from trainer.optimizers import build_optimizer, has_same_rates
 from trainer.workload import Workload
 
@@ -45,6 +46,13 @@ class Progress:
     """Of the last validation."""
     best: dict[str, float] = field(default_factory=dict)
     """The best value so far of each metric with a best checkpoint."""
+    guard: Guard = field(default_factory=Guard)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], **defaults: Any) -> Progress:
+        """The progress in a checkpoint; `defaults` are for what an older one lacks."""
+        guard = Guard.from_state(state["guard"]) if "guard" in state else Guard()
+        return cls(**{**defaults, **state, "guard": guard})
 
 
 @dataclass
@@ -127,7 +135,7 @@ class Run:
         }
 
     def weights(self) -> dict[str, Any]:
-        """The content of `best_*.pth`."""
+        """The content of `best_*.pth` and `milestone_*.pth`."""
         return {
             "model": self.model.state_dict(),
             "step": self.progress.step,
@@ -195,7 +203,7 @@ class Run:
         on_cpu = self.device.type == "cpu"
         self.optimizer.load_state_dict(snapshot(state["optimizer"]) if on_cpu else state["optimizer"])
         # Older checkpoints have no warm-up: all their steps were timed.
-        self.progress = Progress(**{"timed_steps": state["step"], **state["progress"]})
+        self.progress = Progress.from_state(state["progress"], timed_steps=state["step"])
         if state["config"]["eval_unit"] != self.config.eval_unit:
             # A trial on a grid of seconds continues as a full run on a grid of samples.
             self.progress.evaluated = self.measure_progress()

@@ -49,6 +49,9 @@ class TensorBoardTracker(BackgroundTracker):
     def _write_checkpoint(self, run: Any, name: str, step: int) -> None:
         run.add_text("checkpoint", name, step)
 
+    def _write_text(self, run: Any, name: str, text: str, step: int) -> None:
+        run.add_text(name, text, step)
+
     def _close(self, run: Any) -> None:
         run.close()
 
@@ -97,6 +100,9 @@ class WandbTracker(BackgroundTracker):
 
     def _write_checkpoint(self, run: Any, name: str, step: int) -> None:
         run.summary[f"checkpoints/{name}"] = step
+
+    def _write_text(self, run: Any, name: str, text: str, step: int) -> None:
+        run.summary[name] = f"step {step}: {text}"
 
     def _close(self, run: Any) -> None:
         run.finish()

@@ -40,7 +40,7 @@ class CheckpointTracker(Protocol):
 class FileTracker(Protocol):
     """A `Tracker` that also receives checkpoints when they are whole on disk, in the thread that wrote them.
 
-    The file is not replaced or deleted before `written` returns. `kind` is "best" or "state".
+    The file is not replaced or deleted before `written` returns. `kind` is "best", "milestone" or "state".
     """
 
     def written(self, path: Path, kind: str, step: int) -> None: ...
@@ -48,7 +48,11 @@ class FileTracker(Protocol):
 
 @runtime_checkable
 class EventTracker(Protocol):
-    """A `Tracker` that also receives what happens to the run, as a kind (`gpu_idle`) and a sentence."""
+    """A `Tracker` that also receives what happens to the run, as a kind and a sentence.
+
+    Kinds: `gpu_idle`, and of the guard: `declined` (with the reason), `recovered` (a new best validation),
+    `stopped_by_guard`.
+    """
 
     def event(self, kind: str, text: str, *, step: int) -> None: ...
 
@@ -126,6 +130,9 @@ class BackgroundTracker(ABC):
     def _write_checkpoint(self, run: Any, name: str, step: int) -> None: ...
 
     @abstractmethod
+    def _write_text(self, run: Any, name: str, text: str, step: int) -> None: ...
+
+    @abstractmethod
     def _close(self, run: Any) -> None: ...
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
@@ -134,6 +141,9 @@ class BackgroundTracker(ABC):
 
     def checkpoint(self, name: str, *, step: int) -> None:
         self._put(lambda run: self._write_checkpoint(run, name, step), step)
+
+    def event(self, kind: str, text: str, *, step: int) -> None:
+        self._put(lambda run: self._write_text(run, kind, text, step), step)
 
     def close(self) -> None:
         if not self._started:
@@ -174,7 +184,8 @@ class AimTracker(BackgroundTracker):
     """Writes to the Aim repository in `root`, which is created if missing.
 
     A figure `train/loss` is Aim's metric `loss` in the context `{subset: train}`; checkpoints are texts named
-    `checkpoint`. A run directory stores the hash of its Aim run, so that a resumed run continues the same curves.
+    `checkpoint`, and events are texts named by their kind. A run directory stores the hash of its Aim run, so that a
+    resumed run continues the same curves.
     """
 
     NAME = "Aim"
@@ -194,6 +205,12 @@ class AimTracker(BackgroundTracker):
         text: Any = Text
         run.track(text(name), name="checkpoint", step=step, context={"file": name})
         run["checkpoints", name] = step
+
+    def _write_text(self, run: Any, name: str, text: str, step: int) -> None:
+        from aim.sdk.objects.text import Text
+
+        kept: Any = Text
+        run.track(kept(text), name=name, step=step)
 
     def samples(self, files: Sequence[Path], metrics: Mapping[str, float], *, step: int) -> None:
         """Write audio, images and texts, and figures of them, in the context `{subset: samples}`."""

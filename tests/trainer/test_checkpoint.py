@@ -92,7 +92,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytes
 
 def test_two_best_files_are_one_write(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save_best(state(3), ["best_text.pth", "best_mel.pth"])
+        checkpoints.save_weights(state(3), ["best_text.pth", "best_mel.pth"])
     for name in ("best_text.pth", "best_mel.pth"):
         assert read_checkpoint(tmp_path / name)["step"] == 3
     assert (tmp_path / "best_text.pth").samefile(tmp_path / "best_mel.pth")

@@ -1,6 +1,6 @@
 """The command line: `tuner --help`. Each command is one call of the Python API.
 
-A UserError is one line on stderr and exit code 2. A stopped run exits with 130.
+A UserError is one line on stderr and exit code 2. A stopped run exits with 130, or 3 if its guard stopped it.
 Heavy imports are inside the commands: `--help` stays fast.
 """
 
@@ -57,6 +57,7 @@ for command in (
     study.promote,
     training.train,
     training.evaluate,
+    training.average,
     training.export,
     training.bench,
     setup.new,

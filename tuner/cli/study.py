@@ -168,7 +168,11 @@ def promote(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start at step 0, not from the trial's checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the full run in steps.")] = None,
     end_now: Annotated[
-        bool, typer.Option("--finish", help="Start the decay of the learning rate now, and end after it.")
+        bool,
+        typer.Option(
+            "--finish",
+            help="Let the learning rate fall to zero now, and end; a declining run does so from its best state.",
+        ),
     ] = False,
     decay_steps: Annotated[
         int | None, typer.Option(min=1, help=r"Length of that decay. \[default: a fifth of the steps so far]")
@@ -236,4 +240,5 @@ def promote(
                 runtime=runtime,
                 trackers=[run],
             )
-    finish(run, result, "the same command")
+    best = "--finish goes back to best.pth, and lets the rate fall from there"
+    finish(run, result, "the same command", remedy=best)

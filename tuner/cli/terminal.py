@@ -52,6 +52,8 @@ LogFormat = Annotated[
 
 STOPPED = 130
 """Exit code of a stopped run, which can be continued."""
+DECLINED = 3
+"""Exit code of a run that its guard has stopped."""
 
 
 def parse_duration(text: str) -> float:
@@ -90,9 +92,9 @@ def _log_handlers(log_format: Format, level: int) -> Sequence[logging.Handler]:
     return [LogLines("stderr", level), JsonWarnings()]
 
 
-def show_log(log_format: Format = Format.auto) -> None:
-    """Print the trainer's log on stdout. With JSON: the log on stderr, and warnings as JSON on stdout."""
-    logging.basicConfig(format="%(message)s", handlers=_log_handlers(log_format, logging.INFO))
+def show_log(log_format: Format = Format.auto, level: int = logging.INFO) -> None:
+    """Print the trainer's log, from `level` on, on stdout. With JSON: on stderr, and warnings as JSON on stdout."""
+    logging.basicConfig(format="%(message)s", handlers=_log_handlers(log_format, level))
 
 
 @contextmanager
@@ -222,9 +224,20 @@ def survive_lost_output(on_broken_pipe: Callable[[], Any]) -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
-def finish(run: RunDisplay | RunEvents, result: TrainResult, again: str) -> None:
-    """Report the end of a run, and exit with its code. `again` is the command that continues a stopped run."""
+def finish(run: RunDisplay | RunEvents, result: TrainResult, again: str, remedy: str) -> None:
+    """Report the end of a run, and exit with its code.
+
+    Args:
+        again: The command that continues a stopped run.
+        remedy: What to do with a run that its guard has stopped, besides.
+    """
     run.ended(result)
-    if not result.finished:
-        print(f"Stopped with a checkpoint. To continue, run {again}.", file=sys.stderr if run.as_json else sys.stdout)
-        raise typer.Exit(STOPPED)
+    if result.finished:
+        return
+    stream = sys.stderr if run.as_json else sys.stdout
+    if result.stopped_by_guard:
+        print(f"Stopped by its guard, with a checkpoint: {result.stopped_by_guard}.", file=stream)
+        print(f"{remedy}; {again} continues it as it is.", file=stream)
+        raise typer.Exit(DECLINED)
+    print(f"Stopped with a checkpoint. To continue, run {again}.", file=stream)
+    raise typer.Exit(STOPPED)

@@ -1,13 +1,15 @@
-"""Commands on one training: train, evaluate, export, bench."""
+"""Commands on one training: train, evaluate, average, export, bench."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from trainer.errors import UserError
 from tuner.cli.terminal import (
     Format,
     LogFormat,
@@ -39,6 +41,7 @@ def train(
     """
     from rich.console import Console
 
+    from trainer.checkpoint import BEST
     from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.spec.overrides import parse_overrides
     from tuner.spec.setups import full_setup
@@ -64,33 +67,67 @@ def train(
             init=init.resolve() if init else None,
             full=study_spec,
         )
-    finish(run, result, "the same command with --resume auto" if resume == "never" else "the same command")
+    again = "the same command with --resume auto" if resume == "never" else "the same command"
+    best = f"Its best state is {result.run_dir / BEST}: continue it in a new folder (--resume PATH --run-dir NEW)"
+    finish(run, result, again, remedy=best)
 
 
 def evaluate(
-    spec: Spec,
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, a run directory, or a gpt.pth.", show_default=False)],
+    spec: Annotated[Path, typer.Argument(help="A study.toml; with --all a run directory.", show_default=False)],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint, a run directory, or a gpt.pth.", show_default=False)
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Rank all checkpoints of a run directory.")] = False,
     samples: Annotated[int | None, typer.Option(min=1, help="Number of validation samples, instead of all.")] = None,
     override: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compute a checkpoint's metrics on the spec's validation data.
+    """Compute a checkpoint's metrics on the spec's validation data, or those of all checkpoints of a run.
 
     Example: tuner evaluate studies/indextts2/study.toml --checkpoint checkpoints/gpt.pth
     """
-    from tuner.promotion.evaluate import evaluate_checkpoint
+    if every and (checkpoint or override):
+        raise UserError("--all measures a run with its own options: leave --checkpoint and --set out.")
+    if checkpoint is None and not every:
+        raise UserError(f"{spec}: name a --checkpoint, or give a run directory and --all.")
+    from rich.console import Console
+
+    from tuner.promotion.evaluate import evaluate_all, evaluate_checkpoint
     from tuner.show.json_events import to_json
+    from tuner.show.table import checkpoints_table
     from tuner.spec.overrides import parse_overrides
     from tuner.spec.study_toml import StudySpec
 
     if not as_json:
-        show_log()
+        show_log(level=logging.WARNING if every else logging.INFO)
+    if checkpoint is None:
+        with user_errors():
+            found = evaluate_all(spec, samples=samples)
+        if as_json:
+            print(to_json([one.to_dict() for one in found]))
+        else:
+            Console().print(checkpoints_table(found))
+        return
     study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
     with user_errors():
         evaluation = evaluate_checkpoint(study_spec, checkpoint, samples=samples)
     values = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
     text = f"{evaluation.checkpoint}, {evaluation.samples:,} samples: {values}"
     print(to_json(evaluation.to_dict()) if as_json else text)
+
+
+def average(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one model.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+) -> None:
+    """Average the weights of checkpoints.
+
+    Example: tuner average runs/ko/full-trial-00007/milestone_*.pth --to mean.pth
+    """
+    from trainer.averaging import average_checkpoints
+
+    average_checkpoints(checkpoints, to)
+    print(f"{to}: the mean of {len(checkpoints)} checkpoints")
 
 
 def export(

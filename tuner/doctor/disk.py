@@ -62,7 +62,7 @@ def _size(path: Path) -> int:
 
 
 def check_checkpoints(
-    run_root: Path, study: str, *, checkpoint: int, best: int, num_trials: int, num_full: int
+    run_root: Path, study: str, *, checkpoint: int, best: int, num_trials: int, num_full: int, milestones: int = 0
 ) -> Check:
     """Whether the checkpoints of the study and of its full run fit on the disk.
 
@@ -71,11 +71,12 @@ def check_checkpoints(
         best: Bytes of a run's best weights.
         num_trials: Trials that keep a checkpoint at a time.
         num_full: Checkpoints that the full run keeps.
+        milestones: Bytes of the weights that it never deletes.
     """
     if problem := check_run_root(run_root):
         return problem
     # One more, while it is written.
-    needed = num_trials * (checkpoint + best) + num_full * checkpoint + best + checkpoint
+    needed = num_trials * (checkpoint + best) + num_full * checkpoint + best + milestones + checkpoint
     folder, there = find_nearest_folder(run_root), count_checkpoint_bytes(run_root / study)
     free = shutil.disk_usage(folder).free
     message = (

@@ -157,13 +157,16 @@ def _attention(setup: Setup, probe: Probe, chosen: AccelerationPlan, machine: Ma
 
 
 def _disk(spec: StudySpec, setup: Setup, estimate: MemoryEstimate, run_root: Path) -> Check:
+    config = setup.config
+    num_milestones = (config.num_steps or 0) // config.keep_every if config.keep_every else 0
     return check_checkpoints(
         run_root,
         spec.study.name,
         checkpoint=estimate.checkpoint,
         best=len(set(setup.workload.best_checkpoints().values())) * estimate.parameters,
+        milestones=num_milestones * estimate.parameters,
         # The kept trials, the baseline and the running one; latest.pth is a link to the newest.
         num_trials=min(KEEP_TRIALS + 2, spec.trial.num_trials),
-        # One more: stable.pth.
-        num_full=setup.config.keep_checkpoints + (setup.config.decay_start is not None),
+        # Two more: best.pth and stable.pth.
+        num_full=config.keep_checkpoints + 1 + (config.decay_start is not None),
     )

@@ -17,10 +17,11 @@ from trainer.checkpoint import read_checkpoint
 from trainer.config import TrainConfig, differences
 from trainer.data.batching import validation_batches
 from trainer.data.loader import BatchReader, DamageCount
+from trainer.errors import UserError
 from trainer.evaluation import evaluate
 from trainer.workload import Batch, Dataset, Workload
-from tuner.promotion.export import find_checkpoint
-from tuner.spec.setups import full_setup
+from tuner.promotion.export import build_workload, find_checkpoint, read_state
+from tuner.spec.setups import Setup, full_setup
 from tuner.spec.study_toml import StudySpec
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,14 @@ class CheckpointMetrics:
     samples: int
     """Number of samples measured, without damaged ones."""
     metrics: dict[str, float]
+    step: int | None
+    """None for weights of another program."""
+    names: tuple[str, ...] = ()
+    """All names of the file in its run directory."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"checkpoint": str(self.checkpoint), "samples": self.samples, "metrics": self.metrics}
+        values = {"checkpoint": str(self.checkpoint), "samples": self.samples, "metrics": self.metrics}
+        return {**values, "step": self.step, "names": list(self.names)} if self.names else values
 
 
 def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | None = None) -> CheckpointMetrics:
@@ -51,9 +57,46 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
     """
     num_samples = samples or spec.train.get("val_samples")
     setup = full_setup(spec, {}, val_samples=num_samples)
+    path = find_checkpoint(checkpoint, workload=setup.workload) if checkpoint.is_dir() else checkpoint
+    _warn_of_differences(path, setup.workload, setup.config)
+    return _measure(setup, path)
+
+
+def evaluate_all(run_dir: Path, *, samples: int | None = None) -> list[CheckpointMetrics]:
+    """Measure every checkpoint of a run on its validation set, the lowest val/loss first; damaged ones are left out.
+
+    The checkpoints name their workload, which is imported: evaluate runs that you trust.
+
+    Args:
+        samples: How many of the validation samples, in place of the run's number.
+
+    Raises:
+        UserError: There is no checkpoint of a run, or the data can't be read.
+    """
+    source = find_checkpoint(run_dir)
+    state = read_state(source)
+    train = {**state["identity"]["train"], "steps": 1}
+    train = {key: value for key, value in train.items() if key in TrainConfig.model_fields}
+    config = TrainConfig.model_validate(train)
+    if samples is not None:
+        config = config.model_copy(update={"val_samples": samples})
+    setup = Setup(build_workload(state["lineage"], source), config)
+    files: dict[tuple[int, int], list[Path]] = {}
+    for path in sorted(run_dir.glob("*.pth")):
+        files.setdefault((path.stat().st_dev, path.stat().st_ino), []).append(path)
+    found = []
+    for names in files.values():
+        try:
+            one = _measure(setup, names[0])
+        except UserError as error:
+            log.warning("%s", error)
+            continue
+        found.append(replace(one, names=tuple(path.stem for path in names)))
+    return sorted(found, key=lambda one: one.metrics["val/loss"])
+
+
+def _measure(setup: Setup, path: Path) -> CheckpointMetrics:
     config, workload = setup.config, setup.workload
-    path = find_checkpoint(checkpoint, workload=workload) if checkpoint.is_dir() else checkpoint
-    _warn_of_differences(path, workload, config)
     capabilities = detect(config.device)
     # New rows of the vocabulary are initialised as in the run.
     torch.manual_seed(config.seed)
@@ -68,7 +111,8 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
     # One by one: a list would hold a whole validation set in memory, some 170 kB an utterance.
     batches = _read(workload, data, indices, counts)
     metrics = evaluate(workload, model, batches, device=device, precision=acceleration.precision)
-    return CheckpointMetrics(path, sum(counts), metrics)
+    step = read_checkpoint(path, mmap=True).get("step")
+    return CheckpointMetrics(path, sum(counts), metrics, step if isinstance(step, int) else None)
 
 
 def _load_model(workload: Workload, path: Path) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from trainer.checkpoint import LATEST, digest_path, read_checkpoint
+from trainer.checkpoint import LATEST, digest_path, milestone_file, read_checkpoint, step_file
 from trainer.errors import UserError, first_line
 from trainer.export import WeightsFormat, WriteFile
 from trainer.units import format_bytes
@@ -63,11 +63,11 @@ def export(
     _check_target(path, force=force)
     workload = StudySpec.load(spec, search=False).build_workload() if spec else None
     source = find_checkpoint(run_dir, checkpoint, workload)
-    state = _read(source)
+    state = read_state(source)
     if workload is None:
-        workload = _workload(state["lineage"], source)
+        workload = build_workload(state["lineage"], source)
         if (preferred := find_checkpoint(run_dir, checkpoint, workload)) != source:
-            source, state = preferred, _read(preferred)
+            source, state = preferred, read_state(preferred)
     into_folder = is_folder(path)
     if into_folder:
         files = {**workload.export_files(state["model"], format=chosen), README: _write_readme(state, source)}
@@ -138,7 +138,12 @@ def describe(state: Mapping[str, Any], source: Path, files: Mapping[str, str]) -
     )
 
 
-def _read(source: Path) -> dict[str, Any]:
+def read_state(source: Path) -> dict[str, Any]:
+    """A checkpoint that the trainer wrote, its tensors mapped from the file.
+
+    Raises:
+        UserError: It can't be read, or another program wrote it.
+    """
     state = read_checkpoint(source, mmap=True)
     if not isinstance(state.get("model"), Mapping) or not isinstance(state.get("lineage"), Mapping):
         raise UserError(f"{source} is no checkpoint of a run: name one that the trainer wrote.")
@@ -165,7 +170,7 @@ def find_checkpoint(run_dir: Path, name: str | None = None, workload: Workload |
         named = [*workload.best_checkpoints().values()][:1] if workload else best
         wanted = [*named, *(best if len(best) == 1 else []), LATEST]
     else:
-        step = [f"step_{int(name):09d}.pth"] if name.isdecimal() else []
+        step = [step_file(int(name)), milestone_file(int(name))] if name.isdecimal() else []
         wanted = [name, f"{name}.pth", f"{name}_model.pth", *step]
     for one in wanted:
         if one in found:
@@ -209,8 +214,12 @@ def _check_file(path: Path, workload: Workload | None, *, force: bool) -> None:
         raise UserError(f"{path} exists: {remedy}.")
 
 
-def _workload(lineage: Mapping[str, Any], source: Path) -> Workload:
-    """Build the workload that made a checkpoint."""
+def build_workload(lineage: Mapping[str, Any], source: Path) -> Workload:
+    """Build the workload that made a checkpoint.
+
+    Raises:
+        UserError: The checkpoint does not name it, or it can't be imported.
+    """
     remedy = "name the study.toml with --spec"
     record = lineage.get(WORKLOAD)
     if not isinstance(record, Mapping) or not record.keys() >= {"class", "folder", "options"}:

@@ -22,7 +22,7 @@ from optuna.exceptions import StorageInternalError
 
 from trainer import Evaluation, TrainResult, UserError
 from trainer.acceleration import detect
-from trainer.checkpoint import holds_state
+from trainer.checkpoint import BEST, go_back, holds_state
 from trainer.errors import first_line
 from trainer.locks import is_locked
 from trainer.tracking import Tracker
@@ -127,6 +127,10 @@ class FullRun:
         origin_step = origin.step or 0 if is_new and origin else 0
         found = decide_length(spec, trial.params, length, last=known, origin=origin_step, run_dir=run_dir)
         setup, config = found.setup, found.setup.config
+        if found.from_best:
+            log.info("going back to %s, of step %s", run_dir / BEST, f"{found.restart:,}")
+            # Before the record: until that is written, the same request does the same again.
+            go_back(run_dir, BEST)
         if is_new or not promotion:
             _store_promotion(record, trial, run_dir, origin, promotion, confirmation)
         decay_steps = 0 if config.decay_start is None else config.decay_steps
@@ -183,7 +187,7 @@ class FullRun:
             with _storage_errors_logged():
                 write_full_run(curve, full_hours=hours)
 
-        return [MeasuredSpeed(projections, peak=peak.read, store_hours=store_hours)]
+        return [MeasuredSpeed(projections, peak=peak.read, store_hours=store_hours), _Declines(curve)]
 
     def on_eval(self, evaluation: Evaluation) -> None:
         """Store one evaluation: the point of the curve, the step, the metrics."""
@@ -206,6 +210,27 @@ class FullRun:
         write_full_run(self.curve, step=result.step, metrics=dict(result.metrics))
         if result.finished:
             self.curve.study.tell(self.curve, result.metrics[self.spec.study.metric])
+
+
+class _Declines:
+    """An `EventTracker` that stores a run's latest decline with its curve."""
+
+    def __init__(self, curve: optuna.Trial) -> None:
+        self.curve = curve
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        """Do nothing: `FullRun.on_eval` stores the validations."""
+
+    def event(self, kind: str, text: str, *, step: int) -> None:
+        record = FullRunRecord.read(self.curve)
+        with _storage_errors_logged():
+            if kind == "declined":
+                write_full_run(self.curve, decline={"step": step, "reason": text, "outcome": ""})
+            elif kind == "recovered" and record is not None and record.decline is not None:
+                write_full_run(self.curve, decline={**record.decline, "outcome": f"recovered at step {step:,}"})
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def _refuse_fresh(last: FullRunRecord | None, run_dir: Path) -> None:
@@ -318,6 +343,8 @@ def _continue_curve(
     values = dict(last.curve)
     if restart is not None:
         keys = {**keys, "step": restart}
+        if last.decline is not None and last.is_declining:
+            keys = {**keys, "decline": {**last.decline, "outcome": f"went back to step {restart:,}"}}
         values = {samples: value for samples, value in values.items() if samples <= restart * batch_size}
     return _open_curve(record, trial, None, values, keys)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError
-from trainer.checkpoint import STABLE, find_state, read_checkpoint
+from trainer.checkpoint import BEST, STABLE, find_state, read_checkpoint
 from trainer.state import follows_schedule, read_config
 from tuner.spec.setups import Setup, full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.record import FullRunRecord
+
+log = logging.getLogger(__name__)
 
 FINISH_SHARE = 0.2
 """`--finish` decays over this share of the steps so far."""
@@ -25,12 +28,12 @@ class LengthRequest:
 
     steps: int | None = None
     finish: bool = False
-    """Start the decay now."""
+    """Start the decay now; that of a declining run from its best state."""
     decay_steps: int | None = None
     """Of `finish`. Default: `FINISH_SHARE` of the steps so far."""
 
 
-NO_REQUEST = LengthRequest()
+NO_REQUEST, FINISH = LengthRequest(), LengthRequest(finish=True)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Length:
 
     setup: Setup
     restart: int | None = None
-    """The run is in its decay, or ended, and goes on from `stable.pth` at this step."""
+    """The run goes on from an earlier state, of this step: from `stable.pth`, since it is in its decay or ended."""
+    from_best: bool = False
+    """It goes back to `best.pth` instead, since it declines."""
 
 
 def decide_length(
@@ -73,6 +78,9 @@ def decide_length(
             f"step {start:,}: use a longer [full], or --steps {math.ceil(origin / (1 - spec.full.decay_fraction))}."
         )
     if request.finish:
+        best = _best_step(run_dir) if last is not None and last.is_declining else None
+        if best is not None and (start is None or best < start):
+            return Length(_finish(spec, params, request, current, best), restart=best, from_best=True)
         return Length(_finish(spec, params, request, current, reached))
     if request.steps is None or request.steps == current.config.num_steps:
         return Length(current)
@@ -147,6 +155,16 @@ def _change_steps(
     if restart is not None:
         _check_stable(steps, run_dir, restart)
     return Length(setup, restart)
+
+
+def _best_step(run_dir: Path) -> int | None:
+    """Step of `best.pth`; None if it is missing or damaged, and then the log gives the reason."""
+    try:
+        step: int = read_checkpoint(run_dir / BEST, mmap=True)["step"]
+    except UserError as error:
+        log.warning("the run can't go back to its best state, and finishes from its last one: %s", error)
+        return None
+    return step
 
 
 def _check_stable(steps: int, run_dir: Path, step: int) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import optuna
 
 from trainer import Evaluation, TrainResult, UserError
+from trainer.checkpoint import holds_state
 from trainer.tracking import Tracker
 from tuner.promotion.full_run import FullRun
-from tuner.promotion.length import NO_REQUEST, LengthRequest
+from tuner.promotion.length import FINISH, NO_REQUEST, LengthRequest
 from tuner.study.confirmation import Confirmation
 from tuner.study.edges import describe_edges
 from tuner.study.recommendation import describe_recommendation
@@ -38,22 +40,34 @@ def promote(
     chosen = _choose_trial(record, trial, confirmed)
     name = record.spec["study"]["name"]  # a copied study has another name in the storage
     run_dir = runtime.run_dir(name, f"full-{trial_name(chosen.number)}")
-    run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
-    log.info("%s: %s", run_dir.name, run.state)
     if chosen is record.recommended:
         for sentence in filter(None, (describe_recommendation(record), *describe_edges(record))):
             log.info("%s", sentence)
-    run.warn_of_differences()
+    finishes = record.spec["full"].get("on_decline") == "finish"
+    if finishes and length == NO_REQUEST and _is_declining(record, chosen, run_dir):
+        length = FINISH
+    while True:
+        run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
+        log.info("%s: %s", run_dir.name, run.state)
+        run.warn_of_differences()
+        result = _train(run, name, runtime, trackers, on_change)
+        if not (result.stopped_by_guard and finishes):
+            return result
+        length = FINISH
 
+
+def _train(
+    run: FullRun, experiment: str, runtime: Runtime, trackers: Sequence[Tracker], on_change: Callable[[], None]
+) -> TrainResult:
     def on_eval(evaluation: Evaluation) -> None:
         run.on_eval(evaluation)
         on_change()
 
     result = tracked_train(
         run.setup,
-        run_dir,
+        run.run_dir,
         runtime,
-        experiment=name,
+        experiment=experiment,
         lineage=run.lineage,
         trackers=[*trackers, *run.trackers()],
         on_eval=on_eval,
@@ -61,6 +75,12 @@ def promote(
     )
     run.end(result)
     return result
+
+
+def _is_declining(record: StudyRecord, trial: TrialRecord, run_dir: Path) -> bool:
+    """Whether the full run of a trial was stopped in a decline, before it went back."""
+    run = next((run for run in record.full_runs if run.trial == trial.number), None)
+    return run is not None and run.is_open and run.is_declining and holds_state(run_dir)
 
 
 def _stored_confirmation(record: StudyRecord) -> Confirmation | None:

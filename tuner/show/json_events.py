@@ -1,8 +1,8 @@
 """A launch or a run for a program: one JSON object a line on stdout, with its kind under `event`.
 
 A launch emits `trial_started`, `metrics`, `evaluation`, `checkpoint`, `trial_ended` and `study_ended`; a run
-`run_started`, `metrics`, `evaluation`, `checkpoint` and `run_ended`; a confirmation `confirmation` after its runs; all
-emit `warning`. Each object has its `time` (UTC).
+`run_started`, `metrics`, `evaluation`, `checkpoint` and `run_ended`, and of its guard `declined`, `recovered` and
+`stopped_by_guard`; a confirmation `confirmation` after its runs; all emit `warning`. Each object has its `time` (UTC).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class JsonWarnings(logging.Handler):
 
 
 class Events:
-    """A `CheckpointTracker` of one trial or run. Each object has the fields `source`, which name it."""
+    """A `CheckpointTracker` and `EventTracker` of one trial or run, which the fields `source` name."""
 
     def __init__(self, **source: Any) -> None:
         self.source = source
@@ -74,6 +74,9 @@ class Events:
 
     def checkpoint(self, name: str, *, step: int) -> None:
         emit("checkpoint", **self.source, step=step, name=name)
+
+    def event(self, kind: str, text: str, *, step: int) -> None:
+        emit(kind, **self.source, step=step, reason=text)
 
     def close(self) -> None:
         """Do nothing: the display emits the end."""
@@ -156,6 +159,7 @@ class RunEvents(Events):
             "run_ended",
             **self.source,
             finished=result.finished,
+            stopped_by_guard=result.stopped_by_guard or None,
             step=result.step,
             samples=result.samples,
             seconds=result.seconds,

@@ -52,6 +52,7 @@ def status(record: StudyRecord) -> dict[str, Any]:
                 "state": run.state,
                 "phase": run.phase,
                 "decay_start": run.decay_start,
+                "decline": run.decline,
                 "metrics": run.metrics,
             }
             for run in record.full_runs
@@ -131,6 +132,7 @@ def status_parts(
         steps = "?" if run.steps is None else f"{run.steps:,}"
         state = describe_state(run)
         parts.append(Text(f"full run of trial {run.trial}: {state}, step {run.step:,} of {steps}; {losses}"))
+        parts += [Text(f"  declined: {run.decline['reason']}")] if run.decline else []
         parts.append(Text(f"  {run.run_dir}"))
     return parts
 

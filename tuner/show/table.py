@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,6 +14,9 @@ from trainer.clock import clock, format_hours
 from tuner.show.palette import STATE_STYLES
 from tuner.study.confirmation import Confirmation
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
+
+if TYPE_CHECKING:
+    from tuner.promotion.evaluate import CheckpointMetrics
 
 FULL_LENGTH_HEADINGS = ("full samples", "epochs")
 CONFIRMATION_HEADINGS = ("trial", "parameters", "mean", "min to max", "over the baseline", "remarks")
@@ -153,9 +156,29 @@ def confirmation_table(confirmation: Confirmation) -> Table:
     return table
 
 
+def checkpoints_table(found: Sequence[CheckpointMetrics]) -> Table:
+    """Checkpoints in their order, with their ranks by each loss: of other metrics the better end is not known."""
+    table = build_table(f"{len(found)} checkpoints, {found[0].samples:,} samples" if found else "no checkpoints")
+    table.add_column("checkpoint")
+    table.add_column("step", justify="right")
+    metrics = list(found[0].metrics) if found else []
+    ordered = {name: sorted(one.metrics[name] for one in found) for name in metrics if name.endswith("loss")}
+    for name in metrics:
+        table.add_column(name.removeprefix("val/"), justify="right", no_wrap=True)
+    for one in found:
+        ranks = {name: f" ({values.index(one.metrics[name]) + 1})" for name, values in ordered.items()}
+        cells = [f"{one.metrics[name]:.4f}{ranks.get(name, '')}" for name in metrics]
+        table.add_row(", ".join(one.names), "" if one.step is None else f"{one.step:,}", *cells)
+    return table
+
+
 def describe_state(run: FullRunRecord) -> str:
-    """A full run's state, and where its learning rate falls: "running, rate falls from step 192,001"."""
-    if run.decay_start is None or run.state == "finished":
-        return run.state
-    verb = "falls" if run.phase == "constant" else "has been falling"
-    return f"{run.state}, rate {verb} from step {run.decay_start:,}"
+    """A full run's state, its last decline, and where its rate falls: "running, rate falls from step 192,001"."""
+    words: list[str] = [run.state]
+    if run.decline is not None:
+        words.append(f"declined at step {run.decline['step']:,}")
+        words += [run.decline["outcome"]] if run.decline["outcome"] else []
+    if run.decay_start is not None and run.state != "finished":
+        verb = "falls" if run.phase == "constant" else "has been falling"
+        words.append(f"rate {verb} from step {run.decay_start:,}")
+    return ", ".join(words)

@@ -9,7 +9,7 @@ from pydantic import PositiveFloat, model_validator
 
 from tuner.spec.search import Section
 
-Event = Literal["study_ended", "run_ended", "failed", "stopped", "declined", "gpu_idle"]
+Event = Literal["study_ended", "run_ended", "failed", "stopped_by_guard", "declined", "gpu_idle"]
 Form = Literal["slack", "mattermost", "discord", "ntfy"]
 HookEvent = Literal["best", "milestone", "end"]
 
@@ -26,7 +26,7 @@ class NotifySection(Section):
     """The JSON that the receiver takes. Default: by the address."""
     command: str | None = None
     """In place of `url`: run in a shell, with $TUNER_EVENT and $TUNER_MESSAGE."""
-    on: tuple[Event, ...] = ("study_ended", "run_ended", "failed", "stopped", "declined", "gpu_idle")
+    on: tuple[Event, ...] = ("study_ended", "run_ended", "failed", "stopped_by_guard", "declined", "gpu_idle")
 
     # Of the section and not of `url`: the message of a field's error would show its value.
     @model_validator(mode="after")

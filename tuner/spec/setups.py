@@ -142,6 +142,8 @@ def full_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> Se
         "eval_unit": "samples",
         "schedule": spec.full.schedule,
         "decay_fraction": spec.full.decay_fraction,
+        "on_decline": spec.full.on_decline,
+        "patience": spec.full.patience,
     }
     if values["eval_every"] is None:
         # A trial in steps or seconds has no length in samples: about a hundred validations.
@@ -163,6 +165,9 @@ def trial_setup(spec: StudySpec, params: Mapping[str, Any], **changes: Any) -> S
         "eval_every": spec.trial.budget / spec.trial.evaluations,
         "eval_unit": spec.trial.unit,
         "keep_checkpoints": 1,
+        "keep_every": None,
+        "on_decline": None,
+        "patience": None,
     }
     return Setup(full.workload, spec.build_config({**values, **changes}), spec.track.to)
 

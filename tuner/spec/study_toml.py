@@ -18,6 +18,7 @@ from trainer.config import (
     IsNumber,
     NonNegativeFloat,
     NonNegativeInt,
+    OnDecline,
     PositiveFloat,
     PositiveInt,
     Role,
@@ -121,11 +122,18 @@ class FullSection(Section):
     """wsd: the learning rate is constant and falls linearly to zero over the last `decay_fraction` of the run; a trial
     ends before that. cosine: to zero over the whole run, and a trial has the first part of it. none: constant."""
     decay_fraction: Annotated[float, Field(gt=0, lt=1), IsNumber] = 0.2
+    on_decline: OnDecline = "warn"
+    """When the guard finds that the run declines. warn: report it; stop: end it with a checkpoint; finish: go back to
+    `best.pth` and let the rate fall to zero from there."""
+    patience: PositiveInt | None = None
+    """Validations without a new best val/loss that count as a decline. Default: any number is none."""
 
     @model_validator(mode="after")
     def _check(self) -> FullSection:
         if (self.steps is None) == (self.samples is None):
             raise ValueError("give exactly one of steps and samples")
+        if self.on_decline == "finish" and self.schedule == "cosine":
+            raise ValueError('on_decline "finish" needs a rate that is still constant, and a cosine falls: use "stop"')
         return self
 
     @property
@@ -270,7 +278,7 @@ class StudySpec(Section):
                 role = role_of(TrainConfig, key) if key in TrainConfig.model_fields else None
                 if role is Role.BUDGET:
                     raise UserError(
-                        f"train.{key}: the length and the evaluation grid are set in [trial] and [full]; "
+                        f"train.{key}: the length, the evaluation grid and the guard are set in [trial] and [full]; "
                         "remove it from [train]."
                     )
                 if role is Role.SCHEDULE:

@@ -79,6 +79,15 @@ class Deviation(TypedDict):
     allowed: float
 
 
+class Decline(TypedDict):
+    """The latest decline of a full run that its guard found."""
+
+    step: int
+    reason: str
+    outcome: str
+    """"" while it lasts, else how it ended: "recovered at step 1,200", "went back to step 900"."""
+
+
 class FullRunKeys(TypedDict, total=False):
     """User attributes of a trial of `<study>.full`, which holds the curve of one full run."""
 
@@ -95,6 +104,7 @@ class FullRunKeys(TypedDict, total=False):
     continued_from: str | None
     """Run directory whose checkpoint the run continued from; None: it started at step 0; absent: not known."""
     deviation: list[Deviation]
+    decline: Decline
     full_hours: float
     """Of the whole run, at its own measured speed."""
 
@@ -337,6 +347,7 @@ class FullRunRecord:
     """Whether it is known to have started at step 0."""
     continued_from: Path | None
     deviations: Sequence[Deviation]
+    decline: Decline | None
     hours: float | None
     aim_run: str | None
 
@@ -363,6 +374,7 @@ class FullRunRecord:
             started_at_zero="continued_from" in keys and origin is None,
             continued_from=Path(origin) if origin else None,
             deviations=keys.get("deviation", []),
+            decline=keys.get("decline"),
             hours=keys.get("full_hours"),
             aim_run=keys.get("aim_run"),
         )
@@ -372,6 +384,11 @@ class FullRunRecord:
         if not self.is_open:
             return "finished"
         return "running" if is_locked(self.run_dir) else "interrupted"
+
+    @property
+    def is_declining(self) -> bool:
+        """Whether its guard found a decline that it has not left since."""
+        return self.decline is not None and not self.decline["outcome"]
 
     @property
     def decay_start(self) -> int | None:

@@ -18,7 +18,7 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import Batch, UserError
 from trainer.checkpoint import read_checkpoint
 from tuner.cli import main
-from tuner.promotion.evaluate import evaluate_checkpoint
+from tuner.promotion.evaluate import evaluate_all, evaluate_checkpoint
 from tuner.spec.setups import full_setup
 from tuner.study.tracked_run import Runtime, tracked_train
 
@@ -165,3 +165,27 @@ def test_mistake_is_one_line(
     assert evaluate(monkeypatch, *arguments) == 2
     errors = capsys.readouterr().err
     assert message in errors and len(errors.strip().splitlines()) == 1, errors
+
+
+def test_all_checkpoints_of_a_run_are_ranked(run_dir: Path) -> None:
+    (run_dir / "damaged.pth").write_bytes(b"nothing")
+    found = evaluate_all(run_dir)
+    assert [one.names for one in found] == [
+        ("best", "latest", "step_000000010"),
+        ("best_token_model",),
+        ("step_000000005",),
+    ]
+    for one in found:
+        assert one.metrics == pytest.approx(read_checkpoint(one.checkpoint)["metrics"], abs=1e-6)
+
+
+def test_mistakes_of_evaluating_all_are_one_line(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in {
+        (str(run_dir), "--all", "--checkpoint", "x"): "leave --checkpoint and --set out",
+        (str(run_dir),): "name a --checkpoint, or give a run directory and --all",
+        (str(run_dir / "none"), "--all"): "no such run directory",
+    }.items():
+        assert evaluate(monkeypatch, *arguments) == 2
+        assert message in capsys.readouterr().err

@@ -197,7 +197,11 @@ def record(key: str, value: Any) -> Callable[[Path], None]:
     [
         (None, ["none", "--to", "out.pth"], "none: no such run directory"),
         (None, [".", "--to", "out.pth"], "it holds no checkpoint"),
-        (None, ["it", "--to", "out.pth", "--checkpoint", "best_mel"], "choose from best_token, latest, step_000000005"),
+        (
+            None,
+            ["it", "--to", "out.pth", "--checkpoint", "best_mel"],
+            "choose from best, best_token, latest, step_000000005",
+        ),
         (None, ["it", "--to", "out.pth", "--checkpoint", "7"], "no checkpoint 7"),
         (None, ["it", "--to", "out.pth", "--format", "onnx"], "--format onnx: use pth or safetensors"),
         (None, ["it", "--to", "none/out.pth"], "there is no folder none"),

@@ -264,7 +264,7 @@ def test_status_has_the_promised_form(study: optuna.Study, runtime: Runtime) -> 
     assert list(found["trials"]) == ["complete", "pruned", "infeasible", "failed", "running", "waiting"]
     assert found["baseline"]["number"] == 0 and found["best"]["value"] == study.best_value
     assert list(found["full_runs"][0]) == [
-        *("run_dir", "trial", "step", "steps", "state", "phase", "decay_start", "metrics")
+        *("run_dir", "trial", "step", "steps", "state", "phase", "decay_start", "decline", "metrics")
     ]
 
 

@@ -94,6 +94,7 @@ def add_everything(study: optuna.Study) -> optuna.Study:
         steps=4000,
         metrics={"val/loss": 1.9, "val/token_loss": 1.4},
         full_hours=88 / 3600,
+        decline={"step": 1800, "reason": "val/loss is at least 2.4 in 2 of the last 3 values", "outcome": ""},
     )
     write_study(
         study,

@@ -94,7 +94,7 @@ def test_spec_survives_a_round_trip_through_the_storage() -> None:
         ({"trial.sample": 5}, r"unknown key trial\.sample; did you mean trial\.samples\?"),
         ({"trial.steps": 5}, r"trial: give exactly one of samples, steps and seconds"),
         ({"full.steps": 5}, r"full: give exactly one of steps and samples"),
-        ({"train.steps": 5}, r"train\.steps: the length .* set in \[trial\] and \[full\]"),
+        ({"train.steps": 5}, r"train\.steps: the length, .* set in \[trial\] and \[full\]"),
         ({"train.eval_every": 5}, r"train\.eval_every: .*remove it from \[train\]"),
         ({"train.batch_size": 0}, r"train\.batch_size 0: input should be greater than 0"),
         ({"train.d_coef": 20.0}, r"train\.d_coef = 20\.0 is outside its search space"),

@@ -144,10 +144,10 @@ def test_launch_and_full_run_report_their_ends(receiver: Receiver, runtime: Runt
 
 
 def test_only_chosen_events_are_sent_and_a_guard_may_send_its_own(receiver: Receiver) -> None:
-    with Notifier(NotifySection(on=("gpu_idle", "stopped")), "it") as notifier:
+    with Notifier(NotifySection(on=("gpu_idle", "stopped_by_guard")), "it") as notifier:
         notifier.event("gpu_idle", "the GPU is busy for 20% of the time only", step=1200)
         notifier.event("loss_not_falling", "no", step=1300)
-        notifier.event("stopped", "the loss exploded", step=1400)
+        notifier.event("stopped_by_guard", "the loss exploded", step=1400)
         notifier.send("run_ended", "no")
     assert [text.partition(": ")[2] for text in receiver.texts] == [
         "step 1,200: the GPU is busy for 20% of the time only",

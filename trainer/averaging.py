@@ -1,0 +1,68 @@
+"""The mean of several checkpoints' weights, which is often better than each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import read_checkpoint
+from trainer.errors import UserError
+from trainer.export import write_weights
+
+
+def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
+    """Write the mean of checkpoints as weights that `export`, `--init` and `evaluate` read.
+
+    It is computed in float32 (float64 for such weights) and stored in the types of the first checkpoint, whose integers
+    are kept, as is its lineage.
+
+    Raises:
+        UserError: There are fewer than two, one can't be read, their weights differ in name or shape, or `path` exists.
+    """
+    if len(sources) < 2:
+        raise UserError(f"{len(sources)} checkpoint: an average needs at least two.")
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name.")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
+    first = read_checkpoint(sources[0], mmap=True)
+    weights = _weights(first, sources[0])
+    mean = {name: tensor.to(_wide(tensor)) for name, tensor in weights.items() if tensor.is_floating_point()}
+    for number, source in enumerate(sources[1:], 2):
+        others = _weights(read_checkpoint(source, mmap=True), source)
+        _check_like(weights, others, sources[0], source)
+        for name, so_far in mean.items():
+            # Not a sum: the mean of equal weights is exactly these.
+            mean[name] = so_far + (others[name].to(so_far.dtype) - so_far) / number
+    model = {name: mean[name].to(tensor.dtype) if name in mean else tensor for name, tensor in weights.items()}
+    known = ("step", "samples", "identity", "lineage") if "model" in first else ()
+    about: dict[str, Any] = {key: first[key] for key in known if key in first}
+    if "lineage" in about:
+        about["lineage"] = {**about["lineage"], "averaged": [str(source.resolve()) for source in sources]}
+    write_weights({"model": model, **about}, path)
+
+
+def _weights(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    weights = state.get("model", state)
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UserError(f"{source} holds no weights by name: name a checkpoint of a run, or a state dict.")
+    return dict(weights)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _check_like(one: Mapping[str, Tensor], other: Mapping[str, Tensor], first: Path, source: Path) -> None:
+    """Raises UserError where the weights are not of the same model."""
+    if names := sorted(one.keys() ^ other.keys()):
+        where = first if names[0] in one else source
+        raise UserError(f"{source} is of another model than {first}: {names[0]} is in {where} only.")
+    for name, tensor in one.items():
+        if tensor.shape != other[name].shape:
+            shapes = f"{list(tensor.shape)} and {list(other[name].shape)}"
+            raise UserError(f"{source} is of another model than {first}: {name} has the shapes {shapes}.")
