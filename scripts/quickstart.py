@@ -74,10 +74,12 @@ def main() -> None:
                 reruns[number] = rerun(study, number, seed=FRESH_SEED, runtime=runtime, tracker=follower)
             leave_if(stop, console)
 
-        heading(console, 4, f"promotion: the full run with trial {best.number}, {format_params(best.params)}")
-        announce(console, runtime.run_dir(spec.study.name, f"full-{trial_name(best.number)}"))
+        chosen = record.recommended
+        assert chosen is not None
+        heading(console, 4, f"promotion: the full run with trial {chosen.number}, {format_params(chosen.params)}")
+        announce(console, runtime.run_dir(spec.study.name, f"full-{trial_name(chosen.number)}"))
         with RunDisplay("full run", console) as follower:
-            full = promote(study, trial=best.number, runtime=runtime, trackers=[follower])
+            full = promote(study, trial=chosen.number, runtime=runtime, trackers=[follower])
         leave_if(stop, console)
 
     show_results(console, StudyRecord.read(study), reruns, full)
