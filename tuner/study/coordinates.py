@@ -67,6 +67,14 @@ def log_range(distribution: BaseDistribution | None) -> float:
     return math.log(high / low) if low > 0 else 0.0
 
 
+def is_inside(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> bool:
+    """Whether all parameters of the space are given, and choices are among its choices."""
+    return space.keys() <= params.keys() and all(
+        not isinstance(distribution, CategoricalDistribution) or params[name] in distribution.choices
+        for name, distribution in space.items()
+    )
+
+
 def encode(space: Mapping[str, BaseDistribution], params: Sequence[Mapping[str, Any]]) -> Floats:
     """[trials, coordinates]."""
     return np.array([[x for name, d in space.items() for x in features(d, each[name])] for each in params])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from scipy.special import ndtr
 
-from tuner.study.coordinates import choose, encode, features, log_range
+from tuner.study.coordinates import choose, encode, features, is_inside, log_range
 from tuner.study.record import Recommendation, TrialRecord
 from tuner.study.surrogate import Surrogate, standardized
 
@@ -92,7 +92,8 @@ def recommend(
 ) -> Recommendation | None:
     """The trial to promote; None where a longer run is not known to change anything: no batch size is searched on a log
     scale, or the horizon is not known in the unit of the trials."""
-    with_space = [trial for trial in trials if space.keys() <= trial.params.keys()]
+    # In a space that became wider or was changed by hand a trial may have a value that is no longer a choice.
+    with_space = [trial for trial in trials if is_inside(space, trial.params)]
     if not log_range(space.get(BATCH_SIZE)) or horizon is None or not any(map(is_comparable, with_space)):
         return None
     ended = [trial for trial in with_space if trial.is_finished and trial.state != "failed"]

@@ -106,6 +106,13 @@ def test_pruned_trial_informs_about_its_surroundings_and_is_not_recommended() ->
     assert pruned not in model.tried
 
 
+def test_trial_with_a_value_that_is_no_longer_a_choice_is_left_out() -> None:
+    space = {**SPACE, BATCH_SIZE: CategoricalDistribution((8, 16, 32, 64))}
+    found = recommend(space, make_grid(), minimized=True, horizon=HORIZON)
+    assert found is not None and found["growth"] == pytest.approx(60**0.5)
+    assert make_grid()[found["trial"]].params[BATCH_SIZE] != 4
+
+
 def test_curves_with_an_infinite_loss_are_left_out() -> None:
     ruined = make_trial(15, {250: 3.0, 500: math.inf}, {BATCH_SIZE: 64, "train.d_coef": 8.0}, value=math.inf)
     assert find_recommended([*make_grid(), ruined], HORIZON) == find_recommended(make_grid(), HORIZON)
