@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from tests.tuner.studies_for_tests import values
+from tuner.spec.setups import horizon
+from tuner.spec.study_toml import StudySpec
 from tuner.study.horizon import BATCH_SIZE, HorizonModel, build_shift, find_values, recommend
 from tuner.study.record import TrialRecord
 from tuner.study.surrogate import Surrogate, standardized
@@ -156,3 +160,18 @@ def test_input_that_no_trial_can_tell_of_at_the_horizon_is_not_tried_for_ever() 
     improvement = model.expected_improvement(inputs, np.array([[0.0], [2.0]]))
     assert covariance[0, 0] > 0.5
     assert improvement[0] < 0.2 * improvement[1]
+
+
+@pytest.mark.parametrize(
+    ("full", "expected"),
+    [
+        ({"samples": 9600}, 4800),
+        ({"samples": 9600, "schedule": "none"}, 9600),
+        ({"steps": 1200}, 4800),  # at the baseline's batch size of 8
+        ({"samples": 1280}, None),
+    ],
+)
+def test_horizon_is_half_of_a_run_that_decays(full: dict[str, Any], expected: float | None, tmp_path: Path) -> None:
+    spec = StudySpec.build({**values(), "full": full}, base_dir=tmp_path)
+    assert spec.trial.unit == "samples" and spec.trial.budget == 160
+    assert horizon(spec) == expected
