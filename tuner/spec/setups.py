@@ -22,6 +22,8 @@ VALIDATION_SHARE = 0.1
 FORWARD_SHARE = 1 / 3
 # For a budget in seconds: its number of samples is unknown beforehand.
 DEFAULT_VAL_SAMPLES = 100
+# In trial lengths. Below it the trials' own order is as good, on the recorded curves and on the Korean demo.
+MIN_HORIZON = 5
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,6 @@ def largest_step(spec: StudySpec) -> int:
         space = spec.search.get(f"train.{name}")
         largest *= int(max(space.corners)) if space else getattr(spec.baseline, name)
     return largest
-
-
-MIN_HORIZON = 5
-"""Trial lengths below which the trials' own order is as good: on the recorded curves, and on the Korean demo."""
 
 
 def horizon(spec: StudySpec) -> float | None:

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 BATCH_SIZE = "train.batch_size"
 GROWTH = 0.5
-"""Exponent with which the optimal batch size grows with a run's length: 0.4 to 0.6 in the literature (Zhang et al.
+"""Exponent with which the optimal batch size grows with a run's length: 0.4 to 0.5 in the literature (Zhang et al.
 2024, Bergsma et al. 2025)."""
 MAX_TRIALS = 100
 """Number of the best trials, and of the newest, that the model has: its time grows with the cube of the number."""

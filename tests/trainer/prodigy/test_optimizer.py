@@ -149,9 +149,9 @@ def test_thousand_recorded_gradients_give_prodigyopts_numbers(recorded, name, sl
 
 @pytest.mark.parametrize(("lr", "slice_p"), [(1.0, 1), (0.0, 11)])
 def test_thousand_recorded_gradients_in_two_groups(recorded, slice_p, lr) -> None:
-    """With a d0 of 1e-6 the first updates are as small as a rounding error: on a CPU without AVX-512 d differs by 1e-5
-    where it is the sum of an eleventh of the elements."""
-    settings = {"slice_p": slice_p, "weight_decay": 0.1, "d0": 1e-4}
+    """With slice_p 11 d is the sum of few elements, and rounding is amplified while d is near a d0 of 1e-6: on a CPU
+    without AVX-512 both optimizers are then 1.4e-4 from float64, and 1e-5 apart."""
+    settings = {"slice_p": slice_p, "weight_decay": 0.1, "d0": 1e-6 if slice_p == 1 else 1e-4}
     replay(recorded, Prodigy, make=lambda params: two_groups(params, lr), **settings)
 
 

@@ -36,7 +36,7 @@ def curves(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_best_trial_becomes_the_full_run_with_its_lineage(study: optuna.Study, runtime: Runtime) -> None:
-    best = StudyRecord.read(study).favourites[0]
+    best = StudyRecord.read(study).ranked[0]
     result = promote(study, runtime=runtime)
     assert result.finished and result.samples == 480
     assert result.run_dir == runtime.run_dir("toy", f"full-trial-{best.number:05d}")
@@ -48,7 +48,7 @@ def test_best_trial_becomes_the_full_run_with_its_lineage(study: optuna.Study, r
 
 
 def test_full_run_continues_from_the_trials_checkpoint(study: optuna.Study, runtime: Runtime) -> None:
-    best = StudyRecord.read(study).favourites[0]
+    best = StudyRecord.read(study).ranked[0]
     promote(study, runtime=runtime)
     (curve,) = curves(study)
     assert curve.params == best.params
@@ -61,7 +61,7 @@ def test_full_run_continues_from_the_trials_checkpoint(study: optuna.Study, runt
 
 def test_promotion_from_the_checkpoint_equals_the_run_from_the_start(study: optuna.Study, runtime: Runtime) -> None:
     """A trial is a prefix of its full run."""
-    best = StudyRecord.read(study).favourites[0]
+    best = StudyRecord.read(study).ranked[0]
     promoted = promote(study, runtime=runtime)
     for path in runtime.run_dir("toy", f"trial-{best.number:05d}").glob("*.pth"):
         path.unlink()
@@ -174,7 +174,7 @@ def test_interrupted_promotion_continues_and_then_is_finished(study: optuna.Stud
     assert [curve.state for curve in curves(study)] == [TrialState.COMPLETE]
     assert len(study.user_attrs["promotions"]) == 1
     (run,) = StudyRecord.read(study).full_runs
-    steps = 480 // StudyRecord.read(study).favourites[0].params["train.batch_size"]
+    steps = 480 // StudyRecord.read(study).ranked[0].params["train.batch_size"]
     assert (run.state, run.step, run.steps) == ("finished", steps, steps)
 
 
@@ -187,7 +187,7 @@ def test_finished_full_run_can_be_extended(study: optuna.Study, runtime: Runtime
 
 
 def test_requested_length_is_used_again(study: optuna.Study, runtime: Runtime) -> None:
-    shorter = 240 // StudyRecord.read(study).favourites[0].params["train.batch_size"]
+    shorter = 240 // StudyRecord.read(study).ranked[0].params["train.batch_size"]
     asked = itertools.count()
     stopped = Runtime(runtime.run_root, track=False, stop=lambda: next(asked) > 0)
     promote(study, steps=shorter, runtime=stopped)
@@ -212,7 +212,7 @@ def test_finished_run_without_its_folder_is_repeated(study: optuna.Study, runtim
 def test_damaged_trial_checkpoint_restarts_at_step_zero(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    best = StudyRecord.read(study).favourites[0]
+    best = StudyRecord.read(study).ranked[0]
     for path in runtime.run_dir("toy", f"trial-{best.number:05d}").glob("*.pth"):
         path.write_bytes(b"damaged")
     assert promote(study, runtime=runtime).finished
@@ -276,7 +276,7 @@ def test_best_checkpoints_of_the_trial_are_copied(study: optuna.Study, runtime: 
 
 
 def test_fresh_run_starts_at_step_zero_and_repeats_the_trial(study: optuna.Study, runtime: Runtime) -> None:
-    best = StudyRecord.read(study).favourites[0]
+    best = StudyRecord.read(study).ranked[0]
     result = promote(study, fresh=True, runtime=runtime)
     assert "continuing from" not in (result.run_dir / "train.log").read_text()
     assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"] is None
@@ -288,7 +288,7 @@ def test_fresh_run_starts_at_step_zero_and_repeats_the_trial(study: optuna.Study
 
 def test_run_from_a_checkpoint_does_not_become_a_fresh_one(study: optuna.Study, runtime: Runtime) -> None:
     result = promote(study, runtime=runtime)
-    origin = f"trial-{StudyRecord.read(study).favourites[0].number:05d}"
+    origin = f"trial-{StudyRecord.read(study).ranked[0].number:05d}"
     assert read_checkpoint(result.run_dir / "latest.pth")["lineage"]["continued_from"]["run_dir"].endswith(origin)
     with pytest.raises(UserError, match=f"continued from {origin}: remove that folder"):
         promote(study, fresh=True, runtime=runtime)
@@ -308,7 +308,7 @@ def test_run_that_differs_from_its_trial_is_logged_and_recorded(
     deviates: bool,
 ) -> None:
     """A trial that claims other values than its parameters give."""
-    best = StudyRecord.read(study).favourites[0]
+    best = StudyRecord.read(study).ranked[0]
     real = best.curve[160]
     claimed = factor * real
     study.add_trial(
@@ -365,7 +365,7 @@ def test_changed_workload_is_logged_before_the_full_run_and_the_next_trial(
     for module in ("promotion.full_run", "study.launch"):
         monkeypatch.setattr(f"tuner.{module}.code_digest", lambda workload: "other")
     promote(study, runtime=runtime)
-    best = StudyRecord.read(study).favourites[0].number
+    best = StudyRecord.read(study).ranked[0].number
     assert f"the code of tests.toy:Toy has changed since trial {best} ran" in caplog.text
     launch(build(), storage=study._storage, runtime=runtime, num_trials=4)
     assert "has changed since trials 0, 1, 2, 3 ran" in caplog.text
@@ -407,7 +407,7 @@ def test_only_a_run_from_step_zero_is_compared_with_its_trial(
     study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture, fresh: bool
 ) -> None:
     """A trial with the best one's checkpoint that claims other values than that had."""
-    best = StudyRecord.read(study).favourites[0]
+    best = StudyRecord.read(study).ranked[0]
     study.add_trial(
         optuna.trial.create_trial(
             value=0.0,
