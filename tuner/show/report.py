@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 from base64 import b64encode
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from tuner.show.note import lineage, own_text, study_note
 from tuner.show.plotly_json import Figure
 from tuner.show.plots import figures, parameter_importance
 from tuner.study.record import StudyRecord
+from tuner.study.samples import read_all_samples
 
 MARK = '<meta name="generator" content="prodigy-tuner report">'
 """In the first bytes of every report: only a file with it is replaced. It must never change."""
@@ -107,27 +107,24 @@ def _scripts(plots: dict[str, Figure], nonce: str) -> str:
 
 
 def _samples(record: StudyRecord) -> Iterator[str]:
-    """Players for the samples of the full runs and of the best trial, the newest first, as far as they fit."""
-    runs = [(f"full run of trial {run.trial}", run.run_dir) for run in reversed(record.full_runs)]
-    if record.best is not None and record.best.run_dir is not None:
-        runs.append((f"trial {record.best.number}", record.best.run_dir))
+    """Players for the samples of the full runs, the newest first, as far as they fit."""
+    sounds = [
+        (f"full run of trial {run.trial}, step {samples.step:,}", path)
+        for run in reversed(record.full_runs)
+        for samples in reversed(read_all_samples(run.run_dir))
+        for path in samples.files
+        if path.suffix == ".wav"
+    ]
     room, heading, left_out = MAX_AUDIO_BYTES, "<h3>Samples</h3>", 0
-    for name, run_dir in runs:
-        for step, path in _list_sounds(run_dir):
-            size = path.stat().st_size
-            if size > room:
-                left_out += 1
-                continue
-            room -= size
-            data = b64encode(path.read_bytes()).decode()
-            caption = escape(f"{name}, step {step:,}: {path.stem}")
-            yield f'{heading}<p><audio controls src="data:audio/wav;base64,{data}"></audio> {caption}</p>\n'
-            heading = ""
+    for name, path in sounds:
+        size = path.stat().st_size
+        if size > room:
+            left_out += 1
+            continue
+        room -= size
+        data = b64encode(path.read_bytes()).decode()
+        caption = escape(f"{name}: {path.stem}")
+        yield f'{heading}<p><audio controls src="data:audio/wav;base64,{data}"></audio> {caption}</p>\n'
+        heading = ""
     if left_out:
         yield f"{heading}<p>{left_out} files are left out: with them, the samples exceed {MAX_AUDIO_BYTES:,} bytes.</p>"
-
-
-def _list_sounds(run_dir: Path) -> list[tuple[int, Path]]:
-    """Step and file of each `samples/step_N/*.wav`, the newest step first."""
-    found = [(re.fullmatch(r"step_(\d+)", path.parent.name), path) for path in run_dir.glob("samples/*/*.wav")]
-    return sorted(((int(step[1]), path) for step, path in found if step), key=lambda each: (-each[0], each[1]))

@@ -53,9 +53,10 @@ class HorizonModel:
     ) -> None:
         sign = 1.0 if minimized else -1.0
         values = {number: sign * value for number, value in find_values(ended).items()}
-        by_value = sorted(values, key=values.__getitem__)
-        numbers = sorted({*by_value[:MAX_TRIALS], *list(values)[-MAX_TRIALS:]}, key=values.__getitem__)
         trials = {trial.number: trial for trial in ended}
+        # Those first that may be recommended: there is at least one.
+        ranked = sorted(values, key=lambda number: (not is_comparable(trials[number]), values[number]))
+        numbers = sorted({*ranked[:MAX_TRIALS], *list(values)[-MAX_TRIALS:]}, key=values.__getitem__)
         known = [trials[number] for number in numbers]
         self.tried = [trial for trial in known if is_comparable(trial)]
         """The complete ones, the best first."""
