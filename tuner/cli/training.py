@@ -78,6 +78,10 @@ def evaluate(
         Path | None, typer.Option(help="A checkpoint, a run directory, or a gpt.pth.", show_default=False)
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Rank all checkpoints of a run directory.")] = False,
+    by: Annotated[
+        str | None,
+        typer.Option(help=r"With --all: sort by this metric; -METRIC: the highest first. \[default: val/loss]"),
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Number of validation samples, instead of all.")] = None,
     override: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -88,6 +92,8 @@ def evaluate(
     """
     if every and (checkpoint or override):
         raise UserError("--all measures a run with its own options: leave --checkpoint and --set out.")
+    if by and not every:
+        raise UserError(f"--by {by}: it sorts the checkpoints of --all.")
     if checkpoint is None and not every:
         raise UserError(f"{spec}: name a --checkpoint, or give a run directory and --all.")
     from rich.console import Console
@@ -102,7 +108,7 @@ def evaluate(
         show_log(level=logging.WARNING if every else logging.INFO)
     if checkpoint is None:
         with user_errors():
-            found = evaluate_all(spec, samples=samples)
+            found = evaluate_all(spec, samples=samples, by=by or "val/loss")
         if as_json:
             print(to_json([one.to_dict() for one in found]))
         else:

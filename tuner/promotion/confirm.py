@@ -3,6 +3,7 @@
 A short run may rank settings otherwise than a long one, and the best of many noisy trials looks better than it is. The
 run on the study's own seed continues from the trial's checkpoint, since a trial is a prefix of its full run; the others
 start at step 0. Each evaluation is stored when it is made: an interrupted or repeated command trains nothing twice.
+They are judged by the study's metric, or by that of [hooks], which the command measures on the end of each run.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 import optuna
 
 from trainer import Diverged, Evaluation, UserError
-from trainer.checkpoint import delete_checkpoints, holds_state
+from trainer.checkpoint import LATEST, delete_checkpoints, holds_state
 from trainer.tracking import Tracker, Trackers
 from tuner.promotion.link_checkpoint import link_checkpoints, read_step
 from tuner.spec.setups import full_setup, trial_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmationRun, ConfirmedTrial
+from tuner.study.hooks import LOG, Hook
 from tuner.study.objective import Interrupted
 from tuner.study.record import (
     StudyRecord,
@@ -60,7 +62,8 @@ def confirm(
         on_change: Called after each run.
 
     Raises:
-        UserError: There is no complete trial, the rung does not fit, or no run was completed.
+        UserError: There is no complete trial, the rung does not fit, no run was completed, or the command of [hooks]
+            left no value of its metric.
         Interrupted: It was stopped; the same call continues it.
     """
     runtime, record, spec = runtime or Runtime(), StudyRecord.read(study), read_spec(study)
@@ -68,7 +71,8 @@ def confirm(
     rung = _rung(spec, chosen, rung)
     seeds = range(spec.baseline.seed, spec.baseline.seed + num_seeds)
     jobs = [(trial, seed) for trial in chosen for seed in seeds]
-    left = [(trial, seed) for trial, seed in jobs if not _is_done(record.confirmation_run(trial.number, seed), rung)]
+    judge = spec.hooks.metric if spec.hooks else None
+    left = [job for job in jobs if not _is_done(record.confirmation_run(job[0].number, job[1]), rung, judge)]
     log.info(
         "confirmation over %s %s, trials %s, %d seeds: %d runs, %d of them still to do",
         f"{rung:,}",
@@ -84,7 +88,7 @@ def confirm(
     for trial, seed in left:
         _Run(study, spec, trial, seed, rung, runtime).train(follow, record.confirmation_run(trial.number, seed))
         on_change()
-    confirmation = _summary(StudyRecord.read(study), chosen, base, seeds, rung)
+    confirmation = _summary(StudyRecord.read(study), spec, chosen, base, seeds, rung)
     write_confirmation(study, request, confirmation)
     return confirmation
 
@@ -120,12 +124,12 @@ def _rung(spec: StudySpec, chosen: Sequence[TrialRecord], asked: int | None) -> 
     return rung
 
 
-def _is_done(run: ConfirmationRun | None, rung: int) -> bool:
+def _is_done(run: ConfirmationRun | None, rung: int, judge: str | None) -> bool:
     if run is None:
         return False
     if not run.failed and max(run.curve, default=0) > rung and rung not in run.curve:
         raise UserError(f"--rung {rung}: {Path(run.run_dir).name} is at {max(run.curve)} already; use that.")
-    return bool(run.failed) or rung in run.curve
+    return bool(run.failed) or (rung in run.curve and (judge is None or judge in run.hook))
 
 
 @dataclass
@@ -181,7 +185,7 @@ class _Run:
         if not result.finished:
             raise Interrupted
         self.curve[self.rung] = result.metrics[spec.study.metric]
-        self._store()
+        self._store(hook=self._judge(result.step))
         if not is_own_seed:
             # No run continues from this one, and a checkpoint may have 10 GB.
             delete_checkpoints(run_dir)
@@ -194,25 +198,51 @@ class _Run:
             self.curve[round(evaluation.point)] = value
             self._store()
 
-    def _store(self, failed: str = "") -> None:
-        run = ConfirmationRun(str(self.run_dir), self.curve, failed)
+    def _judge(self, step: int) -> dict[str, float]:
+        """The metrics of [hooks] at the end of the run; none if the study's metric judges."""
+        hooks = self.spec.hooks
+        if hooks is None or hooks.metric is None:
+            return {}
+        hook = Hook(hooks, self.spec.base_dir, {"study": self.spec.study.name, "trial": str(self.trial.number)})
+        samples = hook.sample(self.run_dir, self.run_dir / LATEST, step, stop=self.runtime.stop)
+        if samples is None and self.runtime.stop():
+            raise Interrupted
+        if samples is None or hooks.metric not in samples.metrics:
+            cause = "its command failed" if samples is None else f"{samples.folder} has no metrics.json with it"
+            raise UserError(
+                f"hooks.metric {hooks.metric!r} has no value for {self.run_dir.name}: {cause}; see its {LOG}, and give "
+                "the same command again."
+            )
+        return samples.metrics
+
+    def _store(self, failed: str = "", hook: dict[str, float] | None = None) -> None:
+        run = ConfirmationRun(str(self.run_dir), self.curve, failed, hook or {})
         write_confirmation_run(self.study, self.trial.number, self.seed, run)
 
 
 def _summary(
-    record: StudyRecord, chosen: Sequence[TrialRecord], base: int | None, seeds: Sequence[int], rung: int
+    record: StudyRecord,
+    spec: StudySpec,
+    chosen: Sequence[TrialRecord],
+    base: int | None,
+    seeds: Sequence[int],
+    rung: int,
 ) -> Confirmation:
+    metric, minimized, judge = record.metric, record.minimized, None
+    if spec.hooks and spec.hooks.metric:
+        metric = judge = spec.hooks.metric
+        minimized = spec.hooks.direction == "minimize"
     confirmed = []
     for trial in chosen:
         runs = {seed: run for seed in seeds if (run := record.confirmation_run(trial.number, seed))}
-        values = {seed: run.curve[rung] for seed, run in runs.items() if not run.failed}
+        values = {seed: run.hook[judge] if judge else run.curve[rung] for seed, run in runs.items() if not run.failed}
         failed = next((f"seed {seed}: {run.failed}" for seed, run in runs.items() if run.failed), "")
         confirmed.append(ConfirmedTrial(trial.number, dict(trial.params), values, failed))
-    complete = sorted((t for t in confirmed if not t.failed), key=lambda t: record.sortable(t.mean))
+    complete = sorted((t for t in confirmed if not t.failed), key=lambda t: t.mean if minimized else -t.mean)
     if not complete:
         raise UserError(
             f"no trial completed its confirmation (trial {confirmed[0].number}, {confirmed[0].failed}): "
             "search lower train.d_coef or train.lr."
         )
     failed_trials = [trial for trial in confirmed if trial.failed]
-    return Confirmation(record.metric, record.minimized, record.unit, rung, [*complete, *failed_trials], base)
+    return Confirmation(metric, minimized, record.unit, rung, [*complete, *failed_trials], base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.workload import Batch, Dataset, Workload
 from tuner.promotion.export import build_workload, find_checkpoint, read_state
 from tuner.spec.setups import Setup, full_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study.samples import read_samples, samples_dir
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +64,18 @@ def evaluate_checkpoint(spec: StudySpec, checkpoint: Path, *, samples: int | Non
     return _measure(setup, path)
 
 
-def evaluate_all(run_dir: Path, *, samples: int | None = None) -> list[CheckpointMetrics]:
-    """Measure every checkpoint of a run on its validation set, the lowest val/loss first; damaged ones are left out.
+def evaluate_all(run_dir: Path, *, samples: int | None = None, by: str = "val/loss") -> list[CheckpointMetrics]:
+    """Measure every checkpoint of a run on its validation set; damaged ones are left out.
 
-    The checkpoints name their workload, which is imported: evaluate runs that you trust.
+    Each has also the metrics that a hook left for its step, as "hook/NAME". The checkpoints name their workload, which
+    is imported: evaluate runs that you trust.
 
     Args:
         samples: How many of the validation samples, in place of the run's number.
+        by: The metric to sort by, the lowest first; with "-" before it the highest first. Checkpoints without it last.
 
     Raises:
-        UserError: There is no checkpoint of a run, or the data can't be read.
+        UserError: There is no checkpoint of a run, the data can't be read, or no checkpoint has the metric `by`.
     """
     source = find_checkpoint(run_dir)
     state = read_state(source)
@@ -91,8 +95,21 @@ def evaluate_all(run_dir: Path, *, samples: int | None = None) -> list[Checkpoin
         except UserError as error:
             log.warning("%s", error)
             continue
-        found.append(replace(one, names=tuple(path.stem for path in names)))
-    return sorted(found, key=lambda one: one.metrics["val/loss"])
+        metrics = {**one.metrics, **_hook_metrics(run_dir, one.step)}
+        found.append(replace(one, metrics=metrics, names=tuple(path.stem for path in names)))
+    name, sign = by.removeprefix("-"), -1 if by.startswith("-") else 1
+    if found and not any(name in one.metrics for one in found):
+        known = ", ".join(dict.fromkeys(metric for one in found for metric in one.metrics))
+        raise UserError(f"--by {by}: no checkpoint has this metric; there are {known}.")
+    return sorted(found, key=lambda one: sign * one.metrics.get(name, sign * math.inf))
+
+
+def _hook_metrics(run_dir: Path, step: int | None) -> dict[str, float]:
+    """What a hook measured on the checkpoint of a step."""
+    folder = None if step is None else samples_dir(run_dir, step)
+    if folder is None or not folder.is_dir():
+        return {}
+    return {f"hook/{name}": value for name, value in read_samples(folder).metrics.items()}
 
 
 def _measure(setup: Setup, path: Path) -> CheckpointMetrics:

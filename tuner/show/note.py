@@ -238,7 +238,7 @@ def _confirmation(record: StudyRecord) -> str:
     confirmation = record.confirmation
     if confirmation is None:
         return ""
-    result = f"Over {confirmation.rung:,} {confirmation.unit}: {confirmation.verdict}."
+    result = f"By {confirmation.metric}, over {confirmation.rung:,} {confirmation.unit}: {confirmation.verdict}."
     table = _table(CONFIRMATION_HEADINGS, confirmation_rows(confirmation))
     return f"### Confirmation\n\n{escape(result)}\n\n{table}"
 

@@ -148,7 +148,7 @@ def confirmation_rows(confirmation: Confirmation) -> list[tuple[str, ...]]:
 
 def confirmation_table(confirmation: Confirmation) -> Table:
     """The confirmed trials: mean and range over the seeds, and the margin over the baseline."""
-    table = build_table(f"confirmation over {confirmation.rung:,} {confirmation.unit}")
+    table = build_table(f"confirmation by {confirmation.metric} over {confirmation.rung:,} {confirmation.unit}")
     for heading in CONFIRMATION_HEADINGS:
         table.add_column(heading, justify="left" if heading in ("parameters", "remarks") else "right")
     for trial, row in zip(confirmation.trials, confirmation_rows(confirmation), strict=True):
@@ -161,13 +161,13 @@ def checkpoints_table(found: Sequence[CheckpointMetrics]) -> Table:
     table = build_table(f"{len(found)} checkpoints, {found[0].samples:,} samples" if found else "no checkpoints")
     table.add_column("checkpoint")
     table.add_column("step", justify="right")
-    metrics = list(found[0].metrics) if found else []
+    metrics = list(dict.fromkeys(name for one in found for name in one.metrics))
     ordered = {name: sorted(one.metrics[name] for one in found) for name in metrics if name.endswith("loss")}
     for name in metrics:
         table.add_column(name.removeprefix("val/"), justify="right", no_wrap=True)
     for one in found:
         ranks = {name: f" ({values.index(one.metrics[name]) + 1})" for name, values in ordered.items()}
-        cells = [f"{one.metrics[name]:.4f}{ranks.get(name, '')}" for name in metrics]
+        cells = [f"{one.metrics[name]:.4f}{ranks.get(name, '')}" if name in one.metrics else "" for name in metrics]
         table.add_row(", ".join(one.names), "" if one.step is None else f"{one.step:,}", *cells)
     return table
 

@@ -47,6 +47,10 @@ class HooksSection(Section):
     on: tuple[HookEvent, ...] = ("best", "end")
     timeout: PositiveFloat = 600.0
     """Seconds."""
+    metric: str | None = None
+    """A number in the command's metrics.json, by which `promote --confirm` judges. Default: the study's metric."""
+    direction: Literal["minimize", "maximize"] = "minimize"
+    """Of `metric`."""
 
     @model_validator(mode="after")
     def _check(self) -> HooksSection:

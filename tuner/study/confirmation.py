@@ -6,7 +6,7 @@ Imports no torch: `tuner status` reads it. `tuner.study.record` stores it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -101,3 +101,5 @@ class ConfirmationRun:
     curve: dict[int, float]
     """Value by point of the evaluation grid."""
     failed: str = ""
+    hook: dict[str, float] = field(default_factory=dict)
+    """Metrics of [hooks] at the end of the curve, if it judges."""

@@ -33,6 +33,58 @@ class _Job:
     checkpoint: Path
     folder: Path
     """While it runs."""
+    final: Path
+    """The folder's name after success."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """The command of [hooks], for one run."""
+
+    section: HooksSection
+    base_dir: Path
+    """Working directory of the command."""
+    values: Mapping[str, str]
+    """`study` and `trial`."""
+
+    def sample(self, run_dir: Path, checkpoint: Path, step: int, *, stop: Callable[[], bool]) -> Samples | None:
+        """What the command leaves for a checkpoint: run now if its step was not sampled yet; None if it failed."""
+        final = samples_dir(run_dir, step)
+        if final.exists():
+            return read_samples(final)
+        _tidy(final.parent)
+        return self.run(_prepare(step, checkpoint, final), stop)
+
+    def run(self, job: _Job, stop: Callable[[], bool]) -> Samples | None:
+        """Run the command on a job, until `stop` at most; None if it failed, which is logged."""
+        started = time.monotonic()
+        with open(job.folder / LOG, "ab") as output:
+            code = run_in_shell(
+                self._command(job),
+                timeout=self.section.timeout,
+                grace=GRACE_S,
+                cwd=self.base_dir,
+                output=output,
+                stop=stop,
+            )
+        if code != 0:
+            failed = _give_up(job.folder)
+            reason = f"exit code {code}"
+            if code is None:
+                reason = "the run stopped" if stop() else f"it took over {clock(self.section.timeout)}"
+            log.warning("hook: step %s failed (%s): its log is %s", f"{job.step:,}", reason, failed / LOG)
+            return None
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)
+        done = job.folder.rename(job.final)
+        samples = read_samples(done)
+        figures = "".join(f", {name} {value:.4g}" for name, value in samples.metrics.items())
+        seconds = clock(time.monotonic() - started)
+        log.info("hook: step %s, %d files in %s%s (%s)", f"{job.step:,}", len(samples.files), done, figures, seconds)
+        return samples
+
+    def _command(self, job: _Job) -> str:
+        values = {**self.values, "checkpoint": str(job.checkpoint), "step": str(job.step), "out": str(job.folder)}
+        return PLACEHOLDER.sub(lambda found: shlex.quote(values[found[1]]), self.section.command)
 
 
 class HookRunner:
@@ -41,8 +93,6 @@ class HookRunner:
     The checkpoint is hard-linked into the command's folder, so that it stays as it is however fast newer ones come.
 
     Args:
-        base_dir: Working directory of the command.
-        values: `study` and `trial`.
         best: Name of the checkpoint whose new versions are the event "best".
         num_steps: Length of the run: its last state is the event "end".
         stop: Whether the run was asked to stop: then `close` ends the command.
@@ -51,17 +101,15 @@ class HookRunner:
 
     def __init__(
         self,
-        section: HooksSection,
+        hook: Hook,
         run_dir: Path,
         *,
-        base_dir: Path,
-        values: Mapping[str, str],
         best: str | None,
         num_steps: int | None,
         stop: Callable[[], bool] = lambda: False,
         on_samples: Callable[[Samples], None] = lambda samples: None,
     ) -> None:
-        self.section, self.run_dir, self.base_dir, self.values = section, run_dir, base_dir, values
+        self.hook, self.run_dir = hook, run_dir
         self.best, self.num_steps, self.on_samples = best, num_steps, on_samples
         self._stop = stop
         self._changed = threading.Condition()
@@ -80,7 +128,7 @@ class HookRunner:
         event = kind
         if kind == "state":
             event = "end" if self.num_steps is not None and step >= self.num_steps else ""
-        if event not in self.section.on or (kind == "best" and path.name != self.best):
+        if event not in self.hook.section.on or (kind == "best" and path.name != self.best):
             return
         final = samples_dir(self.run_dir, step)
         if step == self._newest or final.exists():
@@ -89,7 +137,7 @@ class HookRunner:
         try:
             if not self._started:
                 _tidy(final.parent)
-            job = _prepare(step, path, final.with_name(f"{final.name}{RUNNING}"))
+            job = _prepare(step, path, final)
         except OSError as error:
             log.warning("hook: step %s is left out (%s)", f"{step:,}", first_line(error))
             return
@@ -112,7 +160,7 @@ class HookRunner:
             self._closing = True
             self._changed.notify()
         if self._thread.is_alive() and not self._must_end():
-            log.info("waiting for the hook, at most %s a command", clock(self.section.timeout))
+            log.info("waiting for the hook, at most %s a command", clock(self.hook.section.timeout))
         try:
             self._thread.join()
         except BaseException:
@@ -140,45 +188,21 @@ class HookRunner:
                 log.warning("hook: step %s failed", f"{job.step:,}", exc_info=True)
 
     def _run(self, job: _Job) -> None:
-        started = time.monotonic()
-        with open(job.folder / LOG, "ab") as output:
-            code = run_in_shell(
-                self._command(job),
-                timeout=self.section.timeout,
-                grace=GRACE_S,
-                cwd=self.base_dir,
-                output=output,
-                stop=self._must_end,
-            )
-        if code != 0:
-            failed = _give_up(job.folder)
-            reason = f"exit code {code}"
-            if code is None:
-                reason = "the run stopped" if self._must_end() else f"it took over {clock(self.section.timeout)}"
-            log.warning("hook: step %s failed (%s): its log is %s", f"{job.step:,}", reason, failed / LOG)
-            return
-        (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        done = job.folder.rename(samples_dir(self.run_dir, job.step))
-        samples = read_samples(done)
-        figures = "".join(f", {name} {value:.4g}" for name, value in samples.metrics.items())
-        seconds = clock(time.monotonic() - started)
-        log.info("hook: step %s, %d files in %s%s (%s)", f"{job.step:,}", len(samples.files), done, figures, seconds)
-        self.on_samples(samples)
-
-    def _command(self, job: _Job) -> str:
-        values = {**self.values, "checkpoint": str(job.checkpoint), "step": str(job.step), "out": str(job.folder)}
-        return PLACEHOLDER.sub(lambda found: shlex.quote(values[found[1]]), self.section.command)
+        samples = self.hook.run(job, self._must_end)
+        if samples is not None:
+            self.on_samples(samples)
 
 
-def _prepare(step: int, checkpoint: Path, folder: Path) -> _Job:
+def _prepare(step: int, checkpoint: Path, final: Path) -> _Job:
     """Create the folder of a job, with a hard link to its checkpoint if the file system has hard links."""
+    folder = final.with_name(f"{final.name}{RUNNING}")
     folder.mkdir(parents=True)
     link = folder / CHECKPOINT
     try:
         os.link(checkpoint, link)
     except OSError:
-        return _Job(step, checkpoint, folder)
-    return _Job(step, link, folder)
+        return _Job(step, checkpoint, folder, final)
+    return _Job(step, link, folder, final)
 
 
 def _discard(job: _Job) -> None:

@@ -614,7 +614,10 @@ class StudyRecord:
 
 def _is_confirmation_run(value: Any) -> bool:
     """Whether the tuner stored it: anybody may add attributes to a study."""
-    return isinstance(value, Mapping) and value.keys() == ConfirmationRun.__dataclass_fields__.keys()
+    return (
+        isinstance(value, Mapping)
+        and {"run_dir", "curve"} <= value.keys() <= ConfirmationRun.__dataclass_fields__.keys()
+    )
 
 
 # Stored as JSON, which turns the integer keys of `values` and `curve` into text.

@@ -20,11 +20,10 @@ from trainer import Evaluation, TrainResult, train
 from trainer.trackers import installed_trackers
 from trainer.tracking import AimTracker, Tracker, Trackers, aim_run
 from trainer.workload import Workload
-from tuner.spec.beside import HooksSection
 from tuner.spec.setups import Setup
 from tuner.spec.study_toml import StudySpec
 from tuner.spec.workloads import folder_digest
-from tuner.study.hooks import HookRunner
+from tuner.study.hooks import Hook, HookRunner
 from tuner.study.notify import Notifier
 from tuner.study.record import write_aim_run
 from tuner.study.samples import Samples
@@ -89,7 +88,10 @@ def tracked_train(
             if full.hooks is not None:
                 aim = next((tracker for tracker in trackers if isinstance(tracker, AimTracker)), None)
                 # First, so that Aim is open until the last hook has ended.
-                trackers = [_build_hooks(full, full.hooks, setup, run_dir, runtime, lineage, aim), *trackers]
+                hook = Hook(
+                    full.hooks, full.base_dir, {"study": full.study.name, "trial": str(lineage.get("trial", ""))}
+                )
+                trackers = [_build_hooks(hook, setup, run_dir, runtime, aim), *trackers]
         result = train(
             setup.workload,
             setup.config,
@@ -107,24 +109,14 @@ def tracked_train(
     return result
 
 
-def _build_hooks(
-    spec: StudySpec,
-    section: HooksSection,
-    setup: Setup,
-    run_dir: Path,
-    runtime: Runtime,
-    lineage: Mapping[str, Any],
-    aim: AimTracker | None,
-) -> HookRunner:
+def _build_hooks(hook: Hook, setup: Setup, run_dir: Path, runtime: Runtime, aim: AimTracker | None) -> HookRunner:
     def show(samples: Samples) -> None:
         if aim is not None:
             aim.samples(samples.files, samples.metrics, step=samples.step)
 
     return HookRunner(
-        section,
+        hook,
         run_dir,
-        base_dir=spec.base_dir,
-        values={"study": spec.study.name, "trial": str(lineage.get("trial", ""))},
         best=next(iter(setup.workload.best_checkpoints().values()), None),
         num_steps=setup.config.num_steps,
         stop=runtime.stop,

@@ -23,7 +23,7 @@ from tuner.cli import main
 from tuner.show.table import confirmation_table
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmedTrial
 from tuner.study.objective import Interrupted
-from tuner.study.record import StudyRecord, confirmation_run_name, write_confirmation
+from tuner.study.record import StudyRecord, confirmation_run_name, write_confirmation, write_study
 from tuner.study.tracked_run import Runtime
 
 
@@ -268,9 +268,9 @@ def test_promote_command_confirms_and_promotes(
 
     code, out, err = give("--confirm", "1")
     assert code in (0, None), err
-    assert "confirmation over 320 samples" in out and "min to max" in out and "480 samples: val/loss" in out
+    assert "confirmation by val/loss over 320 samples" in out and "min to max" in out and "480 samples: val/loss" in out
     assert "baseline" in out.partition("min to max")[2].partition("480 samples")[0]
-    assert max(map(len, out.partition("confirmation over")[2].partition("trial ")[0].splitlines())) <= 80
+    assert max(map(len, out.partition("confirmation by")[2].partition("trial ")[0].splitlines())) <= 80
     assert give("--seeds", "2")[::2] == (
         2,
         "tuner: --seeds and --rung belong to a confirmation: give --confirm 3 too.\n",
@@ -283,3 +283,43 @@ def test_table_names_what_failed() -> None:
     table = confirmation_table(found(one(0, 3.0, 3.2), one(4, 2.0, failed="seed 1: no gradient was finite")))
     columns = [list(column.cells) for column in table.columns]
     assert columns[0] == ["0", "4"] and any("seed 1: no gradient was finite" in column for column in columns)
+
+
+def with_hook(study: optuna.Study, command: str, **section: object) -> None:
+    """Store [hooks] in the study, as a launch with a changed study.toml does."""
+    hooks = {"command": f"{command} # {{checkpoint}}", "metric": "cer", **section}
+    write_study(study, spec={**study.user_attrs["spec"], "hooks": hooks})
+
+
+CER = """echo '{"cer": -'{trial}'}' > {out}/metrics.json"""
+"""The trial with the highest number has the lowest."""
+
+
+def test_metric_of_a_hook_judges(study: optuna.Study, runtime: Runtime) -> None:
+    with_hook(study, CER)
+    found = confirm(study, 2, num_seeds=1, runtime=runtime)
+    numbers = [trial.number for trial in found.trials]
+    assert found.metric == "cer" and numbers == sorted(numbers, reverse=True) and len(numbers) > 1
+    assert [trial.values for trial in found.trials] == [{0: -number} for number in numbers]
+    with_hook(study, CER, direction="maximize")
+    steps = Steps()
+    again = confirm(study, 2, num_seeds=1, runtime=runtime, follow=lambda name: nullcontext(steps))
+    assert [trial.number for trial in again.trials] == sorted(numbers) and steps.count == 0
+    assert again.margin(again.trials[-1]) == pytest.approx(min(numbers) - max(numbers))
+    assert promote(study, confirmed=again, runtime=runtime).finished
+
+
+def test_hook_without_its_metric_ends_a_confirmation_that_the_next_call_continues(
+    study: optuna.Study, runtime: Runtime
+) -> None:
+    with_hook(study, "false")
+    message = "hooks.metric 'cer' has no value for confirm-.*: its command failed"
+    with pytest.raises(UserError, match=message):
+        confirm(study, 1, runtime=runtime)
+    steps = Steps()
+    with pytest.raises(UserError, match=message):
+        confirm(study, 1, runtime=runtime, follow=lambda name: nullcontext(steps))
+    assert steps.count == 0
+    with_hook(study, CER)
+    found = confirm(study, 1, num_seeds=1, runtime=runtime)
+    assert all(trial.values == {0: -trial.number} for trial in found.trials)

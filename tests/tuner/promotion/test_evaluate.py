@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import weakref
 from collections.abc import Sequence
@@ -179,6 +180,21 @@ def test_all_checkpoints_of_a_run_are_ranked(run_dir: Path) -> None:
         assert one.metrics == pytest.approx(read_checkpoint(one.checkpoint)["metrics"], abs=1e-6)
 
 
+def test_checkpoints_are_ranked_by_what_a_hook_measured(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, value in {5: 0.25, 10: 0.5}.items():
+        (run_dir / f"samples/step_{step:09d}").mkdir(parents=True)
+        (run_dir / f"samples/step_{step:09d}/metrics.json").write_text(f'{{"cer": {value}}}')
+    found = evaluate_all(run_dir, by="hook/cer")
+    assert found[0].names == ("step_000000005",) and found[0].metrics["hook/cer"] == 0.25
+    assert evaluate_all(run_dir, by="-hook/cer")[0].names == ("best", "latest", "step_000000010")
+    shutil.rmtree(run_dir / "samples/step_000000010")
+    assert evaluate_all(run_dir, by="-hook/cer")[0].names == ("step_000000005",)
+    assert evaluate(monkeypatch, str(run_dir), "--all") == 0
+    assert "hook/cer" in capsys.readouterr().out
+
+
 def test_mistakes_of_evaluating_all_are_one_line(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +202,8 @@ def test_mistakes_of_evaluating_all_are_one_line(
         (str(run_dir), "--all", "--checkpoint", "x"): "leave --checkpoint and --set out",
         (str(run_dir),): "name a --checkpoint, or give a run directory and --all",
         (str(run_dir / "none"), "--all"): "no such run directory",
+        (str(run_dir), "--all", "--by", "cer"): "--by cer: no checkpoint has this metric; there are val/loss",
+        (str(run_dir), "--checkpoint", "x", "--by", "cer"): "--by cer: it sorts the checkpoints of --all",
     }.items():
         assert evaluate(monkeypatch, *arguments) == 2
         assert message in capsys.readouterr().err

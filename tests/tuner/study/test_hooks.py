@@ -19,7 +19,7 @@ from trainer.checkpoint import read_checkpoint
 from tuner import Runtime, StudySpec, launch, promote
 from tuner.spec.beside import HooksSection
 from tuner.study import hooks
-from tuner.study.hooks import HookRunner
+from tuner.study.hooks import Hook, HookRunner
 from tuner.study.samples import Samples
 
 
@@ -30,10 +30,10 @@ class Run:
         self.folder, self.found = folder / "run dir", list[Samples]()
         self.folder.mkdir(exist_ok=True)
         self.runner = HookRunner(
-            HooksSection(command=f"{command} # {{checkpoint}}", **section),
+            Hook(
+                HooksSection(command=f"{command} # {{checkpoint}}", **section), folder, {"study": "toy", "trial": "7"}
+            ),
             self.folder,
-            base_dir=folder,
-            values={"study": "toy", "trial": "7"},
             best="best.pth",
             num_steps=100,
             stop=stop,
@@ -205,6 +205,23 @@ def test_full_run_has_hooks_and_its_trials_have_none(runtime: Runtime, tmp_path:
     assert (last / "hook.log").read_text() == f"{sys.prefix}\n"
     log = (result.run_dir / "train.log").read_text()
     assert f"hook: step {result.step:,}, 0 files in {last}, cer 0.5 (" in log
+
+
+def test_every_milestone_of_a_run_is_sampled_with_its_own_weights(runtime: Runtime, tmp_path: Path) -> None:
+    command = "cp {checkpoint} {out}/weights"
+    changes = {"hooks": {"command": command, "on": ["milestone"]}}
+    given = values(**{"train.keep_every": 20, "train.batch_size": 8, "trial.num_trials": 1})
+    study = launch(
+        StudySpec.build({**given, **changes}, base_dir=tmp_path),
+        storage=f"sqlite:///{tmp_path}/tuner.db",
+        runtime=runtime,
+    )
+    result = promote(study, runtime=runtime)
+    kept = sorted(result.run_dir.glob("milestone_*.pth"))
+    assert kept and result.step == 60
+    for path in (result.run_dir / "samples").iterdir():
+        assert read_checkpoint(path / "weights")["step"] == int(path.name.removeprefix("step_"))
+    assert (result.run_dir / f"samples/step_{int(kept[-1].stem.removeprefix('milestone_')):09d}").is_dir()
 
 
 def test_signal_stops_the_run_and_its_command(tmp_path: Path) -> None:
