@@ -20,7 +20,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError
 
-from trainer import Evaluation, TrainResult, UserError
+from trainer import Diverged, Evaluation, TrainResult, UserError
 from trainer.acceleration import detect
 from trainer.checkpoint import BEST, go_back, holds_state
 from trainer.errors import first_line
@@ -201,6 +201,14 @@ class FullRun:
             report_once(curve, value, evaluation.samples)
             link_aim(curve, self.run_dir)
             write_full_run(curve, step=evaluation.step, metrics=dict(evaluation.metrics))
+
+    def note_divergence(self, error: Diverged) -> bool:
+        """Store a divergence as a decline, from which the run can go back; False if it has no best state."""
+        record = None if self.curve is None else FullRunRecord.read(self.curve)
+        if self.curve is None or record is None or not (self.run_dir / BEST).exists():
+            return False
+        write_full_run(self.curve, decline={"step": record.step, "reason": str(error), "outcome": ""})
+        return True
 
     def end(self, result: TrainResult) -> None:
         """Store the end of this call's training, and close the curve if the run has its full length."""

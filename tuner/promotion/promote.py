@@ -8,7 +8,7 @@ from pathlib import Path
 
 import optuna
 
-from trainer import Evaluation, TrainResult, UserError
+from trainer import Diverged, Evaluation, TrainResult, UserError
 from trainer.checkpoint import holds_state
 from trainer.tracking import Tracker
 from tuner.promotion.full_run import FullRun
@@ -46,13 +46,22 @@ def promote(
     finishes = record.spec["full"].get("on_decline") == "finish"
     if finishes and length == NO_REQUEST and _is_declining(record, chosen, run_dir):
         length = FINISH
+    has_diverged = False
     while True:
         run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
         log.info("%s: %s", run_dir.name, run.state)
         run.warn_of_differences()
-        result = _train(run, name, runtime, trackers, on_change)
-        if not (result.stopped_by_guard and finishes):
-            return result
+        try:
+            result = _train(run, name, runtime, trackers, on_change)
+        except Diverged as error:
+            # A second time it would only repeat what it did.
+            if not finishes or has_diverged or not run.note_divergence(error):
+                raise
+            has_diverged = True
+            log.warning("%s", error)
+        else:
+            if not (result.stopped_by_guard and finishes):
+                return result
         length = FINISH
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import optuna
 import pytest
 
 from tests.tuner.studies_for_tests import build
-from trainer import UserError
+from trainer import Diverged, UserError
 from trainer.checkpoint import read_checkpoint
 from trainer.evaluation import evaluate as real_evaluate
 from tuner import launch, promote
@@ -66,6 +67,23 @@ def test_finish_goes_back_to_the_best_state_and_lets_the_rate_fall(
     assert run.decline is not None and run.decline["step"] == 140 and run.decline["outcome"] == "went back to step 120"
     assert max(samples for samples, value in run.curve.items() if value > 7) == 120 * 8
     assert read_checkpoint(result.run_dir / "latest.pth")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1 / 24)
+
+
+def test_finish_goes_back_after_a_loss_that_is_no_number_but_only_once(
+    runtime: Runtime, tmp_path: Path, losses: list[float]
+) -> None:
+    study = begin(runtime, tmp_path, on_decline="finish")
+    losses += [9.0, 8.0, math.nan]
+    result = promote(study, runtime=runtime)
+    run = read_run(study)
+    assert result.finished and result.step == 48 and all(map(math.isfinite, run.curve.values()))
+    assert run.decline is not None and run.decline["outcome"] == "went back to step 40"
+    assert run.decline["reason"] == "val/loss was nan after 400 samples"
+
+    again = begin(runtime, tmp_path / "again", on_decline="finish")
+    losses += [9.0, 8.0, math.nan, math.nan]
+    with pytest.raises(Diverged):
+        promote(again, runtime=Runtime(tmp_path / "other", track=False))
 
 
 def test_finish_that_was_killed_before_it_went_back_does_so_later(
