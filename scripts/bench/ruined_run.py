@@ -2,11 +2,12 @@
 
     python -m scripts.bench.ruined_run --keep data/ruined_run [--json scripts/records/ruined_run.json]
 
-One trial, the baseline, becomes a full run of 800 steps that is validated every 20. At step 400 Prodigy's d_coef
-becomes 300 times as large, as it would by a mistake. `[full] on_decline = "finish"`, a webhook on this machine that
-stores what it gets, and the demo's hook on each new best and at the end.
+One trial of 100 steps, the baseline, becomes a full run of 600 steps that is validated every 20. From step 300 on 40
+updates have 100 times the learning rate. `[full] on_decline = "finish"`, a webhook on this machine that stores what it
+gets, and the demo's hook on each new best and at the end. (A larger d_coef at that step changes nothing: at rest
+Prodigy's numerator is negative.)
 
-`validations` has all of them in their order, so those after step 400 come twice: of the ruined run, and of the run that
+`validations` has all of them in their order, so some steps come twice: of the ruined run, and of the one that
 went back. The samples stay in --keep to be played.
 """
 
@@ -29,7 +30,10 @@ from tuner import Runtime, StudySpec, launch, promote
 from tuner.study.record import StudyRecord
 from tuner.study.samples import read_all_samples
 
-STEPS, BATCH_SIZE, EVERY, RUINED_AT, FACTOR = 800, 8, 20, 400, 300
+STEPS, BATCH_SIZE, EVERY, TRIAL_STEPS = 600, 8, 20, 100
+RUINED = range(300, 340)
+"""Updates; those after the way back have other numbers."""
+FACTOR = 100
 WORDS = ("declin", "continuing from", "hook:", "end")
 
 
@@ -77,7 +81,7 @@ class Curve:
 def build_spec(corpus: Path) -> StudySpec:
     values = read_demo_study(corpus)
     values["study"]["name"] = "ruined"
-    values["trial"] = {"samples": 800, "evaluations": 5, "num_trials": 1}
+    values["trial"] = {"samples": TRIAL_STEPS * BATCH_SIZE, "evaluations": 5, "num_trials": 1}
     values["full"] = {"steps": STEPS, "eval_every": EVERY * BATCH_SIZE, "on_decline": "finish"}
     values["notify"] = {"url": "$RUINED_RUN_WEBHOOK", "form": "slack"}
     values["hooks"]["on"] = ["best", "end"]
@@ -88,14 +92,14 @@ def measure(arguments: argparse.Namespace) -> Record:
     folder = arguments.keep.resolve()
     if folder.exists():
         raise UserError(f"{folder} exists already: name a new folder.")
-    runtime, curve, num_updates = Runtime(folder / "runs", track=False), Curve(), 0
+    runtime, curve, num_updates = Runtime(folder / "runs", track=False), Curve(), TRIAL_STEPS
 
     def ruin(optimizer: Optimizer, *_: object) -> None:
         nonlocal num_updates
-        num_updates += 1
-        if num_updates == RUINED_AT:  # and not again after the way back
+        if num_updates in RUINED:
             for group in optimizer.param_groups:
-                group["d_coef"] *= FACTOR
+                group["lr"] *= FACTOR
+        num_updates += 1
 
     with serve() as messages:
         study = launch(build_spec(arguments.corpus), storage=f"sqlite:///{folder}/tuner.db", runtime=runtime)
@@ -105,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> Record:
     (run,) = StudyRecord.read(study).full_runs
     lines = (result.run_dir / "train.log").read_text(encoding="utf-8").splitlines()
     found = {
-        "ruined_at": RUINED_AT,
+        "ruined_at": RUINED.start,
         "decline": run.decline,
         "metrics": result.metrics,
         "step": result.step,

@@ -50,6 +50,8 @@ def test_address_that_the_command_prints_opens_the_list_of_studies(url: str, pag
 
 
 def test_study_opens_with_its_plots_and_its_note(serve: Serve, page: Page) -> None:
+    blocked: list[str] = []
+    page.on("console", lambda message: blocked.append(message.text) if "Security Policy" in message.text else None)
     page.goto(serve())
     page.get_by_text("1. toy").click()
     for title in ("Learning curves", "Prodigy's d", "Loss against time", "val/loss over the search space"):
@@ -60,6 +62,7 @@ def test_study_opens_with_its_plots_and_its_note(serve: Serve, page: Page) -> No
     note = page.inner_text("body")
     assert "the lowest val/loss after 160 samples" in note
     assert "baseline" in note and "tuner promote toy" in note
+    assert blocked == [], "the page needs what the policy forbids"
 
 
 def test_trial_shows_its_intermediate_values(url: str, serve: Serve, page: Page) -> None:

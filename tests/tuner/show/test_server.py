@@ -1,17 +1,20 @@
-"""The dashboard as a browser's requests meet it: the token, and the read-only mode."""
+"""The dashboard as a browser's requests meet it: the token, the read-only mode, and what strangers try."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPMessage
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import optuna
 import pytest
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from trainer import UserError
+from tuner.show.files import artifact_dir
 from tuner.show.server import guarded, make_dashboard
 from tuner.study.storage import open_storage
 
@@ -19,14 +22,20 @@ from tuner.study.storage import open_storage
 class Client:
     def __init__(self, address: str) -> None:
         self.parts = urlsplit(address)
-        self.cookie = ""
+        self.cookie, self.headers = "", HTTPMessage()
+        """`headers`: those of the last answer."""
 
-    def request(self, method: str, path: str) -> tuple[int, str]:
+    def request(self, method: str, path: str, **headers: str) -> tuple[int, str]:
+        """With these headers, in place of the Host by default, and without an Accept-Encoding."""
         connection = HTTPConnection(self.parts.hostname or "", self.parts.port or 0, timeout=20)
-        connection.request(method, path, headers={"Cookie": self.cookie} if self.cookie else {})
+        connection.putrequest(method, path, skip_host="Host" in headers, skip_accept_encoding=True)
+        for name, value in {**({"Cookie": self.cookie} if self.cookie else {}), **headers}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
         response = connection.getresponse()
         body = response.read().decode(errors="replace")
         connection.close()
+        self.headers = response.headers
         if given := response.headers.get("Set-Cookie"):
             self.cookie = given.partition(";")[0]
         return response.status, body
@@ -34,6 +43,11 @@ class Client:
     def log_in(self) -> None:
         status, _ = self.request("GET", f"/?{self.parts.query}")
         assert status == 303
+
+
+def count_studies(client: Client) -> int:
+    _, body = client.request("GET", "/api/studies")
+    return len(json.loads(body)["study_summaries"])
 
 
 def serve(tmp_path: Path, *, read_only: bool) -> Iterator[Client]:
@@ -122,3 +136,51 @@ def test_taken_port_is_a_user_error(client: Client, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--port {client.parts.port}, --host 127.0.0.1: .*in use; choose another"):
         make_dashboard(storage, port=client.parts.port or 0)
     storage.engine.dispose()
+
+
+def test_uploaded_page_is_a_download_and_runs_nothing(client: Client, tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    (study,) = storage.get_all_studies()
+    (tmp_path / "page.html").write_text("<script>parent.document.title = 'in'</script>")
+    store = FileSystemArtifactStore(artifact_dir(storage))
+    loaded = optuna.load_study(study_name="toy", storage=storage)
+    name = upload_artifact(artifact_store=store, file_path=str(tmp_path / "page.html"), study_or_trial=loaded)
+    client.log_in()
+    status, body = client.request("GET", f"/artifacts/{study._study_id}/{name}")
+    assert status == 200 and "<script>" in body and client.headers["Content-Type"] == "text/html"
+    assert client.headers["Content-Disposition"] == "attachment"
+    assert client.headers["Content-Security-Policy"] == "sandbox; default-src 'none'"
+    assert client.headers["X-Content-Type-Options"] == "nosniff"
+    assert client.headers["Access-Control-Allow-Origin"] is None
+
+
+def test_every_answer_forbids_embedding_foreign_scripts_and_copies(client: Client) -> None:
+    pages = ["/", "/dashboard", "/api/studies", "/static/bundle.js", "/none"]
+    for path in [*pages, f"/?{client.parts.query}", *pages]:
+        client.request("GET", path)
+        assert client.headers["X-Frame-Options"] == "DENY"
+        assert "default-src 'self'" in client.headers["Content-Security-Policy"]
+        assert client.headers["Referrer-Policy"] == "no-referrer" and client.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "[", ""])
+def test_page_that_points_its_own_name_here_is_refused(client: Client, host: str) -> None:
+    client.log_in()
+    status, body = client.request("GET", "/api/studies", Host=host)
+    assert status == 403 and "open the address that" in body
+    assert client.request("GET", f"/?{client.parts.query}", Host=host)[0] == 403
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "192.168.1.2"])
+def test_addresses_of_this_machine_are_answered(client: Client, host: str) -> None:
+    client.log_in()
+    assert client.request("GET", "/api/studies", Host=f"{host}:{client.parts.port}")[0] == 200
+
+
+def test_change_from_another_origin_is_refused(client: Client) -> None:
+    client.log_in()
+    own, other = f"http://{client.parts.netloc}", "http://127.0.0.1:1"
+    for origin in (other, "null", f"{own}.evil.example", ""):
+        assert client.request("DELETE", "/api/studies/1", Origin=origin)[0] == 403
+    assert count_studies(client) == 1
+    assert client.request("DELETE", "/api/studies/1", Origin=own)[0] == 200 and count_studies(client) == 0
