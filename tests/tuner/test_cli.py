@@ -127,12 +127,12 @@ def test_help_shows_the_tables_of_a_spec_in_their_brackets(run_command: Command)
     assert "from the spec's [train] and [full]." in run_command("train", "--help").stdout
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("8h", 28800), ("30m", 1800), ("90s", 90), ("1h30m", 5400), ("5", 5)])
+@pytest.mark.parametrize(("text", "seconds"), [("8h", 28800), ("30m", 1800), ("90s", 90), ("1h30m", 5400)])
 def test_durations(text: str, seconds: int) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "h", "-5m", "8 hours"])
+@pytest.mark.parametrize("text", ["", "h", "-5m", "8 hours", "8"])
 def test_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="8h, 30m, 90s"):
         parse_duration(text)

@@ -60,7 +60,7 @@ def launch(
     with temporary_log(log_format):
         # The first use of the data may index and pack it, with a log.
         study = open_study(study_spec, storage)
-    with stop_on_signals(console.print) as stop, temporary_log(log_format, logging.WARNING):
+    with stop_on_signals(console.print, seconds) as stop, temporary_log(log_format, logging.WARNING):
         total = trials or study_spec.trial.num_trials
         with follow_study(study, study_spec, total=total, log_format=log_format) as display:
             api.launch(

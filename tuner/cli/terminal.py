@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from trainer.errors import UserError, first_line
+from tuner.cli.watchdog import end_if_hung
 
 if TYPE_CHECKING:
     import optuna
@@ -57,12 +58,12 @@ DECLINED = 3
 
 
 def parse_duration(text: str) -> float:
-    """`8h`, `30m`, `90s` or `1h30m` in seconds.
+    """`8h`, `30m`, `90s` or `1h30m` in seconds. A number alone is none: 8 may be meant as hours.
 
     Raises:
         UserError: It is none of these.
     """
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not text.strip() or match is None:
         raise UserError(f"--timeout {text}: write it as 8h, 30m, 90s or 1h30m.")
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -153,9 +154,10 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signals(report: Callable[[str], Any]) -> Iterator[Callable[[], bool]]:
+def stop_on_signals(report: Callable[[str], Any], timeout: float | None = None) -> Iterator[Callable[[], bool]]:
     """Yields whether the run should stop with a checkpoint: after Ctrl-C, SIGTERM, a closed terminal, or the loss of
-    the reader of its output. A second signal raises KeyboardInterrupt."""
+    the reader of its output. A second signal raises KeyboardInterrupt. A process that hangs is ended some time after a
+    signal, or after `timeout` seconds."""
     requests: list[int] = []
     broken_pipes: list[bool] = []
 
@@ -170,7 +172,10 @@ def stop_on_signals(report: Callable[[str], Any]) -> Iterator[Callable[[], bool]
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, request_stop) for number in numbers}
     try:
-        with survive_lost_output(lambda: broken_pipes.append(True)):
+        with (
+            end_if_hung(numbers, exit_code=STOPPED, timeout=timeout),
+            survive_lost_output(lambda: broken_pipes.append(True)),
+        ):
             yield lambda: bool(requests or broken_pipes)
     finally:
         for number, handler in before.items():

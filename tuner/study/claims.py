@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from trainer.clock import clock
+from trainer.errors import UserError
 from trainer.locks import is_locked, lock_folder
 from tuner.spec.setups import baseline_params, try_params
 from tuner.spec.study_toml import StudySpec
@@ -18,7 +20,7 @@ from tuner.study import optuna_internals
 from tuner.study.record import CLAIM, StudyRecord, TrialRecord, create_trial, trial_name, write_unopened_trial
 from tuner.study.tracked_run import Runtime
 
-CLAIMS_TIMEOUT_S = 600
+CLAIMS, CLAIMS_TIMEOUT_S = ".claims", 600
 
 
 def claim_trial(
@@ -30,11 +32,14 @@ def claim_trial(
 
     Args:
         claim: Releases the trial when it closes.
+
+    Raises:
+        UserError: Another process has been claiming one for ten minutes.
     """
     study_dir = runtime.run_dir(study.study_name, "")
     study_dir.mkdir(parents=True, exist_ok=True)
     # One process at a time, so that no two take the same interrupted trial.
-    with FileLock(study_dir / ".claims", timeout=CLAIMS_TIMEOUT_S):
+    with _one_at_a_time(study_dir / CLAIMS):
         record = StudyRecord.read(study)
         for trial in record.trials:
             if _is_free(trial, study_dir):
@@ -54,6 +59,22 @@ def claim_trial(
         claim.enter_context(lock_folder(run_dir, CLAIM))
         write_unopened_trial(study, number, run_dir=str(run_dir))
         return optuna_internals.open_trial(study, number), False
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=CLAIMS_TIMEOUT_S)
+    except Timeout:
+        raise UserError(
+            f"{path} has been held by another process for {clock(CLAIMS_TIMEOUT_S)}, which seems to hang: end that one "
+            f"(fuser {path} names it), then run this again."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_free(trial: TrialRecord, study_dir: Path) -> bool:

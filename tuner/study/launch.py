@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,8 +32,9 @@ from tuner.study.optuna_internals import storage_of
 from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, write_study
 from tuner.study.samplers import SpecSampler, build_pruner
 from tuner.study.storage import for_other_processes, opened
-from tuner.study.supervisor import Display, Job, Supervisor, visible_devices, worker_environments
+from tuner.study.supervisor import Display, Supervisor, visible_devices, worker_environments
 from tuner.study.tracked_run import Runtime, code_digest
+from tuner.study.worker_process import Job
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def launch(
         is_complete = run_trials(study, spec, runtime, total, display, on_change)
     else:
         is_complete = _run_workers(study, spec, runtime, total, num_workers, display, on_change)
-    if is_complete:
+    if is_complete or not needs_more_trials(StudyRecord.read(study), spec, total):
         write_study(study, ended=describe_end(StudyRecord.read(study), spec, total))
     elif timeout is not None and not asked_to_stop():
         write_study(study, ended=f"the time given, {clock(timeout)}, is over")
@@ -126,7 +128,8 @@ def _run_workers(
     on_change: Callable[[], None],
 ) -> bool:
     """`run_trials` in several processes."""
-    environments = worker_environments(num_workers, visible_devices(spec.baseline.device), torch.get_num_threads())
+    devices = visible_devices(spec.baseline.device)
+    environments = worker_environments(num_workers, devices, torch.get_num_threads(), os.cpu_count() or 1)
     job = Job(
         study_name=study.study_name,
         spec=spec.to_dict(),

@@ -222,7 +222,8 @@ class Notifier:
         self._is_running = True
 
     def event(self, kind: str, text: str, *, step: int) -> None:
-        self.send(kind, f"step {step:,}: {text}")
+        words = {"declined": "declines, ", "stopped_by_guard": "stopped by its guard, "}
+        self.send(kind, f"step {step:,}: {words.get(kind, '')}{text}")
 
     def close(self) -> None:
         """Do nothing: the end is sent after it."""

@@ -9,6 +9,7 @@ import faulthandler
 import logging
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,8 +24,11 @@ from tuner.study.launch import run_trials
 from tuner.study.record import TrialRecord
 from tuner.study.samplers import SpecSampler, build_pruner
 from tuner.study.storage import opened
-from tuner.study.supervisor import Job
 from tuner.study.tracked_run import Runtime
+from tuner.study.worker_process import Job
+
+SIGN_S = 1.0
+"""Seconds between two signs of life, at least."""
 
 
 class WorkerPipe:
@@ -32,6 +36,7 @@ class WorkerPipe:
 
     def __init__(self, connection: Connection) -> None:
         self.stopped = threading.Event()
+        self._signed_at = -SIGN_S
         self._connection = connection
         self._lock = threading.Lock()
 
@@ -44,6 +49,13 @@ class WorkerPipe:
             self.stopped.set()
 
         threading.Thread(target=wait, name="supervisor", daemon=True).start()
+
+    def should_stop(self) -> bool:
+        """Whether to stop. It is asked at each step: the supervisor learns that the worker lives."""
+        if time.monotonic() - self._signed_at >= SIGN_S:
+            self._signed_at = time.monotonic()
+            self.send("alive")
+        return self.stopped.is_set()
 
     def send(self, *message: object) -> None:
         """Send a message; without a supervisor it is dropped, and the trial stops at its next step."""
@@ -127,7 +139,7 @@ def _work(job: Job, pipe: WorkerPipe) -> tuple[str, str]:
             sampler=SpecSampler(spec),
             pruner=build_pruner(spec.pruner, spec.trial.first_point),
         )
-        runtime = Runtime(job.run_root, job.track, pipe.stopped.is_set)
+        runtime = Runtime(job.run_root, job.track, pipe.should_stop)
         run_trials(study, spec, runtime, job.total, PipeDisplay(pipe))
     except KeyboardInterrupt:
         return "done", ""

@@ -151,7 +151,7 @@ def test_only_chosen_events_are_sent_and_a_guard_may_send_its_own(receiver: Rece
         notifier.send("run_ended", "no")
     assert [text.partition(": ")[2] for text in receiver.texts] == [
         "step 1,200: the GPU is busy for 20% of the time only",
-        "step 1,400: the loss exploded",
+        "step 1,400: stopped by its guard, the loss exploded",
     ]
 
 

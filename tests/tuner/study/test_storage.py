@@ -4,11 +4,14 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
+import optuna
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
@@ -34,7 +37,7 @@ def test_sqlite_has_a_write_ahead_log_and_waits_when_busy(tmp_path: Path) -> Non
     storage = open_storage(f"sqlite:///{tmp_path}/deep/er/tuner.db")
     with storage.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 20_000
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1
     storage.engine.dispose()
 
@@ -82,6 +85,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a storage with the study "toy", which another connection writes to all the time."""
     monkeypatch.setattr(storage_module, "BUSY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(storage_module, "PATIENCE_S", 0.1)
     # Optuna pauses up to two seconds between its attempts.
     monkeypatch.setattr(random, "random", lambda: 0.0)
     write(tmp_path)
@@ -117,6 +121,59 @@ def test_locked_database_is_a_one_line_error_from_python(busy: str) -> None:
     # A full run and a live view continue without the storage: they catch Optuna's type.
     with pytest.raises(StorageInternalError, match=r"database is locked"):
         study.set_user_attr("a", 1)
+
+
+def test_database_that_is_free_again_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage_module, "PATIENCE_S", 0.05)
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    study = optuna.create_study(study_name="toy", storage=storage)
+    other = sqlite3.connect(tmp_path / "tuner.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+
+    def release() -> None:
+        while not caplog.messages:
+            time.sleep(0.01)
+        other.execute("COMMIT")
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    study.set_user_attr("a", 1)
+    thread.join()
+    assert study.user_attrs == {"a": 1}
+    assert "waiting for the database, which another process has locked for" in caplog.messages[0]
+    other.close()
+    storage.engine.dispose()
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+def test_file_that_is_gone_is_not_written_to(tmp_path: Path, what: str) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    study = optuna.create_study(study_name="toy", storage=storage)
+    (tmp_path / "tuner.db").rename(tmp_path / "old.db")
+    if what == "replaced":
+        (tmp_path / "tuner.db").touch()
+    with pytest.raises(UserError, match=f"the file was {what} while it was in use: put it back"):
+        study.set_user_attr("a", 1)
+    # A full run continues without the storage: it catches Optuna's type.
+    with pytest.raises(StorageInternalError):
+        study.ask()
+    (tmp_path / "old.db").rename(tmp_path / "tuner.db")
+    study.set_user_attr("a", 2)
+    assert study.user_attrs == {"a": 2}
+    storage.engine.dispose()
+
+
+def test_file_that_has_become_read_only_names_the_remedy(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
+    study = optuna.create_study(study_name="toy", storage=storage)
+    with storage.engine.connect() as connection:  # root may write to any file
+        connection.exec_driver_sql("PRAGMA query_only=ON")
+        connection.rollback()
+    with pytest.raises(UserError, match="readonly database: make it and its folder writable"):
+        study.set_user_attr("a", 1)
+    storage.engine.dispose()
 
 
 def test_defect_of_a_statement_keeps_its_own_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,10 +25,13 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.tracking import Tracker
 from tuner import launch
+from tuner.study import worker_process
 from tuner.study.record import TrialRecord
 from tuner.study.storage import for_other_processes, load_study, open_storage
-from tuner.study.supervisor import MAX_DEATHS, Job, Supervisor, WorkerError, worker_environments
+from tuner.study.supervisor import MAX_DEATHS, Supervisor, WorkerError, worker_environments
 from tuner.study.tracked_run import Runtime
+from tuner.study.worker import WorkerPipe
+from tuner.study.worker_process import Job, WorkerProcess
 
 # A worker's side of the pipe without the imports that take seconds: it ignores the job, and knows its number.
 PRETEND = """
@@ -122,23 +126,28 @@ def children() -> list[psutil.Process]:
 
 
 def test_each_worker_has_a_gpu_of_its_own_and_its_share_of_the_threads() -> None:
-    environments = worker_environments(2, ["3", "GPU-5ebe9f43"], threads=12)
+    environments = worker_environments(2, ["3", "GPU-5ebe9f43"], threads=12, cores=8)
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["3", "GPU-5ebe9f43"]
     assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["6", "6"]
-    spared = worker_environments(1, ["0", "1"], threads=12)
+    spared = worker_environments(1, ["0", "1"], threads=12, cores=8)
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in spared] == ["0"]
 
 
 @pytest.mark.parametrize(("num_workers", "threads", "share"), [(2, 8, "4"), (3, 8, "2"), (4, 2, "1")])
 def test_without_gpus_each_worker_has_its_share_of_the_threads(num_workers: int, threads: int, share: str) -> None:
-    environments = worker_environments(num_workers, [], threads)
+    environments = worker_environments(num_workers, [], threads, cores=8)
     assert [environment["OMP_NUM_THREADS"] for environment in environments] == [share] * num_workers
     assert not any("CUDA_VISIBLE_DEVICES" in environment for environment in environments)
 
 
 def test_more_workers_than_gpus_are_refused() -> None:
     with pytest.raises(UserError, match=r"--workers 3: 2 GPUs can be used, .*: give --workers 2, or more in CUDA_"):
-        worker_environments(3, ["0", "1"], threads=8)
+        worker_environments(3, ["0", "1"], threads=8, cores=8)
+
+
+def test_more_workers_than_cores_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^--workers 1000000: this machine has 8 cores: give at most 8"):
+        worker_environments(1_000_000, [], threads=8, cores=8)
 
 
 def test_storage_in_memory_is_refused_and_a_database_is_opened_by_its_url(url: str) -> None:
@@ -165,6 +174,54 @@ def test_deaths_with_a_validation_between_do_not_add_up(supervise: Callable[...,
     code += "else: pipe.send(('track', 0, {'val/loss': 1.0}, 1, 8)); os.kill(os.getpid(), signal.SIGKILL)\n"
     assert supervise(code).run()
     assert num_starts(tmp_path) >= last
+
+
+def test_worker_that_hangs_is_killed_and_replaced(
+    supervise: Callable[..., Supervisor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(worker_process, "HANG_S", 1.0)
+    monkeypatch.setattr(worker_process, "STOP_HANG_S", 600.0)
+    code = "if number == 1: os.kill(os.getpid(), signal.SIGSTOP)\n"
+    # The other one lives longer than that, with a sign now and then.
+    code += "for _ in range(20 if number == 2 else 0): time.sleep(0.1); pipe.send(('alive',))\n"
+    assert supervise(code + EXIT).run()
+    assert num_starts(tmp_path) == 3 and not children()
+    assert [message for message in caplog.messages if "has hung for 1" in message and "is killed" in message]
+
+
+def test_long_steps_are_no_hang(supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "HANG_S", 0.4)
+    worker = WorkerProcess(0, supervise("").job, {"STARTS": "x"}, "")
+    worker.kill()
+    for seconds, silent in {600.0: None, 5_900.0: None, 6_100.0: 6_100.0}.items():
+        worker._intervals.extend([600.0] * 3)
+        worker.alive_at = time.monotonic() - seconds
+        assert worker.silence(None) == (None if silent is None else pytest.approx(silent, abs=5))
+    assert worker.silence(time.monotonic()) is None, "after a request the wait begins anew"
+
+
+def test_worker_that_hangs_does_not_keep_a_launch_from_stopping(
+    supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "STOP_HANG_S", 0.5)
+    began = time.monotonic()
+    code = "os.kill(os.getpid(), signal.SIGSTOP) if number == 1 else pipe.recv()\n" + EXIT
+    assert not supervise(code, stop=lambda: time.monotonic() > began + 0.3).run()
+    assert not children()
+
+
+def test_worker_gives_a_sign_of_life_at_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.study.worker.SIGN_S", 0.05)
+    ours, theirs = multiprocessing.Pipe()
+    pipe = WorkerPipe(theirs)
+    assert not any(pipe.should_stop() for _ in range(5))
+    assert ours.recv() == ("alive",) and not ours.poll()
+    time.sleep(0.06)
+    pipe.should_stop()
+    assert ours.recv() == ("alive",)
 
 
 def test_user_error_in_one_worker_stops_all_and_is_raised_once(supervise: Callable[..., Supervisor]) -> None:
