@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from trainer.errors import UserError
-from tuner.cli import setup, study, training
+from tuner.cli import setup, storage, study, training
 from tuner.cli.terminal import STOPPED
 
 app = typer.Typer(
@@ -65,6 +65,7 @@ for command in (
     setup.notify,
 ):
     app.command()(command)
+app.add_typer(storage.app, name="storage")
 
 
 def main() -> None:

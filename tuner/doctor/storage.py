@@ -26,7 +26,9 @@ from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import find_nearest_folder
 from tuner.study.record import CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
-from tuner.study.storage import DEFAULT_URL, REMEDIES, in_memory, remedy, storage_url
+from tuner.study.servers import open_proxy
+from tuner.study.sqlite import REMEDIES, in_memory, remedy
+from tuner.study.storage import DEFAULT_URL, hide_password, storage_url
 
 TIMEOUT_S = 5
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
@@ -59,13 +61,16 @@ def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
     try:
         parsed = sqlalchemy.make_url(storage_url(url))
     except sqlalchemy.exc.ArgumentError:
-        return Check("storage", "fail", f"{storage_url(url)}: not a database URL", f"use for example {DEFAULT_URL}")
+        shown = hide_password(storage_url(url))
+        return Check("storage", "fail", f"{shown}: not a database URL", f"use for example {DEFAULT_URL}")
     name, file = parsed.render_as_string(), find_database_file(parsed)
     if in_memory(parsed):
         reason = f"{storage_url(url)}: a database in memory ends with this command"
         return Check("storage", "fail", reason, f"use a file, such as {DEFAULT_URL}")
     if file is None and quick:
         return Check("storage", "ok", f"{name}: not checked")
+    if parsed.drivername == "grpc":
+        return _check_proxy(parsed)
     if file is not None and (problem := _check_file(name, file)):
         return problem
     try:
@@ -76,6 +81,14 @@ def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
         way_out = "check the URL and the server" if file is None else "give another --storage, or move the file away"
         way_out = (file and remedy(reason, file)) or way_out
         return Check("storage", "fail", f"{name}: can't be opened ({reason})", way_out)
+
+
+def _check_proxy(url: sqlalchemy.URL) -> Check:
+    try:
+        open_proxy(url).close()
+    except (OSError, ImportError) as error:
+        return Check("storage", "fail", f"{url}: {first_line(error)}", "start it there: tuner storage serve")
+    return Check("storage", "ok", f"{url}: answers")
 
 
 def find_database_file(url: sqlalchemy.URL) -> Path | None:

@@ -15,29 +15,13 @@ from typing import Any
 import optuna
 import tomli_w
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.storages import BaseStorage
-from sqlalchemy import URL
 
-from tuner.study.optuna_internals import engine_of, storage_of
+from tuner.study.optuna_internals import storage_of
 from tuner.study.record import StudyRecord, TrialRecord, read_spec
 
 BEST_SPEC = "study.toml"
 LEADERBOARD = "leaderboard.csv"
 MIME_TYPES = {BEST_SPEC: "text/plain", LEADERBOARD: "text/csv"}
-
-
-def artifact_dir(storage: BaseStorage, run_root: Path = Path("runs")) -> Path:
-    """The folder of a storage's artifacts: beside an SQLite file, else under the run root."""
-    url = database_url(storage)
-    beside_file = url is not None and url.get_backend_name() == "sqlite" and url.database
-    # No study can have a name that begins with a dot.
-    return (Path(beside_file).parent if beside_file else run_root).resolve() / ".artifacts"
-
-
-def database_url(storage: BaseStorage) -> URL | None:
-    """The URL of a storage's database; None for a storage in memory."""
-    engine = engine_of(storage)
-    return None if engine is None else engine.url
 
 
 def save_artifact(study: optuna.Study, folder: Path, name: str, text: str) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer.clock import format_hours
-from tuner.show.files import database_url
 from tuner.show.samples import SampleRow
 from tuner.show.table import (
     CONFIRMATION_HEADINGS,
@@ -28,7 +27,7 @@ from tuner.study.edges import describe_edges
 from tuner.study.optuna_internals import id_of, storage_of
 from tuner.study.recommendation import describe_recommendation
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
-from tuner.study.storage import DEFAULT_URL
+from tuner.study.storage import DEFAULT_URL, database_url
 from tuner.study.trial_length import judge_trial_length
 
 MAX_RANKED = 15

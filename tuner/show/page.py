@@ -25,6 +25,7 @@ from tuner.show.plots import figures
 from tuner.show.samples import save_samples
 from tuner.study.optuna_internals import id_of, storage_of
 from tuner.study.record import StudyRecord, full_study
+from tuner.study.storage import artifact_dir
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class StudyPage:
         self._next = started + cost + max(MIN_INTERVAL_S, cost / MAX_SHARE)
 
     def _write(self) -> None:
-        folder = files.artifact_dir(storage_of(self.study), self.run_root)
+        folder = artifact_dir(storage_of(self.study), self.run_root)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             # Two writers would mix their pieces of one text: the second one leaves the page to the first.

@@ -22,7 +22,7 @@ from optuna.storages import BaseStorage
 from optuna_dashboard import wsgi
 
 from trainer.errors import UserError
-from tuner.show.files import artifact_dir
+from tuner.study.storage import artifact_dir
 
 COOKIE = "tuner_token"
 READING = ("GET", "HEAD", "OPTIONS")

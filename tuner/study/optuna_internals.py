@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import optuna
@@ -11,6 +12,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Engine
+
+STORAGE_METHODS = (*sorted(BaseStorage.__abstractmethods__), "_create_new_trial", "_get_trials", "_set_trial_param")
+"""The methods of a storage that may ask its server; those with an underscore are called by Optuna's cache."""
 
 FIXED_PARAMS = "fixed_params"
 """System attribute in which Optuna keeps parameters that were enqueued."""
@@ -35,6 +39,18 @@ def backend_of(storage: BaseStorage) -> BaseStorage:
 def engine_of(storage: BaseStorage) -> Engine | None:
     """SQLAlchemy's engine of a storage; None for a storage that is no database, such as one in memory."""
     return getattr(backend_of(storage), "engine", None)
+
+
+def make_proxy_server(storage: BaseStorage, host: str, port: int, threads: ThreadPoolExecutor) -> Any:
+    """The server of Optuna's gRPC proxy, not started.
+
+    Raises:
+        ImportError: grpcio is not installed.
+        RuntimeError: The port is in use.
+    """
+    from optuna.storages._grpc.server import make_server
+
+    return make_server(storage, host, port, threads)
 
 
 def frozen(trial: optuna.Trial) -> FrozenTrial:

@@ -22,14 +22,14 @@ from tests.tuner.studies_for_tests import build
 from trainer.locks import lock_folder
 from tuner import launch, promote
 from tuner.show import page as study_page
-from tuner.show.files import BEST_SPEC, LEADERBOARD, _without_none, artifact_dir, best_spec
+from tuner.show.files import BEST_SPEC, LEADERBOARD, _without_none, best_spec
 from tuner.show.page import StudyPage
 from tuner.show.server import make_dashboard
 from tuner.spec.setups import full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.optuna_internals import id_of, storage_of
 from tuner.study.record import read_spec
-from tuner.study.storage import load_study, open_storage
+from tuner.study.storage import artifact_dir, load_study, open_storage
 from tuner.study.tracked_run import Runtime
 
 

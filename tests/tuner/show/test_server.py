@@ -14,9 +14,8 @@ import pytest
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from trainer import UserError
-from tuner.show.files import artifact_dir
 from tuner.show.server import guarded, make_dashboard
-from tuner.study.storage import open_storage
+from tuner.study.storage import artifact_dir, open_storage
 
 
 class Client:

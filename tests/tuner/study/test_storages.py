@@ -1,0 +1,278 @@
+"""The same behaviour on SQLite, on PostgreSQL and through Optuna's proxy; outages; copies; and no password anywhere."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.artifacts import get_all_artifact_meta
+from optuna.trial import TrialState
+from optuna_dashboard import get_note
+
+from tests.commands import Command
+from tests.tuner.studies_for_tests import TOML, build, write
+from tests.tuner.study.databases import Postgres, close, free_port, proxy
+from trainer import UserError
+from tuner import launch, promote
+from tuner.cli import main
+from tuner.study import servers
+from tuner.study.optuna_internals import backend_of, storage_of
+from tuner.study.record import StudyRecord, TrialRecord
+from tuner.study.storage import artifact_dir, hide_password, load_study, open_storage
+from tuner.study.storage_copy import copy_studies
+from tuner.study.tracked_run import Runtime
+
+# Commands leave their connections to the end of their process, which is not the test's.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+KINDS = ("sqlite", "postgresql", "proxy")
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    server = Postgres(tmp_path_factory.mktemp("postgres") / "data")
+    server.start()
+    yield server
+    with warnings.catch_warnings(action="ignore"):
+        gc.collect()
+    server.stop()
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/tuner.db"
+        return
+    database = request.getfixturevalue("postgres").create_database()
+    if request.param == "postgresql":
+        yield database
+        return
+    with proxy(database) as address:
+        yield address
+
+
+def close_study(study: optuna.Study) -> None:
+    close(backend_of(storage_of(study)))
+
+
+def test_study_runs_resumes_and_is_promoted(url: str, runtime: Runtime) -> None:
+    first = launch(build(), storage=url, runtime=runtime, num_trials=2)
+    close_study(first)
+    study = launch(build(), storage=url, runtime=runtime, num_trials=3)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert study.trials[0].params == {"train.batch_size": 8, "train.d_coef": 1.0}
+    result = promote(study, runtime=runtime)
+    record = StudyRecord.read(study)
+    assert result.finished and record.full_runs[0].state == "finished"
+    assert record.full_runs[0].metrics["val/loss"] == result.metrics["val/loss"]
+    assert {meta.filename for meta in get_all_artifact_meta(study, storage=storage_of(study))} >= {"leaderboard.csv"}
+    close_study(study)
+
+
+@pytest.mark.parametrize("url", KINDS[1:], indirect=True)
+def test_two_workers_share_a_study(url: str, runtime: Runtime) -> None:
+    study = launch(build(), storage=url, runtime=runtime, num_workers=2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
+    assert len({trial.params["train.d_coef"] for trial in study.trials}) == 4
+    close_study(study)
+
+
+def test_copy_has_everything(tmp_path: Path, postgres: Postgres, runtime: Runtime) -> None:
+    study = launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=2)
+    promote(study, runtime=runtime)
+    source = storage_of(study)
+    target = open_storage(postgres.create_database())
+    assert copy_studies(source, target, run_root=tmp_path / "other") == {"toy": 2, "toy.full": 1}
+    for name in ("toy", "toy.full"):
+        before, after = load_study(name, source), load_study(name, target)
+        assert after.user_attrs == before.user_attrs and get_note(after) == get_note(before) != ""
+        for old, new in zip(before.trials, after.trials, strict=True):
+            assert (old.number, old.state, old.value, old.params) == (new.number, new.state, new.value, new.params)
+            assert old.user_attrs == new.user_attrs and old.intermediate_values == new.intermediate_values
+        files = get_all_artifact_meta(after, storage=target)
+        assert files == get_all_artifact_meta(before, storage=source)
+        for meta in files:
+            kept = artifact_dir(target, tmp_path / "other") / meta.artifact_id
+            assert kept.read_bytes() == (artifact_dir(source) / meta.artifact_id).read_bytes()
+    with pytest.raises(UserError, match="study toy is in the target already"):
+        copy_studies(source, target, ["toy"])
+    with pytest.raises(UserError, match="study none: not in the storage"):
+        copy_studies(source, target, ["none"])
+    # The copy continues.
+    again = launch(build(), storage=target, runtime=runtime, num_trials=3)
+    assert len(again.trials) == 3
+    close_study(study)
+    close(target)
+
+
+def test_copy_that_fails_leaves_nothing_behind(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=1)
+    target = open_storage(f"sqlite:///{tmp_path}/other/tuner.db")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("tuner.study.storage_copy._copy_files", fail)
+    with pytest.raises(OSError, match="no space"):
+        copy_studies(storage_of(study), target)
+    assert optuna.get_all_study_names(target) == []
+    close_study(study)
+    close(target)
+
+
+class Outage:
+    """A display that takes the server away at the second validation of a launch, for some seconds."""
+
+    def __init__(self, stop: Callable[[], object], start: Callable[[], object]) -> None:
+        self.stop, self.start, self.count = stop, start, 0
+        self.thread: threading.Thread | None = None
+
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> Outage:
+        return self
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """Nothing is shown."""
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        self.count += "val/loss" in values
+        if self.count == 2 and self.thread is None:
+            self.stop()
+            self.thread = threading.Timer(2.0, self.start)
+            self.thread.start()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_database_server_that_is_away_for_a_while_ends_nothing(
+    tmp_path: Path, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Postgres(tmp_path / "data")
+    server.start()
+    url = server.create_database()
+    outage = Outage(server.stop, server.start)
+    study = launch(build(), storage=url, runtime=runtime, num_trials=2, display=outage)
+    assert outage.thread is not None
+    outage.thread.join()
+    assert [(trial.state, len(trial.intermediate_values)) for trial in study.trials] == [(TrialState.COMPLETE, 4)] * 2
+    (warning,) = (message for message in caplog.messages if "waiting for the storage" in message)
+    assert warning.startswith("waiting for the storage postgresql+psycopg://postgres:***@/")
+    close_study(study)
+    server.stop()
+
+
+def test_proxy_that_is_away_for_a_while_ends_nothing(
+    tmp_path: Path, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    port, open_proxies = free_port(), ExitStack()
+
+    def start() -> None:
+        open_proxies.enter_context(proxy(f"sqlite:///{tmp_path}/tuner.db", port))
+
+    start()
+    study = launch(
+        build(),
+        storage=f"grpc://127.0.0.1:{port}",
+        runtime=runtime,
+        num_trials=2,
+        display=(outage := Outage(open_proxies.close, start)),
+    )
+    assert outage.thread is not None
+    outage.thread.join()
+    assert [(trial.state, len(trial.intermediate_values)) for trial in study.trials] == [(TrialState.COMPLETE, 4)] * 2
+    assert f"waiting for the storage grpc://127.0.0.1:{port} (no answer)" in caplog.messages
+    close_study(study)
+    open_proxies.close()
+
+
+def test_server_that_stays_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "OUTAGE_S", 0.2)
+    monkeypatch.setattr(servers, "PAUSE_S", 0.05)
+    server = Postgres(tmp_path / "data")
+    server.start()
+    storage = open_storage(server.create_database())
+    server.stop()
+    with pytest.raises(UserError, match=r"^storage postgresql\+psycopg://postgres:\*\*\*@/.*: away for .*: start it"):
+        optuna.get_all_study_names(storage)
+    close(storage)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:p%40ss@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("mysql+pymysql://me:a:b@host", "mysql+pymysql://me:***@host"),
+        ("sqlite:////tmp/a:b@c/tuner.db", "sqlite:////tmp/a:b@c/tuner.db"),
+        ("grpc://127.0.0.1:13000", "grpc://127.0.0.1:13000"),
+    ],
+)
+def test_password_is_not_shown(url: str, shown: str) -> None:
+    assert hide_password(url) == shown
+
+
+def test_password_is_in_no_output_and_no_file(
+    postgres: Postgres, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, TOML)
+    url = postgres.create_database()
+    monkeypatch.setenv("TUNER_STORAGE", url)
+    outputs = []
+    for arguments in (
+        ["launch", "study.toml", "--workers", "2", "--trials", "2"],
+        ["promote", "toy"],
+        ["status", "toy", "--json"],
+        ["status", "none"],
+        ["doctor", "study.toml"],
+        ["launch", "study.toml", "--storage", f"postgresql://me:{postgres.password}@127.0.0.1:1/none"],
+        ["launch", "study.toml", "--storage", f"nothing://me:{postgres.password}@127.0.0.1/none"],
+        ["launch", "study.toml", "--storage", f"://me:{postgres.password}@127.0.0.1:x/none"],
+    ):
+        result = run_command(*arguments)
+        outputs.append(result.stdout + result.stderr)
+    assert "***@" in outputs[4] and all("***@" in output for output in outputs[5:])
+    assert "Traceback" not in "".join(outputs) and postgres.password not in "".join(outputs)
+    written = [
+        path for path in tmp_path.rglob("*") if path.is_file() and postgres.password.encode() in path.read_bytes()
+    ]
+    assert written == []
+    storage = open_storage(url)
+    for name in ("toy", "toy.full"):
+        study = load_study(name, storage)
+        attrs = [study.user_attrs, *(trial.user_attrs for trial in study.trials), get_note(study)]
+        assert postgres.password not in json.dumps(attrs)
+    close(storage)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status", "--storage", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: can't be opened (no answer in 0.2 s)"),
+        (["storage", "copy", "sqlite:///none.db", "sqlite:///b.db"], "sqlite:///none.db: no such database"),
+        (["storage", "serve", "--storage", "sqlite:///none.db"], "sqlite:///none.db: no such database"),
+    ],
+)
+def test_mistake_is_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(servers, "CONNECT_S", 0.2)
+    monkeypatch.setattr(sys, "argv", ["tuner", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in line
