@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from filelock import FileLock, Timeout
@@ -17,18 +17,25 @@ from trainer.locks import is_locked, lock_folder
 from tuner.spec.setups import baseline_params, try_params
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
+from tuner.study.ownership import Owner, is_abandoned
 from tuner.study.record import CLAIM, StudyRecord, TrialRecord, create_trial, trial_name, write_unopened_trial
+from tuner.study.storage import database_time
 from tuner.study.tracked_run import Runtime
 
 CLAIMS, CLAIMS_TIMEOUT_S = ".claims", 600
 
 
-def claim_trial(
-    study: optuna.Study, spec: StudySpec, runtime: Runtime, total: int, claim: ExitStack
-) -> tuple[optuna.Trial, bool] | None:
-    """Claim an interrupted trial, else a new one; returns it and whether it was interrupted.
+class Claim(NamedTuple):
+    """A trial to run."""
 
-    Returns None when the study needs no more trials.
+    trial: optuna.Trial
+    resumed: bool
+    """It was interrupted, here or on a machine that is gone."""
+    owner: Owner
+
+
+def claim_trial(study: optuna.Study, spec: StudySpec, runtime: Runtime, total: int, claim: ExitStack) -> Claim | None:
+    """Claim an interrupted trial, else a new one; None when the study needs no more trials.
 
     Args:
         claim: Releases the trial when it closes.
@@ -40,11 +47,12 @@ def claim_trial(
     study_dir.mkdir(parents=True, exist_ok=True)
     # One process at a time, so that no two take the same interrupted trial.
     with _one_at_a_time(study_dir / CLAIMS):
-        record = StudyRecord.read(study)
+        record, now = StudyRecord.read(study), database_time(optuna_internals.storage_of(study))
         for trial in record.trials:
-            if _is_free(trial, study_dir):
+            if _is_free(trial, study_dir, now):
                 claim.enter_context(lock_folder(study_dir / trial_name(trial.number), CLAIM))
-                return optuna_internals.open_trial(study, trial.number), True
+                owner = Owner(study, trial.number)
+                return Claim(optuna_internals.open_trial(study, trial.number), True, owner)
         if not needs_more_trials(record, spec, total):
             return None
         number = None
@@ -58,7 +66,8 @@ def claim_trial(
         run_dir = study_dir / trial_name(number)
         claim.enter_context(lock_folder(run_dir, CLAIM))
         write_unopened_trial(study, number, run_dir=str(run_dir))
-        return optuna_internals.open_trial(study, number), False
+        owner = Owner(study, number)
+        return Claim(optuna_internals.open_trial(study, number), False, owner)
 
 
 @contextmanager
@@ -77,11 +86,11 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _is_free(trial: TrialRecord, study_dir: Path) -> bool:
-    """Whether an open trial belongs to this machine and no process trains it."""
+def _is_free(trial: TrialRecord, study_dir: Path, now: float) -> bool:
+    """Whether no process trains an open trial: it belongs to this machine, or its own machine is gone."""
     # By its number, since the folder of runs may have been moved; a process may still work in the old one.
     run_dir = study_dir / trial_name(trial.number)
-    is_ours = trial.state == "running" and trial.host == platform.node()
+    is_ours = (trial.state == "running" and trial.host == platform.node()) or is_abandoned(trial, now)
     return is_ours and not is_locked(trial.run_dir or run_dir, CLAIM) and not is_locked(run_dir, CLAIM)
 
 

@@ -25,10 +25,11 @@ from trainer.tracking import Tracker
 from tuner.spec.comparison import compare_specs
 from tuner.spec.setups import horizon, largest_step, search_space, stored_space
 from tuner.spec.study_toml import StudySpec
-from tuner.study.claims import claim_trial, describe_end, needs_more_trials
+from tuner.study.claims import Claim, claim_trial, describe_end, needs_more_trials
 from tuner.study.horizon import recommend
 from tuner.study.objective import Interrupted, Objective
 from tuner.study.optuna_internals import storage_of
+from tuner.study.ownership import Owner
 from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, write_study
 from tuner.study.samplers import SpecSampler, build_pruner
 from tuner.study.storage import for_other_processes, opened
@@ -107,7 +108,8 @@ def run_trials(
                 claimed = claim_trial(study, spec, runtime, total, claim)
                 if claimed is None:
                     return True
-                _run_trial(study, objective, *claimed, display)
+                objective.runtime = replace(runtime, stop=_stops(runtime, claimed.owner))
+                _run_trial(study, objective, claimed, display)
             on_change()
             if not gc.get_freeze_count():
                 # Objects that outlive a trial, modules above all, are permanent: later collections, which free the
@@ -226,13 +228,18 @@ def _check_data(spec: StudySpec) -> tuple[str, int]:
     return digest, num_samples
 
 
-def _run_trial(
-    study: optuna.Study, objective: Objective, trial: optuna.Trial, resumed: bool, display: Display | None
-) -> None:
+def _stops(runtime: Runtime, owner: Owner) -> Callable[[], bool]:
+    return lambda: owner.is_lost() or runtime.stop()
+
+
+def _run_trial(study: optuna.Study, objective: Objective, claim: Claim, display: Display | None) -> None:
+    trial, resumed, owner = claim
     trackers: Sequence[Tracker] = [display.trial_started(TrialRecord.read(trial), resumed)] if display else []
     try:
         value = objective(trial, trackers)
     except optuna.TrialPruned:
+        if owner.is_lost(at_once=True):
+            return
         frozen = study.tell(trial, state=TrialState.PRUNED)
     except (Interrupted, UserError, KeyboardInterrupt):
         # The trial stays open: the next launch continues it.
@@ -243,6 +250,8 @@ def _run_trial(
         study.tell(trial, state=TrialState.FAIL)
         raise
     else:
+        if owner.is_lost(at_once=True):
+            return
         frozen = study.tell(trial, value)
     if display:
         display.trial_ended(TrialRecord.read(frozen))

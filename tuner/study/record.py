@@ -47,6 +47,10 @@ class TrialKeys(TypedDict, total=False):
 
     run_dir: str
     host: str
+    owner: str
+    """Token of the process that trains the trial."""
+    alive: float
+    """When it last showed that it lives: seconds since 1970 on the database's clock."""
     code: str
     """Digest of the workload's code that the trial ran."""
     aim_run: str
@@ -252,6 +256,8 @@ class TrialRecord:
     is_feasible: bool
     run_dir: Path | None
     host: str | None
+    owner: str | None
+    alive: float | None
     code: str | None
     aim_run: str | None
     is_baseline: bool
@@ -291,6 +297,8 @@ class TrialRecord:
             is_feasible=all(constraint <= 0 for constraint in trial.constraints.values()),
             run_dir=Path(keys["run_dir"]) if "run_dir" in keys else None,
             host=keys.get("host"),
+            owner=keys.get("owner"),
+            alive=keys.get("alive"),
             code=keys.get("code"),
             aim_run=keys.get("aim_run"),
             is_baseline=bool(keys.get("baseline")),

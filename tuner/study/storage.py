@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 import optuna
@@ -112,3 +113,19 @@ def database_url(storage: BaseStorage) -> sqlalchemy.URL | None:
     """The URL of a storage's database; None for a storage in memory."""
     engine = engine_of(storage)
     return None if engine is None else engine.url
+
+
+CLOCKS = {
+    "sqlite": "SELECT strftime('%s', 'now')",
+    "postgresql": "SELECT extract(epoch FROM now())",
+    "mysql": "SELECT unix_timestamp()",
+}
+
+
+def database_time(storage: BaseStorage) -> float:
+    """Seconds since 1970 on the database's clock, which is one for all machines; behind a proxy on this machine's."""
+    engine = engine_of(storage)
+    if engine is None or engine.dialect.name not in CLOCKS:
+        return time.time()
+    with engine.connect() as connection:
+        return float(connection.exec_driver_sql(CLOCKS[engine.dialect.name]).scalar_one())

@@ -41,7 +41,7 @@ def claim_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             found = claim_trial(study, spec, Runtime(tmp_path / machine, track=False), 10, held)
             monkeypatch.setattr(platform, "node", lambda: name)
             assert found is not None
-            return found
+            return found.trial, found.resumed
 
         yield claim
 

@@ -1,0 +1,131 @@
+"""A trial whose machine is gone is taken over, by one machine, and a late owner stops."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tests.tuner.studies_for_tests import build
+from trainer.checkpoint import read_checkpoint
+from tuner import launch
+from tuner.study import ownership
+from tuner.study.launch import open_study
+from tuner.study.ownership import Owner
+from tuner.study.record import TrialRecord, trial_name
+from tuner.study.storage import database_time, open_storage
+from tuner.study.tracked_run import Runtime
+
+
+class At:
+    """A display that acts at a trial's validations."""
+
+    def __init__(self, number: int, count: int) -> None:
+        self.number, self.count, self.seen = number, count, 0
+
+    def trial_started(self, trial: TrialRecord, resumed: bool) -> At:
+        self.seen = 0 if trial.number == self.number else -1000
+        return self
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """Nothing is shown."""
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        self.seen += "val/loss" in values
+        if self.seen == self.count:
+            self.act()
+
+    def act(self) -> None:
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/tuner.db"
+
+
+def lose_machine(url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two trials begins on another machine, which is gone after its third validation."""
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "node", lambda: "gone")
+        with pytest.raises(KeyboardInterrupt):
+            launch(build(**{"train.save_every": 5}), storage=url, runtime=runtime, num_trials=2, display=At(1, 3))
+
+
+def take_over(url: str, monkeypatch: pytest.MonkeyPatch) -> Owner:
+    """Take trial 0 as another machine."""
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "node", lambda: "other")
+        return Owner(optuna.load_study(study_name="toy", storage=open_storage(url)), 0)
+
+
+def age(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the database's clock go on."""
+    monkeypatch.setattr(ownership, "database_time", lambda storage: database_time(storage) + seconds)
+    monkeypatch.setattr("tuner.study.claims.database_time", lambda storage: database_time(storage) + seconds)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_trial_of_a_machine_that_is_gone_continues_under_its_number(
+    url: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+) -> None:
+    lose_machine(url, runtime, monkeypatch)
+    if not is_shared:
+        shutil.rmtree(runtime.run_root)
+    study = launch(build(**{"train.save_every": 5}), storage=url, runtime=runtime, num_trials=2)
+    assert study.trials[1].state == TrialState.RUNNING, "its machine may still train it"
+    age(monkeypatch, ownership.LOST_AFTER_S + 60)
+    study = launch(build(**{"train.save_every": 5}), storage=url, runtime=runtime, num_trials=2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert len(study.trials[1].intermediate_values) == 4
+    run_dir = runtime.run_dir("toy", trial_name(1))
+    assert read_checkpoint(run_dir / "latest.pth")["lineage"]["trial"] == 1
+    assert ("continuing from" in (run_dir / "train.log").read_text()) == is_shared
+
+
+def test_late_owner_stops_and_its_trial_has_one_end(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ownership, "BEAT_S", 0.0)
+    others: list[Owner] = []
+
+    class Taken(At):
+        def act(self) -> None:
+            others.append(take_over(url, monkeypatch))
+
+    study = launch(build(), storage=url, runtime=runtime, num_trials=1, display=Taken(0, 2))
+    assert study.trials[0].state == TrialState.RUNNING and len(study.trials[0].intermediate_values) == 2
+    assert "trial 0 was taken over by other: it stops here" in caplog.messages
+    assert not others[0].is_lost(at_once=True)
+
+
+def test_owner_that_lost_its_trial_at_the_last_step_does_not_end_it(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Taken(At):
+        def act(self) -> None:
+            take_over(url, monkeypatch)
+
+    monkeypatch.setattr(ownership, "BEAT_S", 3600.0)
+    study = launch(build(), storage=url, runtime=runtime, num_trials=1, display=Taken(0, 4))
+    assert study.trials[0].state == TrialState.RUNNING
+
+
+def test_owner_shows_life_once_a_minute(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_study(build(), open_storage(url))
+    study.ask()
+    owner = Owner(study, 0)
+    before = TrialRecord.read(study.trials[0]).alive
+    age(monkeypatch, 30)
+    assert before is not None and not owner.is_lost() and TrialRecord.read(study.trials[0]).alive == before
+    monkeypatch.setattr(ownership, "BEAT_S", 0.0)
+    assert not owner.is_lost()
+    assert TrialRecord.read(study.trials[0]).alive == pytest.approx(before + 30, abs=10)
