@@ -18,6 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,7 +96,7 @@ def write_checkpoint(state: Any, path: Path) -> None:
         UserError: The disk is full or can't be written to.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    try:
+    with _explain_errors(path, num_bytes(state)):
         with open(temporary, "w+b") as file:
             torch.save(state, file)
             _seal(file)
@@ -103,13 +104,23 @@ def write_checkpoint(state: Any, path: Path) -> None:
             os.fsync(file.fileno())
         _rename(temporary, path)
         remove(digest_path(path))
+
+
+@contextmanager
+def _explain_errors(path: Path, size: int) -> Iterator[None]:
+    """Turns the disk's errors in writing `path` into a UserError, and removes what was written."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
-        remove(temporary)
+        remove(path.with_name(path.name + TEMPORARY))
         if (reason := explain_write_error(error)) is None:
             raise
+        remedy = f"it needs {format_bytes(size)}; free some space"
+        if isinstance(error, IsADirectoryError):
+            remedy = "remove the folder of that name"
         raise UserError(
-            f"{path} could not be written ({reason}): it needs {format_bytes(num_bytes(state))}; free some space and "
-            "start again, the run continues from its last checkpoint."
+            f"{path} could not be written ({reason}): {remedy} and start again, the run continues from its last "
+            "checkpoint."
         ) from error
 
 
@@ -125,14 +136,18 @@ def link_checkpoint(source: Path, target: Path) -> None:
     """Make `target` another name of the checkpoint `source`, or a copy if the file system has no hard links.
 
     As `write_checkpoint`, it leaves the old file or the whole new one. No checkpoint is ever written in place.
+
+    Raises:
+        UserError: The disk is full or can't be written to.
     """
     if target.exists() and target.samefile(source):
         return
-    # Without a digest beside it a file is checked by its own; with that of another file it would count as damaged.
-    remove(digest_path(target))
-    _link(source, target)
-    if digest_path(source).is_file():
-        _link(digest_path(source), digest_path(target))
+    with _explain_errors(target, source.stat().st_size):
+        # Without a digest beside it a file is checked by its own; with that of another file it would count as damaged.
+        remove(digest_path(target))
+        _link(source, target)
+        if digest_path(source).is_file():
+            _link(digest_path(source), digest_path(target))
 
 
 def is_checkpoint(path: Path) -> bool:
