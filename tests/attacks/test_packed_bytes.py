@@ -130,7 +130,8 @@ def test_each_block_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         for index in range(NUM_SAMPLES):
             samples[index]
-    assert len(checked) == len(set(checked)) == len(samples._digests._sums)
+    assert len(checked) == len(set(checked)) > 50
+    assert samples._digests is None, "nothing is left to check"
 
 
 def test_store_of_an_earlier_version_is_read(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ Stores of earlier versions have none, and are read unchecked.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -50,9 +49,7 @@ def write_digests(folder: Path, header: Header) -> None:
 
 
 class BlockDigests:
-    """The checksums of a store, and which of its blocks are whole.
-
-    Forked loader workers share this knowledge, so that each block is checked once.
+    """The checksums of a store, and which of its blocks are whole. Each process checks each block once.
 
     Args:
         arrays: The mapped files: places.bin, field-0.bin, and so on.
@@ -73,7 +70,9 @@ class BlockDigests:
         if zlib.crc32((folder / HEADER).read_bytes()) != sums[0]:
             raise DamagedStore(f"the header of {folder} is damaged: start again to pack it again.")
         self._sums = sums[1:-1]
-        self._marks = mmap.mmap(-1, max(1, len(self._sums)))
+        self._marks = bytearray(len(self._sums))
+        self.num_left = len(self._sums)
+        """Blocks that are not known to be whole."""
 
     @classmethod
     def of(cls, folder: Path, arrays: Sequence[np.ndarray]) -> BlockDigests | None:
@@ -91,8 +90,10 @@ class BlockDigests:
     def _check(self, number: int, block: int) -> int:
         index, start = self._starts[number] + block, block * BLOCK
         mark = _WHOLE
+        self.num_left -= 1
         if zlib.crc32(self._views[number][start : start + BLOCK]) != self._sums[index]:
             mark = _DAMAGED
+            self.num_left += 1
             path = field_path(self._folder, number - 1) if number else self._folder / PLACES
             log.warning(
                 "%s is damaged at byte %s or after it: these samples are read from their files", path, f"{start:,}"

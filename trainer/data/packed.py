@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -59,10 +58,8 @@ class PackedDataset:
         self.header = header
         self._fields = [map_field(path, number, field) for number, field in enumerate(header.fields)]
         self._places = map_places(path, header)
-        self._digests = BlockDigests.of(path, [self._places, *self._fields])
+        self._digests: BlockDigests | None = BlockDigests.of(path, [self._places, *self._fields])
         self._row_bytes = [self._places.itemsize * 2 * len(self._fields), *(field.row_bytes for field in header.fields)]
-        self._is_whole = mmap.mmap(-1, max(1, len(data)))
-        """By sample; shared with forked loader workers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A spawned loader worker maps the store again; pickling the arrays would copy them.
@@ -76,7 +73,7 @@ class PackedDataset:
         return self._data.lengths
 
     def __getitem__(self, index: int, /) -> Any:
-        if self._digests and not self._is_whole[index] and not self._check(self._digests, range(len(self))[index]):
+        if self._digests is not None and not self._is_whole(self._digests, range(len(self))[index]):
             return self._data[index]
         places = self._places[index].tolist()
         if places[0] < 0:
@@ -85,18 +82,21 @@ class PackedDataset:
         # `places` holds all starts and then all ends; `zip` stops after the last field.
         return self._build([field[start:end] for field, start, end in zip(self._fields, places, ends, strict=False)])
 
-    def _check(self, digests: BlockDigests, index: int) -> bool:
+    def _is_whole(self, digests: BlockDigests, index: int) -> bool:
         """Whether the bytes of a sample are those that were packed."""
+        if not digests.num_left:
+            self._digests = None  # a random order has met all blocks long before all samples
+            return True
         if not digests.is_whole(0, index * self._row_bytes[0], (index + 1) * self._row_bytes[0]):
             return False
         places = self._places[index].tolist()
-        if places[0] >= 0:
-            ends = places[len(self._fields) :]
-            for number, (start, end) in enumerate(zip(places, ends, strict=False), 1):
-                if not digests.is_whole(number, start * self._row_bytes[number], end * self._row_bytes[number]):
-                    return False
-        self._is_whole[index] = 1
-        return True
+        if places[0] < 0:
+            return True
+        ends = places[len(self._fields) :]
+        return all(
+            digests.is_whole(number, start * size, end * size)
+            for number, (start, end, size) in enumerate(zip(places, ends, self._row_bytes[1:], strict=False), 1)
+        )
 
 
 def open_packed(
