@@ -44,7 +44,7 @@ def parse_npy(content: bytes) -> np.ndarray:
 def _read_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     """dtype, shape, and whether the array is stored column by column. Raises ValueError where it is no header."""
     try:
-        values = ast.literal_eval(header.decode("latin1").strip()) if len(header) <= _MAX_HEADER else None
+        values = ast.literal_eval(header.decode("latin1").strip() if len(header) <= _MAX_HEADER else "")
         descr, shape, fortran_order = (values[key] for key in ("descr", "shape", "fortran_order"))
         if isinstance(descr, str) and _NUMBERS.fullmatch(descr):
             sizes = [size for size in shape if type(size) is int and 0 <= size < 1 << 48]

@@ -60,7 +60,7 @@ class BlockDigests:
 
     def __init__(self, folder: Path, arrays: Sequence[np.ndarray]) -> None:
         self._folder = folder
-        self._views = [memoryview(_bytes(array)) for array in arrays]
+        self._views = [_view(array) for array in arrays]
         counts = [-(-len(view) // BLOCK) for view in self._views]
         self._starts = np.cumsum([0, *counts]).tolist()
         content = (folder / DIGESTS).read_bytes()
@@ -102,11 +102,11 @@ class BlockDigests:
         return mark
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
+def _view(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _blocks(array: np.ndarray) -> Iterator[memoryview]:
-    view = memoryview(_bytes(array))
+    view = _view(array)
     for start in range(0, len(view), BLOCK):
         yield view[start : start + BLOCK]

@@ -225,7 +225,7 @@ def _may_be_killed_for_memory(before: Sequence[Any], now: tuple[str, int] | None
     if now is None or not before:
         return True
     boot, num_kills = before
-    return boot == now[0] and now[1] > num_kills
+    return bool(boot == now[0] and now[1] > num_kills)
 
 
 class _SignOfLife:
