@@ -1,4 +1,7 @@
-"""Warnings from a run's figures while there is time to act: an idle GPU, a loss that does not fall. Each comes once."""
+"""Warnings from a run's figures while there is time to act: an idle GPU, lost gradients, a loss that does not fall.
+
+Each comes once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,10 @@ IDLE_SECONDS = 180.0
 """Training time over which utilization is averaged: over less, a checkpoint or another program looks like idling."""
 FIRST_INTERVALS, FIRST_STEPS = 5, 100
 """Log intervals and steps after which the loss should have fallen."""
+LOST = 0.1
+"""A larger share of gradients that are not finite is no chance."""
+LOST_STEPS = 100
+"""The least number of steps over which this share is taken."""
 
 
 def check_utilization(utilization: float, data_wait: float) -> str | None:
@@ -52,6 +59,29 @@ def check_loss_falls(losses: Sequence[float], step: int) -> str | None:
     )
 
 
+class LostGradients:
+    """Counts the gradients that were not finite, over the latest log intervals of at least `LOST_STEPS` steps."""
+
+    def __init__(self) -> None:
+        self._intervals: list[tuple[int, int]] = []
+        self.lost = self.steps = 0
+
+    def add(self, lost: int, steps: int) -> None:
+        """Add a log interval of `steps` steps."""
+        self._intervals.append((lost, steps))
+        while sum(steps for _, steps in self._intervals[1:]) >= LOST_STEPS:
+            self._intervals.pop(0)
+        self.lost, self.steps = (sum(column) for column in zip(*self._intervals, strict=True))
+
+    @property
+    def share(self) -> float:
+        """Lost gradients as a share of all; 0 while these are few."""
+        return self.lost / self.steps if self.steps >= LOST_STEPS else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.lost} of the last {self.steps} gradients were not finite"
+
+
 class Advice:
     """Collects a run's log intervals and warns about them, once for each cause.
 
@@ -64,11 +94,17 @@ class Advice:
         self._intervals = 0
         self._seconds = self._busy = self._waited = 0.0
         self._judging_load = True
+        self.lost = LostGradients()
+        self._judging_lost = True
 
     def check_interval(self, values: Mapping[str, float], *, step: int, seconds: float) -> dict[str, str]:
         """Returns the warnings, by kind, after a log interval that took `seconds` and ends at `step`."""
         self._intervals += 1
-        warnings = {GPU_IDLE: self._check_load(values, seconds), "loss_not_falling": self._check_loss(values, step)}
+        warnings = {
+            GPU_IDLE: self._check_load(values, seconds),
+            "lost_gradients": self._check_lost(),
+            "loss_not_falling": self._check_loss(values, step),
+        }
         return {kind: text for kind, text in warnings.items() if text is not None}
 
     def _check_load(self, values: Mapping[str, float], seconds: float) -> str | None:
@@ -84,6 +120,15 @@ class Advice:
         self._seconds = self._busy = self._waited = 0.0
         self._judging_load = text is None
         return text
+
+    def _check_lost(self) -> str | None:
+        if not self._judging_lost or self.lost.share <= LOST:
+            return None
+        self._judging_lost = False
+        return (
+            f"{self.lost}, and their updates were skipped: lower train.d_coef (or train.lr for AdamW), or look for "
+            "samples with extreme values"
+        )
 
     def _check_loss(self, values: Mapping[str, float], step: int) -> str | None:
         if self._losses is None or "train/loss" not in values:

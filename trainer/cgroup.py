@@ -1,4 +1,4 @@
-"""The memory limit of a container or a service, from Linux's control groups."""
+"""The memory limit of a container or a service, from Linux's control groups; what the kernel killed for memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+VMSTAT, BOOT = Path("/proc/vmstat"), Path("/proc/sys/kernel/random/boot_id")
 UNLIMITED = 1 << 60
 """Version 1 writes "no limit" as a number of about 2^63."""
 
@@ -22,6 +23,18 @@ def memory_left(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
 def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
     """The lowest limit in bytes on the groups of this process; None without a limit."""
     return min((limit for limit, _ in _groups(root, membership)), default=None)
+
+
+def oom_kills(vmstat: Path = VMSTAT, boot: Path = BOOT) -> tuple[str, int] | None:
+    """This boot of the machine, and the processes that the kernel has killed in it to free memory, of all its groups.
+
+    The counters of a group alone would end with its container. None where the kernel does not count.
+    """
+    try:
+        counters = dict(line.split() for line in vmstat.read_text().splitlines())
+        return boot.read_text().strip(), int(counters["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _groups(root: Path, membership: Path) -> Iterator[tuple[int, int]]:

@@ -1,186 +1,97 @@
-"""Checkpoints that survive everything but a lost disk.
+"""The checkpoints of a run: which are kept, which one a run continues from, and a thread that writes them.
 
-A checkpoint is written from a snapshot in host memory by one background thread: to a temporary file, flushed,
-with its digest beside it (`sha256sum -c` reads it), then renamed. `step_*.pth` are the last few states,
-`latest.pth` is a hard link to the newest, `stable.pth` to the state before the rate decays, `best.pth` to that of the
-best validation. `best_*.pth` and `milestone_*.pth` hold weights and metrics only.
+`step_*.pth` are the last few states, `latest.pth` is a hard link to the newest, `stable.pth` to the state before the
+rate decays, `best.pth` to that of the best validation. `best_*.pth` and `milestone_*.pth` hold weights and metrics.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import logging
-import os
-import pickle
-import re
 import shutil
-import struct
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from torch import Tensor
 
-from trainer.errors import UserError, first_line
-from trainer.locks import is_locked as is_locked
-from trainer.locks import lock_folder as lock_folder
+from trainer.checkpoint_file import (
+    UnreadableFile,
+    explain_write_error,
+    is_checkpoint,
+    link_checkpoint,
+    num_bytes,
+    read_checkpoint,
+    snapshot,
+    tensors_in,
+    write_checkpoint,
+)
+from trainer.errors import UserError
+from trainer.locks import is_locked, lock_folder
+from trainer.run_folder import (
+    BEST,
+    LATEST,
+    STABLE,
+    delete,
+    delete_checkpoints,
+    delete_unfinished,
+    holds_state,
+    list_steps,
+    milestone_file,
+    newest_step,
+    step_file,
+    step_of,
+)
 from trainer.units import format_bytes
+
+__all__ = [
+    "BEST",
+    "LATEST",
+    "STABLE",
+    "Checkpoints",
+    "delete_checkpoints",
+    "explain_write_error",
+    "find_state",
+    "go_back",
+    "holds_state",
+    "is_checkpoint",
+    "is_locked",
+    "link_checkpoint",
+    "list_steps",
+    "lock_folder",
+    "milestone_file",
+    "newest_step",
+    "num_bytes",
+    "read_checkpoint",
+    "snapshot",
+    "step_file",
+    "tensors_in",
+    "write_checkpoint",
+]
 
 log = logging.getLogger(__name__)
 
-LATEST, STABLE, BEST = "latest.pth", "stable.pth", "best.pth"
-
-# Errors of torch.load for files that are truncated or no checkpoints.
-_DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error)
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """All tensors in nested dictionaries, lists and tuples."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensors_in(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from tensors_in(value)
-
-
-def num_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested dictionaries, lists and tuples."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
-
-
-def snapshot(tree: Any) -> Any:
-    """A copy of `tree` in host memory that later steps can't change."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: snapshot(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(snapshot(value) for value in tree)
-    return copy.deepcopy(tree)
-
-
-def digest_path(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-def write_checkpoint(state: Any, path: Path) -> None:
-    """Write `state` to `path` so that at every moment `path` is absent, the old file, or the whole new one.
-
-    Raises:
-        UserError: The disk is full or can't be written to.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with open(temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        _replace(temporary, path, digest)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        if (reason := explain_write_error(error)) is None:
-            raise
-        raise UserError(
-            f"{path} could not be written ({reason}): it needs {format_bytes(num_bytes(state))}; free some space and "
-            "start again, the run continues from its last checkpoint."
-        ) from error
-
-
-def explain_write_error(error: OSError | RuntimeError) -> str | None:
-    """Returns why the disk refused a write; None for an error of another kind."""
-    # torch.save reports a failed write as a RuntimeError of its zip writer, of two kinds.
-    if isinstance(error, RuntimeError) and not re.search(r"PytorchStreamWriter|inline_container", str(error)):
-        return None
-    return first_line(error.__context__ if isinstance(error.__context__, OSError) else error)
-
-
-def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint, after checking its digest, if any. Never runs code from the file.
-
-    Args:
-        mmap: Map the tensors from the file, so that they cost no memory until they are read.
-
-    Raises:
-        UserError: The file is missing, damaged, or no checkpoint.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: check the path.")
-    # A power cut may leave an empty digest file, which counts as none.
-    written = digest_path(path).read_text(errors="replace").split() if digest_path(path).is_file() else []
-    if written:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != written[0]:
-            raise UserError(f"checkpoint {path} is damaged (its digest does not match).")
-    # Only torch's zip format can be mapped; the older format has to be read as a whole.
-    mmap = mmap and zipfile.is_zipfile(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} is damaged, or holds code or objects besides tensors; nothing in it was "
-            "executed: save the state dict alone."
-        ) from error
-    except _DAMAGE as error:
-        raise UserError(f"checkpoint {path} is damaged or no checkpoint ({first_line(error)}).") from error
-    if not isinstance(state, Mapping):
-        raise UserError(f"checkpoint {path} holds no weights by name but a {type(state).__name__}.")
-    return dict(state)
-
-
-def holds_state(run_dir: Path) -> bool:
-    """Whether the directory has a state to continue, damaged or not. Other files are weights, or names of a state."""
-    return (run_dir / LATEST).exists() or any(run_dir.glob("step_*.pth"))
-
-
-def step_file(step: int) -> str:
-    """Name of the file with the state after `step` steps."""
-    return f"step_{step:09d}.pth"
-
-
-def milestone_file(step: int) -> str:
-    """Name of the file with the weights after `step` steps that stays."""
-    return f"milestone_{step:09d}.pth"
-
-
-def newest_step(run_dir: Path) -> int | None:
-    """Returns the step of the newest state by its file name, damaged or not; None if there is none."""
-    return max((int(path.stem.removeprefix("step_")) for path in run_dir.glob(f"step_{'[0-9]' * 9}.pth")), default=None)
-
-
-def delete_checkpoints(run_dir: Path) -> None:
-    """Delete all checkpoints of a run directory; another process may do so too."""
-    for path in run_dir.glob("*.pth"):
-        _delete(path)
-
-
-def _delete(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    digest_path(path).unlink(missing_ok=True)
+RETRY_S, MAX_RETRY_S = 2.0, 60.0
+"""Seconds until a failed write is tried again: doubled each time, up to the second number."""
+GIVE_UP_S = 600.0
+"""A run ends once no checkpoint could be written for this many seconds."""
 
 
 def find_state(
-    run_dir: Path, fits: Callable[[Mapping[str, Any]], bool] = lambda state: True
+    run_dir: Path,
+    fits: Callable[[Mapping[str, Any]], bool] = lambda state: True,
+    on_unreadable: Callable[[Path], object] = lambda path: None,
 ) -> tuple[Path, dict[str, Any]] | None:
     """Returns the newest undamaged checkpoint, its tensors mapped from the file. Logs and skips damaged ones.
 
     Args:
         fits: Whether a run may continue from a state. If the newest does not fit, `stable.pth` is returned if it does.
+        on_unreadable: Called with a state that the disk refused to read, which is skipped too.
 
     Raises:
-        UserError: There are checkpoints, and all of them are damaged.
+        UserError: There are checkpoints, and none of them can be read.
     """
     candidates = [path for path in (*list_steps(run_dir)[::-1], run_dir / LATEST, run_dir / STABLE) if path.exists()]
     newest = None
@@ -190,6 +101,10 @@ def find_state(
         try:
             found = path, read_checkpoint(path, mmap=True)
         except UserError as error:
+            if isinstance(error, UnreadableFile):
+                if path.name in (LATEST, STABLE):
+                    raise  # the next state would take its name
+                on_unreadable(path)
             log.warning("%s", error)
             continue
         if fits(found[1]):
@@ -215,18 +130,16 @@ def go_back(run_dir: Path, name: str) -> None:
     path = run_dir / name
     target = run_dir / step_file(read_checkpoint(path, mmap=True)["step"])
     for alias in (target, run_dir / LATEST):
-        _link_alias(path, alias)
+        link_checkpoint(path, alias)
     for later in list_steps(run_dir)[list_steps(run_dir).index(target) + 1 :]:
-        _delete(later)
-
-
-def list_steps(run_dir: Path) -> list[Path]:
-    """The states by step, the newest last."""
-    return sorted(run_dir.glob("step_*.pth"))
+        delete(later)
 
 
 class Checkpoints:
     """The checkpoints of one run directory. A context manager: its exit waits for the last write.
+
+    A state is good once a later gradient was finite: only then is it known that the run can go on from there. The
+    newest good one is kept however many come after it.
 
     Args:
         keep: Number of states to keep.
@@ -240,14 +153,22 @@ class Checkpoints:
         self.run_dir, self.keep, self._on_written = run_dir, keep, on_written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
+        self._closing = threading.Event()
+        self._refused_since: float | None = None
+        """When the disk refused the first of the writes that it has refused since."""
+        self._good: int | None = None
+        """Step of the newest good state. None: the oldest one is kept in its place."""
+        self._unjudged: list[int] = []
+        """Steps of the states after it."""
+        self._unreadable: set[Path] = set()
         self._has_warned = False
-        for incomplete in run_dir.glob("*.tmp"):
-            incomplete.unlink()
+        delete_unfinished(run_dir)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._closing.set()
         self._writer.shutdown(wait=True)
         if kind is None:
             self._wait()
@@ -259,11 +180,25 @@ class Checkpoints:
 
         As `find_state`. A state that was written without its alias gets it.
         """
-        found = find_state(self.run_dir, fits)
-        latest = self.run_dir / LATEST
-        if found and found[0].name.startswith("step_") and not (latest.exists() and latest.samefile(found[0])):
-            _link_alias(found[0], latest)
+        found = find_state(self.run_dir, fits, self._unreadable.add)
+        if found and found[0].name.startswith("step_"):
+            link_checkpoint(found[0], self.run_dir / LATEST)
+            self._good, self._unjudged = found[1].get("known_good"), [step_of(found[0])]
         return found
+
+    def confirm(self, step: int) -> None:
+        """Count the states before `step` as good: the gradient of the update before it was finite."""
+        self._good = max((saved for saved in self._unjudged if saved < step), default=self._good)
+        self._unjudged = [saved for saved in self._unjudged if saved >= step]
+
+    def return_to_good(self) -> None:
+        """Delete the states after the newest good one: the run has diverged, and would again from there."""
+        self._closing.set()
+        self._writer.shutdown(wait=True)
+        good = self._good_state()
+        if good is not None and good != list_steps(self.run_dir)[-1]:
+            log.warning("going back to %s: the states after it led to the divergence", good)
+            go_back(self.run_dir, good.name)
 
     def save(self, state: dict[str, Any], *, also: Sequence[str] = ()) -> None:
         """Write the state as the newest checkpoint, in the background if memory can hold a snapshot.
@@ -272,9 +207,10 @@ class Checkpoints:
             also: Further names under which it is kept: STABLE, and BEST if the disk has room for it.
 
         Raises:
-            UserError: This write, or one before it, failed.
+            UserError: The disk refused all writes for `GIVE_UP_S`.
         """
-        self._submit(state, lambda kept: self._write_step(kept, (*also, LATEST)))
+        self._submit({**state, "known_good": self._good}, lambda kept: self._write_step(kept, (*also, LATEST)))
+        self._unjudged.append(state["step"])
 
     def save_weights(self, state: dict[str, Any], names: Sequence[str]) -> None:
         """Write weights and metrics under each of `names` (`best_*.pth`, `milestone_*.pth`)."""
@@ -283,40 +219,75 @@ class Checkpoints:
             first, *others = (self.run_dir / name for name in names)
             write_checkpoint(kept, first)
             for other in others:
-                _link_alias(first, other)
+                link_checkpoint(first, other)
             for path in (first, *others):
                 self._on_written(path, path.name.partition("_")[0], kept["step"])
 
         self._submit(state, write)
 
+    def check(self) -> None:
+        """Raise the error of a write that was given up. Never waits."""
+        done = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if future not in done]
+        for future in done:
+            future.result()
+
     def _submit(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-        self._pending = [future for future in self._pending if not future.done() or future.result()]
+        self.check()
         size = num_bytes(state)
         if size > psutil.virtual_memory().available / 2:
             self._wait()
         if size > psutil.virtual_memory().available / 2:
             log.info("training waits while %s are written: no memory for a snapshot", format_bytes(size))
-            write(state)
+            self._write(state, write)
         else:
-            self._pending.append(self._writer.submit(write, snapshot(state)))
+            self._pending.append(self._writer.submit(self._write, snapshot(state), write))
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
 
+    def _write(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        """Write, and try again while the disk refuses: its shortage may be over soon."""
+        delay = RETRY_S
+        while True:
+            try:
+                write(state)
+            except UserError as error:
+                now = time.monotonic()
+                if self._refused_since is None:
+                    self._refused_since = now
+                    log.warning("%s It is tried again for %.0f minutes.", error, GIVE_UP_S / 60)
+                if self._closing.is_set() or now - self._refused_since >= GIVE_UP_S:
+                    raise
+                self._closing.wait(delay)
+                delay = min(2 * delay, MAX_RETRY_S)
+            else:
+                if self._refused_since is not None:
+                    log.info("the checkpoint of step %s is written now", state["step"])
+                self._refused_since = None
+                return
+
     def _write_step(self, state: dict[str, Any], aliases: Sequence[str]) -> None:
         path = self.run_dir / step_file(state["step"])
         write_checkpoint(state, path)
         for name in aliases:
             if name != BEST or self._has_room(path):
-                _link_alias(path, self.run_dir / name)
+                link_checkpoint(path, self.run_dir / name)
         self._on_written(path, "state", state["step"])
         steps = list_steps(self.run_dir)
-        # Later states are damaged, or of a decay that this run has left.
+        # Later states are damaged, or of a decay or a divergence that this run has left.
         later = steps[steps.index(path) + 1 :]
+        kept = {self._good_state(), *self._unreadable}
         for old in [*later, *steps[: steps.index(path) + 1][: -self.keep]]:
-            _delete(old)
+            if old not in kept:
+                delete(old)
+
+    def _good_state(self) -> Path | None:
+        """The newest good state. Before one is known, the oldest: it is the likeliest."""
+        good = None if self._good is None else self.run_dir / step_file(self._good)
+        return good if good and good.exists() else next(iter(list_steps(self.run_dir)), None)
 
     def _has_room(self, path: Path) -> bool:
         """Whether `best.pth` can be kept once `path` is no longer one of the newest states. Warns once if not."""
@@ -336,24 +307,3 @@ class Checkpoints:
                 self.run_dir,
             )
         return free >= more * size
-
-
-def _link_alias(path: Path, alias: Path) -> None:
-    """Hard-link `alias` to `path`, or copy it if the file system has no hard links."""
-    temporary = alias.with_name(alias.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    _replace(temporary, alias, digest_path(path).read_text(encoding="utf-8").split()[0])
-
-
-def _replace(temporary: Path, path: Path, digest: str) -> None:
-    # A file without a digest is accepted; with the digest of another file it would count as damaged.
-    digest_path(path).unlink(missing_ok=True)
-    os.replace(temporary, path)
-    with open(digest_path(path), "w", encoding="utf-8") as file:
-        file.write(f"{digest}  {path.name}\n")
-        file.flush()
-        os.fsync(file.fileno())

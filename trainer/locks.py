@@ -17,7 +17,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Lock a folder, such as a run directory against a second training. The kernel releases it when the process ends.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds it, or it can't be locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / name)
@@ -26,6 +26,10 @@ def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
         lock.acquire(timeout=1)
     except Timeout:
         raise UserError(f"{folder} is in use by another process: wait for it or stop it.") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder / name} can't be locked ({error.strerror}): remove it, or name another folder."
+        ) from error
     try:
         yield
     finally:
@@ -34,7 +38,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
 
 def is_locked(folder: Path, name: str = ".lock") -> bool:
     """Whether a process holds the lock of `folder` at this moment."""
-    with suppress(FileNotFoundError), open(folder / name, "rb") as file:
+    with suppress(FileNotFoundError, IsADirectoryError), open(folder / name, "rb") as file:
         try:
             # A shared lock, so that two callers of `is_locked` do not see each other as holders.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -21,9 +22,10 @@ from trainer.device_monitor import DeviceMonitor
 from trainer.evaluation import Evaluation, autocast, evaluate
 from trainer.metrics import IntervalMeter
 from trainer.micro_batches import decide_micro_batch_size
-from trainer.optimizers import schedule_factor, step_size, update
+from trainer.optimizers import is_finite, schedule_factor, step_size, update
 from trainer.reporting import Diverged as Diverged
 from trainer.reporting import Reporter
+from trainer.run_folder import open_run_folder
 from trainer.state import Run, prepare
 from trainer.tracking import Tracker, Trackers
 from trainer.workload import Batch, Workload
@@ -79,9 +81,11 @@ def train(
     Raises:
         UserError: The data, the device or the content of `run_dir` does not fit; nothing is lost. With
             `micro_batch_size` "auto" also: the device can't hold one sample at a time.
-        Diverged: No gradient was finite any more, or the validation loss was not; earlier checkpoints are kept.
+        Diverged: No gradient was finite any more, or the validation loss or a weight was not. The newest checkpoint
+            from before is kept, and the same call continues from there.
     """
     run_dir = Path(run_dir)
+    open_run_folder(run_dir)
     trackers = Trackers([] if tracker is None else [tracker])
     with (
         closing(trackers),
@@ -95,7 +99,11 @@ def train(
         apply(acceleration)
         with DeviceMonitor(capabilities.kind) as monitor:
             reporter = Reporter(run, trackers, monitor)
-            _loop(run, acceleration, checkpoints, reporter, on_eval, stop)
+            try:
+                _loop(run, acceleration, checkpoints, reporter, on_eval, stop)
+            except Diverged:
+                checkpoints.return_to_good()
+                raise
     progress = run.progress
     return TrainResult(
         finished=run.finished,
@@ -154,6 +162,9 @@ def _loop(
         ends = run.finished or stop() or bool(reporter.stopped_by_guard)
         due = config.save_every is not None and progress.step % config.save_every == 0
         if BEST in also or (progress.step != saved_step and (ends or due or also)):
+            # The snapshot waits for the device in any case.
+            if not is_finite(run.optimizer):
+                raise Diverged(f"the weights or the optimizer's state are not finite at step {progress.step}")
             checkpoints.save(run.state(), also=also)
             reporter.report_checkpoints([LATEST])
             saved_step = progress.step
@@ -163,6 +174,7 @@ def _loop(
         if ends:
             break
 
+        checkpoints.check()
         warm_up = run.warms_up(progress.step - first_step)
         started = time.perf_counter()
         step(run, loss_sums, acceleration.precision, batches, meter)
@@ -176,6 +188,8 @@ def _loop(
             progress.seconds += seconds
             progress.timed_steps += 1
         if values is not None:
+            if math.isfinite(values["train/grad_norm"]):
+                checkpoints.confirm(progress.step)
             reporter.report_interval(meter, values)
             meter.start(progress.step)
 

@@ -83,6 +83,19 @@ def update(optimizer: Any, *, lr: float, max_grad_norm: float | None) -> tuple[T
     return norm, skipped
 
 
+def is_finite(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights and the optimizer's state are finite. Waits for the device."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    tensors = [param.detach() for group in groups for param in group]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    extremes: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            # One pass over memory, and NaN is an extreme too.
+            extremes.setdefault(tensor.device, []).extend(value.double() for value in tensor.aminmax())
+    return all(bool(torch.stack(values).isfinite().all()) for values in extremes.values())
+
+
 def step_size(optimizer: torch.optim.Optimizer) -> Tensor | float:
     """Prodigy's d, a 0-d tensor on the device; 1 for other optimizers. The effective rate is d x lr."""
     d: Tensor | float = optimizer.param_groups[0].get("d", 1.0)

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 MAX_LOST_STEPS = 5
 """A run ends after whole log intervals of at least this many steps in a row without a finite gradient. A single one may
 be a bad batch: its update is skipped."""
+MAX_LOST_SHARE = 0.9
+"""A run ends when a larger share of its gradients is not finite, see `trainer.advice.LostGradients`."""
 
 
 class Diverged(RuntimeError):
@@ -41,13 +43,17 @@ class Reporter:
         """Report a log interval that has ended; `values` is the meter's reading.
 
         Raises:
-            Diverged: None of its gradients was finite, and none of the intervals just before.
+            Diverged: None of its gradients was finite, and none of the intervals just before; or hardly any.
         """
         progress, config = self.run.progress, self.run.config
         steps = progress.step - meter.first_step
         self._lost_steps = self._lost_steps + steps if values["train/skipped_updates"] == steps else 0
         if self._lost_steps >= MAX_LOST_STEPS:
             raise Diverged(f"none of the last {self._lost_steps} gradients was finite, at step {progress.step}")
+        lost = self._advice.lost
+        lost.add(int(values["train/skipped_updates"]), steps)
+        if lost.share > MAX_LOST_SHARE:
+            raise Diverged(f"{lost}, at step {progress.step}")
         values |= meter.rates(steps, config.effective_batch_size) | self.monitor.read()
         values["train/timed_steps"] = meter.timed_steps
         if config.num_steps is not None:

@@ -18,6 +18,7 @@ def state(step: int) -> dict[str, object]:
 def save_all(run_dir: Path, *steps: int, keep: int = 2) -> None:
     with Checkpoints(run_dir, keep=keep) as checkpoints:
         for step in steps:
+            checkpoints.confirm(step)
             checkpoints.save(state(step))
 
 

@@ -2,8 +2,9 @@
 
     data = open_packed(data, path, digest=..., build=MySample._make)
 
-Reading a sample from a store opens no file, copies nothing and checks nothing: its arrays are read-only views of the
-mapped files, and the operating system's page cache is shared by all processes. `trainer.data.packing` writes them.
+Reading a sample from a store opens no file and copies nothing: its arrays are read-only views of the mapped files, and
+the operating system's page cache is shared by all processes. Its bytes are checked when they are first read.
+`trainer.data.packing` writes the stores.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock, Timeout
 
-from trainer.data.packed_store import Header, map_field, map_places
-from trainer.data.packing import CannotPack, Estimate, defer_signals, duration, estimate, pack
+from trainer.data.block_digests import BlockDigests, DamagedStore
+from trainer.data.packed_store import CannotPack, Header, map_field, map_places
+from trainer.data.packing import Estimate, defer_signals, duration, estimate, pack
 from trainer.errors import DamagedSample, UserError
 from trainer.units import format_bytes
 from trainer.workload import Dataset
@@ -37,11 +39,12 @@ NUM_COMPARED = 16
 
 
 class PackedDataset:
-    """The samples of `data`, read from the store at `path`. A sample that was damaged when it was packed is read from
-    `data`, which raises `DamagedSample`, or returns the sample if it was repaired since.
+    """The samples of `data`, read from the store at `path`. A sample that was damaged when it was packed, or since, is
+    read from `data`, which returns it, or raises `DamagedSample`.
 
     Raises:
         UserError: The store is not that of `digest`.
+        DamagedStore: Its header or its checksums are damaged.
     """
 
     mapped = True
@@ -55,6 +58,8 @@ class PackedDataset:
         self.header = header
         self._fields = [map_field(path, number, field) for number, field in enumerate(header.fields)]
         self._places = map_places(path, header)
+        self._digests: BlockDigests | None = BlockDigests.of(path, [self._places, *self._fields])
+        self._row_bytes = [self._places.itemsize * 2 * len(self._fields), *(field.row_bytes for field in header.fields)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A spawned loader worker maps the store again; pickling the arrays would copy them.
@@ -68,12 +73,30 @@ class PackedDataset:
         return self._data.lengths
 
     def __getitem__(self, index: int, /) -> Any:
+        if self._digests is not None and not self._is_whole(self._digests, range(len(self))[index]):
+            return self._data[index]
         places = self._places[index].tolist()
         if places[0] < 0:
             return self._data[index]
         ends = places[len(self._fields) :]
         # `places` holds all starts and then all ends; `zip` stops after the last field.
         return self._build([field[start:end] for field, start, end in zip(self._fields, places, ends, strict=False)])
+
+    def _is_whole(self, digests: BlockDigests, index: int) -> bool:
+        """Whether the bytes of a sample are those that were packed."""
+        if not digests.num_left:
+            self._digests = None  # a random order has met all blocks long before all samples
+            return True
+        if not digests.is_whole(0, index * self._row_bytes[0], (index + 1) * self._row_bytes[0]):
+            return False
+        places = self._places[index].tolist()
+        if places[0] < 0:
+            return True
+        ends = places[len(self._fields) :]
+        return all(
+            digests.is_whole(number, start * size, end * size)
+            for number, (start, end, size) in enumerate(zip(places, ends, self._row_bytes[1:], strict=False), 1)
+        )
 
 
 def open_packed(
@@ -115,7 +138,13 @@ def _open(data: Dataset, path: Path, digest: str, build: Callable[[Iterable[Any]
     header = Header.read(path, digest, len(data))
     if header is None or header.num_done < header.num_samples:
         return None
-    store = PackedDataset(data, path, digest, build)
+    try:
+        store = PackedDataset(data, path, digest, build)
+    except DamagedStore:
+        log.warning("%s is damaged and is packed again", path)
+        return None
+    except OSError as error:
+        raise CannotPack(f"{path} can't be read: {error.strerror}") from error
     if not _equals(store, data):
         log.warning("%s holds other arrays than the files do: they have changed and are packed again", path)
         return None

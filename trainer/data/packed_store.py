@@ -5,6 +5,8 @@
                    begin, and then those at which they end; -1 for a sample that could not be read
     field-0.bin    the arrays of the first field, raw, one after the other; and so on
 
+    digests.bin    checksums, see `trainer.data.block_digests`
+
 Equal arrays of 1 KB and more (a speaker's vectors, named by thousands of samples) are stored once.
 """
 
@@ -21,6 +23,10 @@ import numpy as np
 
 VERSION = 1
 HEADER, PLACES = "header.json", "places.bin"
+
+
+class CannotPack(Exception):
+    """This data can't be packed on this disk; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,11 @@ class Header:
 
     @classmethod
     def read(cls, folder: Path, digest: str, num_samples: int) -> Header | None:
-        """Read the header of the store of `digest`; None if `folder` does not hold it, or files are too short."""
+        """Read the header of the store of `digest`; None if `folder` does not hold it, or files are too short.
+
+        Raises:
+            CannotPack: The disk refused to read it: it may be whole, and is not replaced.
+        """
         try:
             values = json.loads((folder / HEADER).read_text(encoding="utf-8"))
             if (values.pop("version"), values["digest"], values["num_samples"]) != (VERSION, digest, num_samples):
@@ -80,8 +90,10 @@ class Header:
             whole = (folder / PLACES).stat().st_size >= header.places_bytes
             for number, field in enumerate(fields):
                 whole &= field_path(folder, number).stat().st_size >= field.num_bytes
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
             return None
+        except OSError as error:
+            raise CannotPack(f"{folder} can't be read: {error.strerror}") from error
         return header if whole else None
 
 

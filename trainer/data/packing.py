@@ -22,7 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from trainer.data.packed_store import PLACES, Field, Header, field_path, map_field, map_places
+from trainer.data.block_digests import write_digests
+from trainer.data.packed_store import PLACES, CannotPack, Field, Header, field_path, map_field, map_places
 from trainer.errors import DamagedSample
 from trainer.units import format_bytes
 from trainer.workload import Dataset
@@ -36,10 +37,6 @@ NUM_PROBED = 512
 PROBE_SECONDS = 1.0
 # Share of the samples probed. The loader stops a run at 1%, so packing more would be useless.
 MAX_DAMAGED = 0.05
-
-
-class CannotPack(Exception):
-    """This data can't be packed on this disk; the message gives the reason."""
 
 
 def read_fields(sample: Any) -> tuple[Field, ...]:
@@ -166,6 +163,9 @@ def pack(data: Dataset, folder: Path, digest: str, fields: tuple[Field, ...], *,
                 _log_progress(header, num_before, now - started)
                 if header.num_bytes > ceiling:
                     raise CannotPack(f"it grew to {format_bytes(header.num_bytes)}, far more than was estimated")
+    if writer.header.num_done == len(data):
+        with _explain_errors(folder):
+            write_digests(folder, writer.header)
     return writer.header
 
 
@@ -215,7 +215,7 @@ class _Writer:
         self.num_done, self.num_damaged = header.num_done, header.num_damaged
         self._rows = [field.rows for field in header.fields]
         self._places = array("q")
-        with self._writing(), ExitStack() as opened:
+        with _explain_errors(folder), ExitStack() as opened:
             folder.mkdir(exist_ok=True)
             ends = [header.places_bytes, *(field.num_bytes for field in header.fields)]
             paths = [folder / PLACES, *(field_path(folder, n) for n in range(len(header.fields)))]
@@ -256,7 +256,7 @@ class _Writer:
 
     def record(self) -> Header:
         """Write all samples so far to disk, then the header that counts them."""
-        with self._writing():
+        with _explain_errors(self.folder):
             self._files[0].write(self._places)
             self._places = array("q")
             for file in self._files:
@@ -277,7 +277,7 @@ class _Writer:
             stored = self._stored[number].setdefault(compute_digest(values), start)
             if stored != start:
                 return stored
-        with self._writing():
+        with _explain_errors(self.folder):
             self._files[1 + number].write(view_bytes(values))
         self._rows[number] += len(values)
         return start
@@ -294,12 +294,13 @@ class _Writer:
         both = zip(first.tolist(), ends[large][index].tolist(), strict=True)
         return {compute_digest(rows[start:end]): start for start, end in both}
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CannotPack(f"{self.folder} can't be written to: {error.strerror}") from error
+
+@contextmanager
+def _explain_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CannotPack(f"{folder} can't be written to: {error.strerror}") from error
 
 
 def _append(path: Path, end: int) -> IO[bytes]:

@@ -14,8 +14,8 @@ import psutil
 from trainer.acceleration import AccelerationPlan, Capabilities
 from trainer.data.loader import check_lengths, check_losses
 from trainer.data.packed import AUTO_BYTES, AUTO_SHARE
-from trainer.data.packed_store import HEADER
-from trainer.data.packing import CannotPack, Estimate, duration, estimate
+from trainer.data.packed_store import HEADER, CannotPack
+from trainer.data.packing import Estimate, duration, estimate
 from trainer.errors import DamagedSample
 from trainer.live_bytes import storage_bytes
 from trainer.memory import read_samples

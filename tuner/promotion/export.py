@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from trainer.checkpoint import LATEST, digest_path, milestone_file, read_checkpoint, step_file
+from trainer.checkpoint import LATEST, is_checkpoint, milestone_file, read_checkpoint, step_file
 from trainer.errors import UserError, first_line
 from trainer.export import WeightsFormat, WriteFile
 from trainer.units import format_bytes
@@ -195,7 +195,7 @@ def _check_target(path: Path, *, force: bool) -> None:
     """Refuse a target that can't be one whatever the workload."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
-    if path.is_dir() and any(digest_path(file).exists() for file in path.glob("*.pth")):
+    if path.is_dir() and any(map(is_checkpoint, path.glob("*.pth"))):
         raise UserError(f"{path} is a run directory: name another folder, or the file to write.")
     if is_folder(path) and path.is_file():
         raise UserError(f"{path} is a file: name a folder, or a file that ends in .pth or .safetensors.")
@@ -204,8 +204,7 @@ def _check_target(path: Path, *, force: bool) -> None:
 
 
 def _check_file(path: Path, workload: Workload | None, *, force: bool) -> None:
-    # Only checkpoints of a run have a digest beside them.
-    if digest_path(path).exists():
+    if is_checkpoint(path):
         raise UserError(f"{path} is a checkpoint of a run: export to another file.")
     if workload and path.resolve() in [getattr(workload, name) for name in type(workload).model_fields]:
         raise UserError(f"{path} is a file that the run was made from: export to another one.")

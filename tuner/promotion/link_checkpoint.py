@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
 
 from trainer import UserError, Workload
-from trainer.checkpoint import LATEST, digest_path, read_checkpoint
+from trainer.checkpoint import LATEST, link_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +27,5 @@ def link_checkpoints(origin: Path, run_dir: Path, workload: Workload) -> None:
     # The best ones too: a run that never beats its first samples would have none. The state is last: until it is
     # linked, the run has not begun.
     for name in (*workload.best_checkpoints().values(), LATEST):
-        for file in (origin / name, digest_path(origin / name)):
-            if file.is_file():
-                _link(file, run_dir / file.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard link, or copy if the file system has no links. A checkpoint may have 10 GB, and none is written in place."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        if (origin / name).is_file():
+            link_checkpoint(origin / name, run_dir / name)

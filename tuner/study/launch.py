@@ -30,7 +30,7 @@ from tuner.study.horizon import recommend
 from tuner.study.objective import Interrupted, Objective
 from tuner.study.optuna_internals import storage_of
 from tuner.study.ownership import Owner
-from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, write_study
+from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, trial_name, write_study
 from tuner.study.samplers import SpecSampler, build_pruner
 from tuner.study.storage import for_other_processes, opened
 from tuner.study.supervisor import Display, Supervisor, visible_devices, worker_environments
@@ -256,7 +256,7 @@ def _run_trial(study: optuna.Study, objective: Objective, claim: Claim, display:
     if display:
         display.trial_ended(TrialRecord.read(frozen))
     _store_recommendation(study, objective.spec)
-    _delete_checkpoints(StudyRecord.read(study))
+    _delete_checkpoints(StudyRecord.read(study), objective.runtime)
 
 
 def _store_recommendation(study: optuna.Study, spec: StudySpec) -> None:
@@ -266,10 +266,14 @@ def _store_recommendation(study: optuna.Study, spec: StudySpec) -> None:
         write_study(study, recommendation=recommendation)
 
 
-def _delete_checkpoints(record: StudyRecord) -> None:
-    """Delete the checkpoints of finished trials but those of the baseline, the best trials and the recommended one."""
+def _delete_checkpoints(record: StudyRecord, runtime: Runtime) -> None:
+    """Delete the checkpoints of finished trials but those of the baseline, the best trials and the recommended one.
+
+    Only in the run root of this launch: the run directory that a copied study stores is that of the original.
+    """
     kept = {trial.number for trial in (*record.ranked[:KEEP_TRIALS], *record.favourites[:1])}
     for trial in record.finished:
-        if trial.number in kept or trial.is_baseline or trial.run_dir is None:
+        folder = runtime.run_dir(record.name, "") / trial_name(trial.number)
+        if trial.number in kept or trial.is_baseline or folder.is_symlink():
             continue
-        delete_checkpoints(trial.run_dir)
+        delete_checkpoints(folder)

@@ -6,16 +6,18 @@ import gc
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
 
 from trainer import Diverged, Evaluation, TrainResult, UserError
 from trainer.acceleration import Capabilities, detect
+from trainer.cgroup import oom_kills
 from trainer.checkpoint import newest_step, step_file
 from trainer.config import TrainConfig
 from trainer.errors import first_line
@@ -33,7 +35,7 @@ from tuner.study.trial_length import is_rising
 log = logging.getLogger(__name__)
 
 MAX_STARTS = 3
-"""A trial that was killed this often without progress is infeasible."""
+"""A trial that was killed for memory this often without progress is infeasible."""
 
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate",
@@ -179,7 +181,7 @@ class Objective:
                 self.runtime,
                 experiment=self.spec.study.name,
                 lineage=lineage,
-                trackers=trackers,
+                trackers=[*trackers, _SignOfLife(trial)],
                 on_eval=on_eval,
             )
         except Diverged as error:
@@ -197,17 +199,47 @@ def _count_start(trial: optuna.Trial, run_dir: Path) -> None:
 
     Raises:
         Infeasible: There were too many.
+        UserError: There were too many of the baseline, with which all trials are compared.
     """
-    record, saved = TrialRecord.read(trial), newest_step(run_dir)
+    record, saved, kills = TrialRecord.read(trial), newest_step(run_dir), oom_kills()
     progress = [len(record.curve), "" if saved is None else step_file(saved)]
-    num_starts, *progress_before = record.starts
-    if progress_before != progress:
+    num_starts, *before = record.starts
+    if before[:2] != progress:
         num_starts = 0
+    elif num_starts and not _may_be_killed_for_memory(before[2:], kills):
+        num_starts -= 1
     if num_starts >= MAX_STARTS:
-        raise Infeasible(
-            "memory", f"killed {num_starts} times before it made progress, likely by the kernel's out-of-memory killer"
-        )
-    write_trial(trial, starts=[num_starts + 1, *progress])
+        text = f"killed {num_starts} times before it made progress, likely by the kernel's out-of-memory killer"
+        if record.is_baseline:
+            raise UserError(f"the baseline was {text}: free some memory, or lower train.micro_batch_size.")
+        raise Infeasible("memory", text)
+    write_trial(trial, starts=[num_starts + 1, *progress, *(kills or ())])
+
+
+def _may_be_killed_for_memory(before: Sequence[Any], now: tuple[str, int] | None) -> bool:
+    """Whether the kernel killed a process for memory since a start; where it does not count, each death may be one.
+
+    Args:
+        before: The boot and the number of kills at that start; empty if unknown.
+    """
+    if now is None or not before:
+        return True
+    boot, num_kills = before
+    return bool(boot == now[0] and now[1] > num_kills)
+
+
+class _SignOfLife:
+    """A tracker for machines whose kernel does not count: a trial that has trained was not killed by its size."""
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self._trial = trial
+
+    def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
+        if oom_kills() is None and TrialRecord.read(self._trial).starts != [0]:
+            write_trial(self._trial, starts=[0])
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def _decide_micro_batches(

@@ -58,7 +58,8 @@ class TrialKeys(TypedDict, total=False):
     tried: Mapping[str, Any]
     """The parameters of the entry of [[search.try]] that it was created for; empty if another trial has them."""
     starts: list[Any]
-    """[starts since the last sign of life, number of evaluations, name of the newest checkpoint]."""
+    """[starts since the last progress, number of evaluations, newest checkpoint, boot of the machine, processes that
+    its kernel has killed for memory]; the last two where it counts."""
     infeasible: str
     """The reason."""
     d: list[float]

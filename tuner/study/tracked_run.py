@@ -16,7 +16,8 @@ from typing import Any
 
 import optuna
 
-from trainer import Evaluation, TrainResult, train
+from trainer import Evaluation, TrainResult, UserError, train
+from trainer.run_folder import LOG, open_run_folder
 from trainer.trackers import installed_trackers
 from trainer.tracking import AimTracker, Tracker, Trackers, aim_run
 from trainer.workload import Workload
@@ -164,13 +165,38 @@ def _code_digest(cls: type[Workload]) -> str:
         return ""  # a notebook's cell
 
 
+class _LogFile(logging.FileHandler):
+    """Says once that lines are lost, instead of a traceback for each of them."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_failed:
+            self.has_failed = True
+            print(
+                f"{self.baseFilename} can't be written ({error.strerror}): lines of the log are lost.", file=sys.stderr
+            )
+
+
 @contextmanager
 def log_file(run_dir: Path) -> Iterator[None]:
-    """Append the logs of the trainer and the workload to `run_dir/train.log`."""
+    """Append the logs of the trainer and the workload to `run_dir/train.log`.
+
+    Raises:
+        UserError: The folder is no run directory, or the file can't be written.
+    """
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    open_run_folder(run_dir)
+    try:
+        handler = _LogFile(run_dir / LOG, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{run_dir / LOG} can't be written ({error.strerror}): remove it, or name another folder."
+        ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

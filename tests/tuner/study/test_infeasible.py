@@ -255,26 +255,46 @@ class Kernel:
 
 
 def killed_launch(
-    runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch, *, at: int, spec: StudySpec | None = None
+    runtime: Runtime,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    at: int,
+    spec: StudySpec | None = None,
+    for_memory: bool = True,
 ) -> None:
-    """A launch whose process is killed by the kernel: the study gets no result."""
+    """A launch whose process is killed: the study gets no result. The kernel counts what it kills for memory."""
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", lambda *_, **__: None)
         with pytest.raises(Killed):
             launch(spec or build(), storage=url, runtime=Runtime(runtime.run_root, track=False, stop=Kernel(at)))
+    if for_memory:
+        KILLS.append(1)
 
 
-def test_trial_killed_three_times_is_infeasible(runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+KILLS: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    KILLS.clear()
+    monkeypatch.setattr("tuner.study.objective.oom_kills", lambda: ("boot", len(KILLS)))
+
+
+def test_trial_killed_for_memory_three_times_is_infeasible(
+    runtime: Runtime, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch(build(), storage=url, runtime=runtime, num_trials=1)
     for _ in range(3):
         killed_launch(runtime, url, monkeypatch, at=5)
-        assert [trial.state for trial in load_study("toy", open_storage(url)).trials] == [TrialState.RUNNING]
-    study = launch(build(), storage=url, runtime=runtime, num_trials=2)
-    first, second = study.trials
-    assert first.constraints == {"memory": 1.0} and first.state == TrialState.PRUNED
-    assert first.user_attrs["infeasible"] == (
+        assert load_study("toy", open_storage(url)).trials[1].state == TrialState.RUNNING
+    study = launch(build(), storage=url, runtime=runtime, num_trials=3)
+    second, third = study.trials[1:]
+    assert second.constraints == {"memory": 1.0} and second.state == TrialState.PRUNED
+    assert second.user_attrs["infeasible"] == (
         "killed 3 times before it made progress, likely by the kernel's out-of-memory killer"
     )
-    assert second.state == TrialState.COMPLETE
+    assert third.state == TrialState.COMPLETE
 
 
 def test_new_evaluation_or_clean_stop_resets_the_count(

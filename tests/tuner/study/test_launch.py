@@ -235,7 +235,7 @@ def test_only_the_best_trials_and_the_baseline_keep_their_checkpoints(runtime: R
     study = launch(build(**{"trial.num_trials": 8}), storage=url, runtime=runtime)
     kept = {int(path.parent.name[6:]) for path in runtime.run_root.glob("toy/trial-*/latest.pth")}
     assert kept == {0, *(trial.number for trial in StudyRecord.read(study).ranked[:3])}
-    assert {int(path.parent.name[6:]) for path in runtime.run_root.glob("toy/trial-*/*.sha256")} == kept
+    assert {int(path.parent.name[6:]) for path in runtime.run_root.glob("toy/trial-*/*.pth")} == kept
 
 
 def test_study_of_another_program_is_refused(runtime: Runtime, url: str) -> None:
