@@ -98,6 +98,11 @@ class Workload(BaseModel, ABC):
     @abstractmethod
     def val_data(self) -> Dataset: ...
 
+    def draw_epoch(self, epoch: int, seed: int) -> np.ndarray | None:
+        """[len(train_data())] indices: the samples of an epoch, in any order, some several times and some not at all.
+        A pure function of its arguments and the data. Default: None, each sample once."""
+        return None
+
     def val_part(self, index: int) -> str:
         """The part of `val_data()` that a sample belongs to, such as its language. Each part has metrics of its own
         besides those of the whole set: `val/loss/ko`. Default: "", no part."""

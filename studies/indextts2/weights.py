@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from studies.indextts2.model import IndexTTS2GPT
+from studies.indextts2.model import GPTConfig, IndexTTS2GPT
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
 
@@ -130,6 +130,8 @@ def load_base_checkpoint(
                 target.copy_(source)
             else:
                 target[moves.rows] = source[moves.base_rows].to(target.dtype)
+    # A table with frozen rows is no parameter: its entry in the state dict is a copy.
+    model.load_state_dict(state)
     if weights.dropped:
         logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), join_few(weights.dropped))
     if moves is not None:
@@ -169,14 +171,19 @@ def _find_row_moves(
             f"checkpoint {weights.path} has {num_base} text rows; base_tokenizer {base_tokenizer} has "
             f"{len(base)} pieces, which need {len(base) + 1}: name the tokenizer of the checkpoint"
         )
+    num_shared = len(set(new) & set(base))
+    moves = find_shared_rows(model.config, tokenizer, base_tokenizer)
+    return _RowMoves(torch.tensor(list(moves)), torch.tensor(list(moves.values())), num_shared)
+
+
+def find_shared_rows(config: GPTConfig, tokenizer: Path, base_tokenizer: Path) -> dict[int, int]:
+    """Row of the model's text tables -> row of the base's: of each piece that both tokenizers have."""
+    new, base = _pieces(tokenizer), _pieces(base_tokenizer)
     row_of = {piece: row for row, piece in enumerate(base)}
     moves = {row: row_of[piece] for row, piece in enumerate(new) if piece in row_of}
-    num_shared = len(moves)
     # These tokens are numbers, not pieces: they keep the rows of their numbers.
-    for token in (model.config.start_text_token, model.config.stop_text_token):
-        if token < num_base:
-            moves[token] = token
-    return _RowMoves(torch.tensor(list(moves)), torch.tensor(list(moves.values())), num_shared)
+    tokens = (config.start_text_token, config.stop_text_token)
+    return moves | {token: token for token in tokens if token <= len(base)}
 
 
 def check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: Sequence[str]) -> None:
