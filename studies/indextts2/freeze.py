@@ -104,4 +104,3 @@ def _freeze_rows(model: nn.Module, table: str, frozen: set[int]) -> None:
 
     module.register_state_dict_post_hook(publish)
     module.register_load_state_dict_pre_hook(take)
-

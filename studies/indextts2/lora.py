@@ -6,20 +6,18 @@ them. The base checkpoint has the rest, and its digest is stored, because adapte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from studies.indextts2.model import IndexTTS2GPT
-from studies.indextts2.weights import published_name
+from studies.indextts2.weights import LORA_BASE, published_name
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
-
-_BASE = "lora_base"
-"""Key of the base checkpoint's digest."""
 
 
 def add_lora(model: IndexTTS2GPT, *, rank: int, alpha: float, also: Sequence[str], digest: str) -> None:
@@ -33,8 +31,10 @@ def add_lora(model: IndexTTS2GPT, *, rank: int, alpha: float, also: Sequence[str
         UserError: peft is missing, or a prefix of `also` fits nothing.
     """
     try:
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
+        # Not under FakeTensorMode, where what an import computes would stay fake.
+        with _disable_current_modes():
+            from peft import LoraConfig
+            from peft.tuners.lora import Linear
     except ImportError:
         raise UserError("workload.lora_rank needs peft: pip install 'prodigy-tuner[lora]'") from None
 
@@ -69,10 +69,10 @@ def _limit_state_dict(model: IndexTTS2GPT, saved: set[str], base: Tensor) -> Non
     def drop(_: Any, state: dict[str, Any], *__: Any) -> None:
         for name in state.keys() - saved:
             del state[name]
-        state[_BASE] = base
+        state[LORA_BASE] = base
 
     def check(_: Any, state: dict[str, Any], *__: Any) -> None:
-        found = state.pop(_BASE, None)
+        found = state.pop(LORA_BASE, None)
         if found is not None and not torch.equal(found, base):
             raise UserError("the LoRA adapters were trained on another base_checkpoint: name that one in [workload]")
         missing[:] = sorted(saved - state.keys())
@@ -85,11 +85,6 @@ def _limit_state_dict(model: IndexTTS2GPT, saved: set[str], base: Tensor) -> Non
     model.register_load_state_dict_post_hook(complete)
 
 
-def holds_adapters(names: Iterable[str]) -> bool:
-    """Whether the keys of a checkpoint's weights are those of adapters without their base."""
-    return _BASE in names
-
-
 def load_adapters(model: IndexTTS2GPT, path: Path) -> None:
     """Load the adapters of a checkpoint into a model that has adapters.
 
@@ -98,7 +93,7 @@ def load_adapters(model: IndexTTS2GPT, path: Path) -> None:
     """
     content = read_checkpoint(path, mmap=True)
     state = content.get("model", content)
-    if not holds_adapters(state):
+    if LORA_BASE not in state:
         raise UserError(
             f"{path} holds whole weights, and with lora_rank checkpoints hold adapters of base_checkpoint alone: name "
             "it as workload.base_checkpoint to train from it, or set workload.lora_rank = 0"
@@ -112,7 +107,9 @@ def set_adapters(model: IndexTTS2GPT, state: Mapping[str, Tensor], source: str) 
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{source} does not fit lora_rank and lora_train ({reason[:200]}): set those of its run") from error
+        raise UserError(
+            f"{source} does not fit lora_rank and lora_train ({reason[:200]}): set those of its run"
+        ) from error
 
 
 def merge_lora(model: IndexTTS2GPT) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ This module removes the differences; the rest must fit the model key for key.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ ENCODERS = (
     "emovec_layer.",
 )
 """Parts of `gpt.pth` that this training does not touch."""
+LORA_BASE = "lora_base"
+"""Key of the base checkpoint's digest, in a checkpoint that holds adapters alone."""
 TEXT_ROWS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
 """Tables with one row for each piece of the text tokenizer, and one more."""
 
@@ -79,6 +81,7 @@ def read_weights(path: Path) -> CheckpointWeights:
     state = content.get("model", content)
     if not isinstance(state, Mapping) or not state or not all(_is_weight(*item) for item in state.items()):
         raise UserError(f"checkpoint {path} holds no weights: give a gpt.pth or a checkpoint of this trainer")
+    refuse_adapters(state, f"checkpoint {path}")
     published: dict[str, Tensor] = {}
     encoders, dropped = [], []
     for key, tensor in state.items():
@@ -96,6 +99,12 @@ def read_weights(path: Path) -> CheckpointWeights:
     # A best_*.pth has no optimizer, and its run's identity.
     trained = is_wrapped and not {"optimizer", "optimizer_type", "identity"}.isdisjoint(content)
     return CheckpointWeights(path, published, tensors, tuple(encoders), tuple(dropped), is_wrapped, trained)
+
+
+def refuse_adapters(names: Iterable[str], source: str) -> None:
+    """Raises UserError where the keys are those of adapters without their base; `source` is for the message."""
+    if LORA_BASE in names:
+        raise UserError(f"{source} holds LoRA adapters alone: set lora_rank in [workload] as in its run, or export it")
 
 
 def published_name(key: str) -> str | None:

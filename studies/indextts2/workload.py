@@ -18,11 +18,11 @@ from studies.indextts2.data_checks import check_manifests
 from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_length
 from studies.indextts2.export import export_gpt, list_export_files
 from studies.indextts2.freeze import freeze_parts
-from studies.indextts2.lora import add_lora, holds_adapters, load_adapters, merge_lora, set_adapters
+from studies.indextts2.lora import add_lora, load_adapters, merge_lora, set_adapters
 from studies.indextts2.manifest import ManifestSpec
 from studies.indextts2.mix import check_shares, draw_shares
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
-from studies.indextts2.weights import TEXT_ROWS, count_pieces, find_shared_rows, load_base_checkpoint
+from studies.indextts2.weights import LORA_BASE, TEXT_ROWS, count_pieces, find_shared_rows, load_base_checkpoint
 from trainer.check import Check
 from trainer.config import NonNegativeInt, PositiveFloat, Role
 from trainer.errors import UserError
@@ -190,7 +190,7 @@ class IndexTTS2(Workload):
 
     def _merge(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The weights of a checkpoint, its adapters merged into the base's."""
-        if not self.lora_rank or not holds_adapters(state):
+        if not self.lora_rank or LORA_BASE not in state:
             return state
         # Without frozen rows the text tables are whole parameters.
         model = self.model_copy(update={"freeze": ()}).build_model()

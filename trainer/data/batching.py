@@ -53,7 +53,9 @@ class BatchOrder:
         """[batches_per_epoch, batch_size] sample indices of one epoch."""
         random = np.random.default_rng((self.seed, epoch))
         drawn = self.draw(epoch, self.seed)
-        samples = random.permutation(len(self.lengths) if drawn is None else drawn)[: self.batches_per_epoch * self.batch_size]
+        samples = random.permutation(len(self.lengths) if drawn is None else drawn)[
+            : self.batches_per_epoch * self.batch_size
+        ]
         # Pool by pool and in place: for millions of samples each further array would take tens of megabytes.
         for start in range(0, len(samples), self.pool):
             pool = samples[start : start + self.pool]
