@@ -33,8 +33,8 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
     weights = _weights(first, sources[0])
     if any(".lora_A." in name for name in weights):
         raise UserError(
-            f"{sources[0]} holds LoRA adapters, and the product of two means is not the mean of the products: export the "
-            "checkpoints, and average the exported files."
+            f"{sources[0]} holds LoRA adapters, and the product of two means is not the mean of the products: export "
+            "the checkpoints, and average the exported files."
         )
     mean = {name: tensor.to(_wide(tensor)) for name, tensor in weights.items() if tensor.is_floating_point()}
     for number, source in enumerate(sources[1:], 2):

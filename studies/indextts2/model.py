@@ -149,11 +149,11 @@ class LearnedPositions(nn.Module):
 class IndexTTS2GPT(nn.Module):
     """Text and speech codes under one causal transformer, each with its own embedding, positions and head.
 
-    `dropout` acts on embeddings, attention and residuals. `condition_dropout` is the share of the training samples whose
-    speaker and emotion are zeros. `duration` is the first of the two duration vectors
-    (the second is always `speed_emb[0]`, "free"): "binary" is `speed_emb[1]`, "length" the mel position embedding at
-    the number of codes + 1, from which the model learns the utterance's length. `gradient_checkpointing` keeps one
-    activation per block and computes the others again in the backward pass.
+    `dropout` acts on embeddings, attention and residuals. `condition_dropout` is the share of the training samples
+    whose speaker and emotion are zeros. `duration` is the first of the two duration vectors (the second is always
+    `speed_emb[0]`, "free"): "binary" is `speed_emb[1]`, "length" the mel position embedding at the number of codes + 1,
+    from which the model learns the utterance's length. `gradient_checkpointing` keeps one activation per block and
+    computes the others again in the backward pass.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ def test_new_adapters_change_nothing_and_merged_ones_are_the_model_within_1e_5(c
     inputs = work.collate([work.train_data()[index] for index in range(4)]).inputs
     with torch.no_grad():
         assert torch.equal(model.mel_logits(inputs), base.mel_logits(inputs))
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.2)
         work.export_weights(model.state_dict(), corpus / "merged.pth")
