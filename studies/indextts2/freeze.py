@@ -38,9 +38,9 @@ def freeze_parts(model: nn.Module, names: Sequence[str], base_rows: Callable[[],
             raise UserError(f"freeze names {entry!r}, and no parameter starts so; they are like {example!r}")
         for parameter in named:
             parameter.requires_grad_(False)
-    for table, chosen in rows.items():
+    for table, frozen in rows.items():
         if model.get_parameter(table).requires_grad:
-            _freeze_rows(model, table, chosen)
+            _freeze_rows(model, table, frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"freeze = {list(names)} leaves nothing to train")
 
@@ -67,6 +67,9 @@ def _parse_rows(
 class _Rows(nn.Module):
     """A table of which some rows are trained. The parameter holds these alone, so that neither weight decay nor the
     optimizer's sums see the others."""
+
+    table: Tensor
+    trained: Tensor
 
     def __init__(self, table: Tensor, trained: Tensor) -> None:
         super().__init__()
@@ -102,5 +105,5 @@ def _freeze_rows(model: nn.Module, table: str, frozen: set[int]) -> None:
             rows.table.copy_(whole)
             state[prefix + inner] = rows.right_inverse(whole.to(rows.table.device))
 
-    module.register_state_dict_post_hook(publish)
-    module.register_load_state_dict_pre_hook(take)
+    module.register_state_dict_post_hook(publish)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(take)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from studies.indextts2.model import IndexTTS2GPT
+from studies.indextts2.model import MLP, Attention, IndexTTS2GPT
 from studies.indextts2.weights import LORA_BASE, published_name
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
@@ -49,7 +49,7 @@ def add_lora(model: IndexTTS2GPT, *, rank: int, alpha: float, also: Sequence[str
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, fan_in_fan_out=True)
     # Not by peft's own injection, which fails under FakeTensorMode.
-    for parent in [part for block in model.gpt.h for part in (block.attn, block.mlp)]:
+    for parent in [module for module in model.modules() if isinstance(module, Attention | MLP)]:
         for name, layer in list(parent.named_children()):
             adapter = Adapter(layer, "default", config=config, r=rank, lora_alpha=alpha)
             # Under autocast the input would be copied to float32, and back.
@@ -80,9 +80,9 @@ def _limit_state_dict(model: IndexTTS2GPT, saved: set[str], base: Tensor) -> Non
     def complete(_: Any, incompatible: Any) -> None:
         incompatible.missing_keys[:] = missing
 
-    model.register_state_dict_post_hook(drop)
-    model.register_load_state_dict_pre_hook(check)
-    model.register_load_state_dict_post_hook(complete)
+    model.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(check)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(complete)  # type: ignore[no-untyped-call]
 
 
 def load_adapters(model: IndexTTS2GPT, path: Path) -> None:

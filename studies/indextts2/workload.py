@@ -65,7 +65,7 @@ class IndexTTS2(Workload):
     """Prefixes of the names of parameters that are not trained: "gpt.h.0.", "text_embedding". Also rows of the text
     tables: "text_embedding[base]", those of the pieces of `base_tokenizer`, or "text_head[0:12000]"."""
     lora_rank: NonNegativeInt = 0
-    """Above 0: adapters of this rank on the attention and MLP layers (LoRA) are trained, and the base's weights are not."""
+    """Above 0: LoRA adapters of this rank on the attention and MLP layers are trained in place of their weights."""
     lora_alpha: PositiveFloat | None = None
     """The adapters' products are multiplied by lora_alpha / lora_rank. Default: lora_rank."""
     lora_train: tuple[str, ...] = ()
