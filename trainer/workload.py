@@ -180,8 +180,8 @@ class Workload(BaseModel, ABC):
         return self
 
     def memory_savers(self) -> Sequence[str]:
-        """Assignments in `[workload]` that trade time for memory and are not yet in use, such as
-        "gradient_checkpointing = true", the best first. `tuner doctor` names them if memory is short.
+        """Assignments in `[workload]` that save memory and are not yet in use, such as "gradient_checkpointing = true",
+        the first to try first. `tuner doctor` names them if memory is short.
         """
         return ()
 
