@@ -31,6 +31,11 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
         raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
     first = read_checkpoint(sources[0], mmap=True)
     weights = _weights(first, sources[0])
+    if any(".lora_A." in name for name in weights):
+        raise UserError(
+            f"{sources[0]} holds LoRA adapters, and the product of two means is not the mean of the products: export "
+            "the checkpoints, and average the exported files."
+        )
     mean = {name: tensor.to(_wide(tensor)) for name, tensor in weights.items() if tensor.is_floating_point()}
     for number, source in enumerate(sources[1:], 2):
         others = _weights(read_checkpoint(source, mmap=True), source)

@@ -70,6 +70,9 @@ class TrainConfig(BaseModel):
     safeguard_warmup: bool = False
     slice_p: PositiveInt = 1
     """Prodigy keeps its statistics on every slice_p-th entry: 11 saves 7 bytes a parameter."""
+    lr_factors: dict[str, PositiveFloat] = {}
+    """Prefix of parameters' names -> factor on their learning rate, and so on their weight decay; of several prefixes
+    the longest counts."""
     max_grad_norm: PositiveFloat | None = 1.0
     warmup_steps: NonNegativeInt = 0
     schedule: Annotated[Schedule, Role.SCHEDULE] = "none"

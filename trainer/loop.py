@@ -202,6 +202,7 @@ def _train_batches(run: Run, acceleration: AccelerationPlan) -> Iterator[Batch]:
         group=config.grad_accumulation,
         bucket_samples=config.bucket_samples,
         seed=config.seed,
+        draw=run.workload.draw_epoch,
     )
     start = divmod(run.progress.step * config.grad_accumulation, order.batches_per_epoch)
     return train_batches(

@@ -70,6 +70,8 @@ class MemoryEstimate:
     """Tokens that go through the model at once, with padding: the batch, or a micro-batch, of the longest samples."""
     parameters: int
     """Buffers included."""
+    weights: int
+    """In a checkpoint: the model's state dict."""
     gradients: int
     optimizer_state: int
     activations: int
@@ -98,7 +100,7 @@ class MemoryEstimate:
     def checkpoint(self) -> int:
         """Bytes of a checkpoint on disk, and of its snapshot in host memory. If less than twice as much is free,
         there is no snapshot, and training waits for the write."""
-        return self.parameters + self.optimizer_state
+        return self.weights + self.optimizer_state
 
     def fits(self, available: float) -> bool:
         """Whether a device with `available` free bytes can train it."""
@@ -148,6 +150,7 @@ class Probe:
         self._data = workload.train_data()
         with self._counting():
             self.model = workload.build_model().train()
+            self.weights = storage_bytes(self.model.state_dict().values())
         self._resident = [*self.model.parameters(), *self.model.buffers()]
         self.parameters = storage_bytes(self._resident)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -189,6 +192,7 @@ class Probe:
             batch_size=batch_size,
             num_slots=batch.num_slots,
             parameters=self.parameters,
+            weights=self.weights,
             gradients=self.gradients,
             optimizer_state=state,
             activations=activations,

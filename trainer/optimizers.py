@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
+from trainer.errors import UserError
 from trainer.prodigy import Prodigy
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build the optimizer that `config` names, for the parameters that are trained."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """Build the optimizer that `config` names, for the parameters that are trained.
+
+    Raises:
+        UserError: A prefix of `lr_factors` fits none of them.
+    """
+    params = _group(model, config.lr_factors)
     if config.optimizer == "adamw":
         betas = (config.beta1, config.beta2)
         return torch.optim.AdamW(
@@ -33,6 +39,22 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     )
     optimizer.use_kernels = config.fused_optimizer
     return optimizer
+
+
+def _group(model: nn.Module, factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The parameters that are trained, as one group for each factor on the learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for prefix in factors:
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(
+                f"train.lr_factors names {prefix!r}, and no trained parameter starts so; they are like {names[0]!r}"
+            )
+    for name in names:
+        fitting = [prefix for prefix in factors if name.startswith(prefix)]
+        factor = factors[max(fitting, key=len)] if fitting else 1.0
+        groups.setdefault(factor, []).append(model.get_parameter(name))
+    return [{"params": params, "lr_factor": factor} for factor, params in groups.items()]
 
 
 def schedule_factor(config: TrainConfig, step: int) -> float:
@@ -68,11 +90,13 @@ def update(optimizer: Any, *, lr: float, max_grad_norm: float | None) -> tuple[T
     Returns:
         The gradient norm before clipping and 1.0 where the step was skipped, both 0-d tensors on the device.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     if isinstance(optimizer, Prodigy):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         norm = optimizer.grad_norm()
     else:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
     skipped = (~torch.isfinite(norm)).float()

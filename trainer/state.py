@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from trainer.acceleration import RunSize
@@ -184,6 +184,9 @@ class Run:
         # Older checkpoints have the schedule in their identity.
         schedule = set(fields_of_role(TrainConfig, Role.SCHEDULE))
         its = {**its, "train": {key: value for key, value in its["train"].items() if key not in schedule}}
+        # They also lack newer fields, whose defaults change nothing.
+        its["train"] = _defaults(TrainConfig) | its["train"]
+        its["workload"] = _defaults(type(self.workload)) | its["workload"]
         changed = [phrase for part in mine for phrase in differences(part, its[part], mine[part])]
         if not follows_schedule(state, self.config):
             its_config = read_config(state)
@@ -210,6 +213,11 @@ class Run:
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"])
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """The defaults of a model's identity fields, as plain values."""
+    return model.model_construct().model_dump(mode="json", include=set(identity_fields(model)))
 
 
 def read_config(state: Mapping[str, Any]) -> TrainConfig | None:

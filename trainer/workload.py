@@ -98,6 +98,11 @@ class Workload(BaseModel, ABC):
     @abstractmethod
     def val_data(self) -> Dataset: ...
 
+    def draw_epoch(self, epoch: int, seed: int) -> np.ndarray | None:
+        """[len(train_data())] indices: the samples of an epoch, in any order, some several times and some not at all.
+        A pure function of its arguments and the data. Default: None, each sample once."""
+        return None
+
     def val_part(self, index: int) -> str:
         """The part of `val_data()` that a sample belongs to, such as its language. Each part has metrics of its own
         besides those of the whole set: `val/loss/ko`. Default: "", no part."""
@@ -175,8 +180,8 @@ class Workload(BaseModel, ABC):
         return self
 
     def memory_savers(self) -> Sequence[str]:
-        """Assignments in `[workload]` that trade time for memory and are not yet in use, such as
-        "gradient_checkpointing = true", the best first. `tuner doctor` names them if memory is short.
+        """Assignments in `[workload]` that save memory and are not yet in use, such as "gradient_checkpointing = true",
+        the first to try first. `tuner doctor` names them if memory is short.
         """
         return ()
 

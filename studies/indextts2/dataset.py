@@ -73,6 +73,11 @@ class PairedUtterances:
         return int(self._starts[-1])
 
     @property
+    def sizes(self) -> list[int]:
+        """Each manifest's number of utterances."""
+        return [int(size) for size in np.diff(self._starts)]
+
+    @property
     def digests(self) -> tuple[str, ...]:
         """Each manifest's SHA-256."""
         return tuple(manifest.digest for manifest in self._manifests)

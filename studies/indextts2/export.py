@@ -22,6 +22,7 @@ from studies.indextts2.weights import (
     join_few,
     published_name,
     read_weights,
+    refuse_adapters,
 )
 from trainer.errors import UserError
 from trainer.export import WeightsFormat, WriteFile, write_weights
@@ -113,6 +114,7 @@ def _copy(source: Path, path: Path) -> None:
 
 def _trained_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's tensors by published name."""
+    refuse_adapters(state, "the checkpoint")
     trained = {name: tensor for key, tensor in state.items() if (name := published_name(key))}
     if not trained.keys() >= {"final_norm.weight", *TEXT_ROWS}:
         raise UserError("these are not weights of the IndexTTS-2 GPT; name a checkpoint of its training")

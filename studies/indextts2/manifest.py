@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -32,14 +32,32 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 _HEADER_BYTES = 4096
 _BLOCK_BYTES = 8 << 20
-_LANGUAGE = re.compile(r"(.+)::([A-Za-z]{2,3}(?:[-_]\w+)?)")
+_SPEC = re.compile(r"(.+)::([A-Za-z]{2,3}(?:[-_]\w+)?)(?:@(.*))?")
 
 
-def split_language(spec: str) -> tuple[str, str | None]:
-    """Split "PATH::ko" into its path and language. The language is only a label in the log: the model has
-    no input for it, and the `language` of the lines is ignored."""
-    match = _LANGUAGE.fullmatch(spec)
-    return (match[1], match[2]) if match else (spec, None)
+class ManifestSpec(NamedTuple):
+    """A manifest as [workload] names it: "PATH", "PATH::ko" or "PATH::ko@0.15"."""
+
+    path: str
+    language: str | None = None
+    """Only a label in the log: the model has no input for it, and the `language` of the lines is ignored."""
+    share: float | None = None
+    """Of the samples that are drawn, between 0 and 1."""
+
+    @classmethod
+    def parse(cls, spec: str) -> ManifestSpec:
+        """Raises ValueError where the share is not between 0 and 1."""
+        match = _SPEC.fullmatch(spec)
+        if not match or match[3] is None:
+            return cls(match[1], match[2]) if match else cls(spec)
+        share = float(match[3]) if re.fullmatch(r"[0-9]*\.?[0-9]+", match[3]) else 0.0
+        if not 0 < share < 1:
+            raise ValueError(f"{spec}: the share {match[3]!r} is not between 0 and 1; write it as ::{match[2]}@0.15")
+        return cls(match[1], match[2], share)
+
+    def __str__(self) -> str:
+        language = f"::{self.language}" if self.language else ""
+        return self.path + language + (f"@{self.share:g}" if self.share else "")
 
 
 @dataclass(frozen=True)
@@ -107,11 +125,11 @@ def sample_paths(record: dict[str, str]) -> tuple[str, str, str, str]:
 
 
 def open_manifest(spec: str) -> Manifest:
-    """Map the manifest "PATH" or "PATH::language", indexing it first if it is new or has changed.
+    """Map a manifest (see `ManifestSpec`), indexing it first if it is new or has changed.
 
     Raises UserError, naming the line, for a manifest that is missing, empty or broken.
     """
-    name, language = split_language(spec)
+    name, language, _ = ManifestSpec.parse(spec)
     path = Path(name).resolve()
     try:
         stat = path.stat()

@@ -74,6 +74,8 @@ class Conv1D(nn.Module):
 
     def __init__(self, num_in: int, num_out: int, std: float = 0.02) -> None:
         super().__init__()
+        # peft reads the sizes under these names.
+        self.input_size, self.output_size = num_in, num_out
         self.weight = nn.Parameter(torch.empty(num_in, num_out).normal_(std=std))
         self.bias = nn.Parameter(torch.zeros(num_out))
 
@@ -147,10 +149,11 @@ class LearnedPositions(nn.Module):
 class IndexTTS2GPT(nn.Module):
     """Text and speech codes under one causal transformer, each with its own embedding, positions and head.
 
-    `dropout` acts on embeddings, attention and residuals. `duration` is the first of the two duration vectors
-    (the second is always `speed_emb[0]`, "free"): "binary" is `speed_emb[1]`, "length" the mel position embedding at
-    the number of codes + 1, from which the model learns the utterance's length. `gradient_checkpointing` keeps one
-    activation per block and computes the others again in the backward pass.
+    `dropout` acts on embeddings, attention and residuals. `condition_dropout` is the share of the training samples
+    whose speaker and emotion are zeros. `duration` is the first of the two duration vectors (the second is always
+    `speed_emb[0]`, "free"): "binary" is `speed_emb[1]`, "length" the mel position embedding at the number of codes + 1,
+    from which the model learns the utterance's length. `gradient_checkpointing` keeps one activation per block and
+    computes the others again in the backward pass.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class IndexTTS2GPT(nn.Module):
         config: GPTConfig,
         *,
         dropout: float = 0.1,
+        condition_dropout: float = 0.0,
         duration: Literal["binary", "length"] = "binary",
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -165,6 +169,7 @@ class IndexTTS2GPT(nn.Module):
         width = config.model_dim
         self.config = config
         self.dropout = dropout
+        self.condition_dropout = condition_dropout
         self.duration = duration
         self.gradient_checkpointing = gradient_checkpointing
         self.text_embedding = nn.Embedding(config.number_text_tokens + 1, width)
@@ -228,6 +233,9 @@ class IndexTTS2GPT(nn.Module):
     def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """[B, length, width]: the whole row, as vectors."""
         condition = inputs["condition"] + inputs["emo_vec"].unsqueeze(1)
+        if self.training and self.condition_dropout:
+            kept = torch.rand(len(condition), 1, 1, device=condition.device) >= self.condition_dropout
+            condition = condition * kept
         free = self.speed_emb.weight[0].expand(condition.shape[0], -1)
         if self.duration == "length":
             last = self.config.max_mel_tokens + 2

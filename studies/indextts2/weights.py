@@ -7,7 +7,7 @@ This module removes the differences; the rest must fit the model key for key.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from studies.indextts2.model import IndexTTS2GPT
+from studies.indextts2.model import GPTConfig, IndexTTS2GPT
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
 
@@ -30,6 +30,8 @@ ENCODERS = (
     "emovec_layer.",
 )
 """Parts of `gpt.pth` that this training does not touch."""
+LORA_BASE = "lora_base"
+"""Key of the base checkpoint's digest, in a checkpoint that holds adapters alone."""
 TEXT_ROWS = ("text_embedding.weight", "text_head.weight", "text_head.bias")
 """Tables with one row for each piece of the text tokenizer, and one more."""
 
@@ -79,6 +81,7 @@ def read_weights(path: Path) -> CheckpointWeights:
     state = content.get("model", content)
     if not isinstance(state, Mapping) or not state or not all(_is_weight(*item) for item in state.items()):
         raise UserError(f"checkpoint {path} holds no weights: give a gpt.pth or a checkpoint of this trainer")
+    refuse_adapters(state, f"checkpoint {path}")
     published: dict[str, Tensor] = {}
     encoders, dropped = [], []
     for key, tensor in state.items():
@@ -96,6 +99,12 @@ def read_weights(path: Path) -> CheckpointWeights:
     # A best_*.pth has no optimizer, and its run's identity.
     trained = is_wrapped and not {"optimizer", "optimizer_type", "identity"}.isdisjoint(content)
     return CheckpointWeights(path, published, tensors, tuple(encoders), tuple(dropped), is_wrapped, trained)
+
+
+def refuse_adapters(names: Iterable[str], source: str) -> None:
+    """Raises UserError where the keys are those of adapters without their base; `source` is for the message."""
+    if LORA_BASE in names:
+        raise UserError(f"{source} holds LoRA adapters alone: set lora_rank in [workload] as in its run, or export it")
 
 
 def published_name(key: str) -> str | None:
@@ -130,6 +139,8 @@ def load_base_checkpoint(
                 target.copy_(source)
             else:
                 target[moves.rows] = source[moves.base_rows].to(target.dtype)
+    # A table with frozen rows is no parameter: its entry in the state dict is a copy.
+    model.load_state_dict(state)
     if weights.dropped:
         logger.info("%s: dropped %d keys: %s", path, len(weights.dropped), join_few(weights.dropped))
     if moves is not None:
@@ -169,14 +180,19 @@ def _find_row_moves(
             f"checkpoint {weights.path} has {num_base} text rows; base_tokenizer {base_tokenizer} has "
             f"{len(base)} pieces, which need {len(base) + 1}: name the tokenizer of the checkpoint"
         )
+    num_shared = len(set(new) & set(base))
+    moves = find_shared_rows(model.config, tokenizer, base_tokenizer)
+    return _RowMoves(torch.tensor(list(moves)), torch.tensor(list(moves.values())), num_shared)
+
+
+def find_shared_rows(config: GPTConfig, tokenizer: Path, base_tokenizer: Path) -> dict[int, int]:
+    """Row of the model's text tables -> row of the base's: of each piece that both tokenizers have."""
+    new, base = _pieces(tokenizer), _pieces(base_tokenizer)
     row_of = {piece: row for row, piece in enumerate(base)}
     moves = {row: row_of[piece] for row, piece in enumerate(new) if piece in row_of}
-    num_shared = len(moves)
     # These tokens are numbers, not pieces: they keep the rows of their numbers.
-    for token in (model.config.start_text_token, model.config.stop_text_token):
-        if token < num_base:
-            moves[token] = token
-    return _RowMoves(torch.tensor(list(moves)), torch.tensor(list(moves.values())), num_shared)
+    tokens = (config.start_text_token, config.stop_text_token)
+    return moves | {token: token for token in tokens if token <= len(base)}
 
 
 def check_keys(weights: CheckpointWeights, state: Mapping[str, Tensor], moved: Sequence[str]) -> None:

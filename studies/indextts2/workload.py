@@ -17,23 +17,26 @@ from studies.indextts2.config_file import find_tokenizer, read_config
 from studies.indextts2.data_checks import check_manifests
 from studies.indextts2.dataset import PairedUtterances, Utterance, utterance_length
 from studies.indextts2.export import export_gpt, list_export_files
-from studies.indextts2.manifest import split_language
+from studies.indextts2.freeze import freeze_parts
+from studies.indextts2.lora import add_lora, load_adapters, merge_lora, set_adapters
+from studies.indextts2.manifest import ManifestSpec
+from studies.indextts2.mix import check_shares, draw_shares
 from studies.indextts2.model import NO_TARGET, PREFIX, GPTConfig, IndexTTS2GPT
-from studies.indextts2.weights import count_pieces, load_base_checkpoint
+from studies.indextts2.weights import LORA_BASE, TEXT_ROWS, count_pieces, find_shared_rows, load_base_checkpoint
 from trainer.check import Check
-from trainer.config import Role
+from trainer.config import NonNegativeInt, PositiveFloat, Role
 from trainer.errors import UserError
 from trainer.export import WeightsFormat, WriteFile
 from trainer.workload import Batch, DataPath, Dataset, Workload, resolve_path
 
 
 def _resolve_manifest(spec: str, info: ValidationInfo) -> str:
-    path, language = split_language(spec)
-    return str(resolve_path(Path(path), info)) + (f"::{language}" if language else "")
+    parsed = ManifestSpec.parse(spec)
+    return str(parsed._replace(path=str(resolve_path(Path(parsed.path), info))))
 
 
 ManifestPath = Annotated[str, AfterValidator(_resolve_manifest)]
-"""PATH or PATH::language, the path relative to the study.toml, stored absolute."""
+"""PATH, PATH::language or PATH::language@share, the path relative to the study.toml, stored absolute."""
 
 
 class IndexTTS2(Workload):
@@ -41,7 +44,8 @@ class IndexTTS2(Workload):
 
     # Paths may change between a run and its continuation; `data_digest` covers their contents.
     train_manifests: Annotated[list[ManifestPath], Role.FREE] = Field(min_length=1)
-    """Mixed: an epoch goes over all of them."""
+    """Mixed. With shares ("a.jsonl::ko", "b.jsonl::en@0.15") 15% of the samples are drawn from b; the manifests without
+    a share divide the rest by size."""
     val_manifests: Annotated[list[ManifestPath], Role.FREE] = Field(min_length=1)
     config: Annotated[DataPath | None, Role.FREE] = None
     """A config.yaml with a `gpt:` section."""
@@ -58,7 +62,17 @@ class IndexTTS2(Workload):
     duration: Literal["binary", "length"] = "binary"
     """The model's input about the utterance's duration; see `IndexTTS2GPT`."""
     freeze: tuple[str, ...] = ()
-    """Prefixes of the names of parameters that are not trained: "gpt.h.0.", "text_embedding"."""
+    """Prefixes of the names of parameters that are not trained: "gpt.h.0.", "text_embedding". Also rows of the text
+    tables: "text_embedding[base]", those of the pieces of `base_tokenizer`, or "text_head[0:12000]"."""
+    lora_rank: NonNegativeInt = 0
+    """Above 0: LoRA adapters of this rank on the attention and MLP layers are trained in place of their weights."""
+    lora_alpha: PositiveFloat | None = None
+    """The adapters' products are multiplied by lora_alpha / lora_rank. Default: lora_rank."""
+    lora_train: tuple[str, ...] = ()
+    """Prefixes of the names of parameters that are trained beside the adapters. The text tables are, if there is a
+    `base_tokenizer`: their new rows are random at first."""
+    condition_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the training samples whose speaker and emotion are zeros: the model can't lean on the prompt alone."""
     pack: Annotated[Literal["auto"] | bool, Role.FREE] = "auto"
     """Pack the utterances' files into one memory-mapped store on first use. "auto": if it needs at most 20 GB and a
     quarter of the free disk; true: if the disk has room; false: never."""
@@ -71,6 +85,11 @@ class IndexTTS2(Workload):
             raise ValueError("give exactly one of 'config' (a config.yaml) and 'gpt' (its gpt section, inline)")
         if self.base_tokenizer and not self.tokenizer:
             raise ValueError("'base_tokenizer' is only of use with 'tokenizer'")
+        check_shares([ManifestSpec.parse(spec).share for spec in self.train_manifests])
+        if shared := [spec for spec in self.val_manifests if ManifestSpec.parse(spec).share]:
+            raise ValueError(f"{shared[0]}: the validation set is fixed, and has no shares; remove the share")
+        if self.lora_rank and not self.base_checkpoint:
+            raise ValueError("'lora_rank' needs 'base_checkpoint': adapters change the weights of a trained model")
         if self.text_loss_weight + self.mel_loss_weight == 0:
             raise ValueError("'text_loss_weight' and 'mel_loss_weight' can't both be 0")
         return self
@@ -91,6 +110,7 @@ class IndexTTS2(Workload):
         model = IndexTTS2GPT(
             self.gpt_config,
             dropout=self.dropout,
+            condition_dropout=self.condition_dropout,
             duration=self.duration,
             gradient_checkpointing=self.gradient_checkpointing,
         )
@@ -98,15 +118,21 @@ class IndexTTS2(Workload):
             load_base_checkpoint(
                 model, self.base_checkpoint, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer
             )
-        names = [name for name, _ in model.named_parameters()]
-        for prefix in self.freeze:
-            if not any(name.startswith(prefix) for name in names):
-                raise UserError(f"freeze names {prefix!r}, and no parameter starts so; they are like {names[0]!r}")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(self.freeze))
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise UserError(f"freeze = {list(self.freeze)} leaves nothing to train")
+        if self.lora_rank:
+            add_lora(
+                model,
+                rank=self.lora_rank,
+                alpha=self.lora_alpha or self.lora_rank,
+                also=(*self.lora_train, *(TEXT_ROWS if self.base_tokenizer else ())),
+                digest=_fingerprint(self.base_checkpoint),
+            )
+        freeze_parts(model, self.freeze, self._base_rows)
         return model
+
+    def _base_rows(self) -> Sequence[int]:
+        if not (self.tokenizer and self.base_tokenizer):
+            raise UserError("freeze names rows as [base], which needs tokenizer and base_tokenizer in [workload]")
+        return list(find_shared_rows(self.gpt_config, self.tokenizer, self.base_tokenizer))
 
     @cached_property
     def _train_files(self) -> PairedUtterances:
@@ -130,15 +156,19 @@ class IndexTTS2(Workload):
     def val_data(self) -> Dataset:
         return self._val
 
+    def draw_epoch(self, epoch: int, seed: int) -> np.ndarray | None:
+        shares = [ManifestSpec.parse(spec).share for spec in self.train_manifests]
+        return draw_shares(self._train_files.sizes, shares, epoch, seed) if any(shares) else None
+
     @cached_property
     def _val_parts(self) -> list[str]:
         """A name for each validation manifest: its language, or its file's name if they have not several languages."""
         if len(self.val_manifests) == 1:
             return [""]
-        languages = [split_language(spec)[1] or "" for spec in self.val_manifests]
+        languages = [ManifestSpec.parse(spec).language or "" for spec in self.val_manifests]
         if all(languages) and len(set(languages)) > 1:
             return languages
-        stems = [Path(split_language(spec)[0]).stem for spec in self.val_manifests]
+        stems = [Path(ManifestSpec.parse(spec).path).stem for spec in self.val_manifests]
         return [f"{stem}-{number}" if stems.count(stem) > 1 else stem for number, stem in enumerate(stems)]
 
     def val_part(self, index: int) -> str:
@@ -152,16 +182,27 @@ class IndexTTS2(Workload):
         return model(inputs)  # type: ignore[no-any-return]
 
     def load_weights(self, model: torch.nn.Module, path: Path) -> None:
-        load_base_checkpoint(
-            cast(IndexTTS2GPT, model), path, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer
-        )
+        model = cast(IndexTTS2GPT, model)
+        if self.lora_rank:
+            load_adapters(model, path)
+        else:
+            load_base_checkpoint(model, path, tokenizer=self.tokenizer, base_tokenizer=self.base_tokenizer)
+
+    def _merge(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The weights of a checkpoint, its adapters merged into the base's."""
+        if not self.lora_rank or LORA_BASE not in state:
+            return state
+        # Without frozen rows the text tables are whole parameters.
+        model = self.model_copy(update={"freeze": ()}).build_model()
+        set_adapters(model, state, "the checkpoint")
+        return merge_lora(model)
 
     def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
-        export_gpt(state, path, base_checkpoint=self.base_checkpoint, format=format)
+        export_gpt(self._merge(state), path, base_checkpoint=self.base_checkpoint, format=format)
 
     def export_files(self, state: Mapping[str, Tensor], *, format: WeightsFormat = "pth") -> Mapping[str, WriteFile]:
         return list_export_files(
-            state,
+            self._merge(state),
             config=self.gpt_config,
             config_file=self.config,
             tokenizer=self.tokenizer,
@@ -171,7 +212,7 @@ class IndexTTS2(Workload):
 
     def input_files(self) -> Sequence[tuple[str, Path]]:
         specs = {"train_manifests": self.train_manifests, "val_manifests": self.val_manifests}
-        return [(option, Path(split_language(spec)[0])) for option, given in specs.items() for spec in given]
+        return [(option, Path(ManifestSpec.parse(spec).path)) for option, given in specs.items() for spec in given]
 
     def unpacked(self) -> IndexTTS2:
         # No copy: it would share the data that is already open.
@@ -186,14 +227,18 @@ class IndexTTS2(Workload):
         )
 
     def memory_savers(self) -> Sequence[str]:
-        return () if self.gradient_checkpointing else ("gradient_checkpointing = true",)
+        time = () if self.gradient_checkpointing else ("gradient_checkpointing = true",)
+        return time if self.lora_rank or not self.base_checkpoint else (*time, "lora_rank = 16")
 
     def without_initial_weights(self) -> IndexTTS2:
-        return self.model_copy(update={"base_checkpoint": None})
+        # Adapters are loaded beside the weights of the base.
+        return self if self.lora_rank else self.model_copy(update={"base_checkpoint": None})
 
     def data_digest(self) -> str:
         train, val = self._train_files.digests, self._val_files.digests
         digests = ["train", *train, "val", *val, self.gpt_config.model_dump_json()]
+        shares = [ManifestSpec.parse(spec).share for spec in self.train_manifests]
+        digests += [f"shares {shares}"] if any(shares) else []
         digests += [_fingerprint(path) for path in (self.base_checkpoint, self.tokenizer, self.base_tokenizer)]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 

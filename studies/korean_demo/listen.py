@@ -22,7 +22,7 @@ from torch import Tensor
 
 from studies.indextts2 import IndexTTS2
 from studies.indextts2.dataset import Utterance
-from studies.indextts2.manifest import split_language
+from studies.indextts2.manifest import ManifestSpec
 from studies.indextts2.model import GPTConfig, IndexTTS2GPT
 from studies.indextts2.workload import collate
 from studies.korean_demo.speech import CODES_PER_SECOND, FFT_SIZE, SAMPLE_RATE, mel_filters
@@ -92,7 +92,7 @@ def listen(checkpoint: Path, out: Path, index: int = 0) -> dict[str, float]:
         workload = IndexTTS2.model_validate(state["lineage"]["workload"]["options"]).without_initial_weights()
     except (KeyError, ValueError) as error:
         raise UserError(f"{checkpoint} is no checkpoint of the Korean demo: give one of its run directory.") from error
-    path = Path(split_language(workload.val_manifests[0])[0]).parent / "codebook.npy"
+    path = Path(ManifestSpec.parse(workload.val_manifests[0]).path).parent / "codebook.npy"
     if not path.exists():
         raise UserError(f"{path} is missing: make the corpus again with python -m studies.korean_demo.corpus.")
     codebook, config = np.load(path), workload.gpt_config

@@ -16,7 +16,7 @@ import pytest
 
 from studies.indextts2 import manifest as manifest_module
 from studies.indextts2.dataset import PairedUtterances
-from studies.indextts2.manifest import open_manifest, split_language
+from studies.indextts2.manifest import ManifestSpec, open_manifest
 from studies.indextts2.model import GPTConfig
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
 from trainer.errors import DamagedSample, UserError
@@ -75,10 +75,12 @@ def test_several_manifests_are_mixed_one_after_the_other(corpus: Path, tmp_path:
         ("a/b.jsonl::ko", ("a/b.jsonl", "ko")),
         ("a::b/c.jsonl::zh-CN", ("a::b/c.jsonl", "zh-CN")),
         ("a::b/c.jsonl", ("a::b/c.jsonl", None)),
+        ("a/b@2.jsonl::en@.15", ("a/b@2.jsonl", "en", 0.15)),
     ],
 )
-def test_language_suffix_is_split_off(spec: str, parts: tuple[str, str | None]) -> None:
-    assert split_language(spec) == parts
+def test_language_and_share_are_split_off(spec: str, parts: tuple[str, str | None]) -> None:
+    assert ManifestSpec.parse(spec) == ManifestSpec(*parts)
+    assert ManifestSpec.parse(str(ManifestSpec(*parts))) == ManifestSpec(*parts)
 
 
 def test_index_is_rebuilt_only_when_the_manifest_changes(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,6 +50,17 @@ def reference_utterance(sample: dict) -> Utterance:
 UTTERANCES = [reference_utterance(sample) for sample in REFERENCE["samples"]]
 
 
+def test_condition_dropout_zeroes_speaker_and_emotion_of_a_share_of_the_training_samples() -> None:
+    model = reference_model(dropout=0.0, condition_dropout=0.25)
+    inputs = collate(UTTERANCES[:1] * 400, CONFIG).inputs
+    with torch.no_grad():
+        prefix = model.train()._embed(inputs)[:, :32]
+        whole = model.eval()._embed(inputs)[:, :32]
+    zeroed = (prefix == 0).all(-1).all(-1)
+    assert 0.15 < zeroed.float().mean() < 0.35
+    assert torch.equal(prefix[~zeroed], whole[~zeroed]) and (whole != 0).all()
+
+
 def only_row(batch: Batch, row: int) -> dict[str, torch.Tensor]:
     """The batch with the targets of one row alone; everything else is unchanged."""
     length = batch.num_slots // batch.num_samples

@@ -23,6 +23,9 @@ class BatchOrder:
 
     Each epoch has `batches_per_epoch` full batches of `batch_size` indices, a multiple of `group` (gradient
     accumulation); the few samples left over differ from epoch to epoch.
+
+    Args:
+        draw: `Workload.draw_epoch`.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class BatchOrder:
         group: int = 1,
         bucket_samples: int = 2048,
         seed: int = 0,
+        draw: Callable[[int, int], np.ndarray | None] = lambda epoch, seed: None,
     ) -> None:
         if len(lengths) < batch_size * group:
             raise UserError(
@@ -41,14 +45,17 @@ class BatchOrder:
             )
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed, self.draw = seed, draw
         self.pool = max(batch_size, bucket_samples // batch_size * batch_size)
         self.batches_per_epoch = len(lengths) // (batch_size * group) * group
 
     def epoch(self, epoch: int) -> np.ndarray:
         """[batches_per_epoch, batch_size] sample indices of one epoch."""
         random = np.random.default_rng((self.seed, epoch))
-        samples = random.permutation(len(self.lengths))[: self.batches_per_epoch * self.batch_size]
+        drawn = self.draw(epoch, self.seed)
+        samples = random.permutation(len(self.lengths) if drawn is None else drawn)[
+            : self.batches_per_epoch * self.batch_size
+        ]
         # Pool by pool and in place: for millions of samples each further array would take tens of megabytes.
         for start in range(0, len(samples), self.pool):
             pool = samples[start : start + self.pool]

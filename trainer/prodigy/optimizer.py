@@ -110,8 +110,9 @@ class _Part:
         """The coefficients of the passes, in the order of MODE to DLR_D; float64."""
         group, const = self.group, self.const
         rate3 = d / group["d0"] * (d if group["safeguard_warmup"] else dlr)
-        rates = (d * (1 - const.beta1), d * d * (1 - const.beta2), rate3, dlr, const.decay * dlr)
-        return torch.stack((mode, scale, *rates, d * group["eps"], new_d * group["eps"], dlr * new_d))
+        own = dlr * group.get("lr_factor", 1.0)
+        rates = (d * (1 - const.beta1), d * d * (1 - const.beta2), rate3, own, const.decay * own)
+        return torch.stack((mode, scale, *rates, d * group["eps"], new_d * group["eps"], own * new_d))
 
     def first_pass(self, c: Tensor) -> Tensor:
         """Returns (numerator, denominator) of d, summed over the group."""
@@ -141,6 +142,9 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
     - `found_inf` (float tensor; None or unset: 0): 1 skips the update: parameters, state and d stay as they
       are, whatever the gradients hold. `grad_scale` (tensor; None or unset: 1): gradients are divided by it. As
       with PyTorch's fused optimizers they are valid until changed, and `torch.amp.GradScaler` sets them.
+    - A group may have an `lr_factor`: its parameters w are trained as prodigyopt would train w / lr_factor, with the
+      group's eps and weight decay times lr_factor. So the factor scales updates and decay, and d stays an estimate of
+      one distance over all groups.
     - Gradients are never written to. (prodigyopt adds coupled weight decay to `p.grad`.)
     - `p0` is kept whole until the first `state_dict()`, which replaces it by a 0-dimensional zero for parameters
       that began as zeros; prodigyopt does so at once, and waits for the device.
@@ -211,7 +215,7 @@ class Prodigy(prodigyopt.Prodigy):  # type: ignore[misc]
             if part.const.learns:
                 sums = part.first_pass(part.coefficients(run * (1 + at_once), scale, d, dlr, d))
                 numerator = numerator + d / part.group["d0"] * dlr * sums[0]
-                denominator = denominator + sums[1]
+                denominator = denominator + sums[1] * part.group.get("lr_factor", 1.0)
         go = run * (denominator != 0)
         new = self._next_scalars(old, numerator, denominator)
         correct = 2 * (new["d"] != d)

@@ -111,7 +111,12 @@ class BaselineLoop:
         config, data = self.config, self.workload.train_data()
         pool = config.bucket_samples if "buckets" in self.on else 1
         order = BatchOrder(
-            data.lengths, config.batch_size, group=config.grad_accumulation, bucket_samples=pool, seed=config.seed
+            data.lengths,
+            config.batch_size,
+            group=config.grad_accumulation,
+            bucket_samples=pool,
+            seed=config.seed,
+            draw=self.workload.draw_epoch,
         )
         if "loader" in self.on:
             workers = config.num_workers or max(1, min(8, self.capabilities.cores - 1))

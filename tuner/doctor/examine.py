@@ -163,8 +163,8 @@ def _disk(spec: StudySpec, setup: Setup, estimate: MemoryEstimate, run_root: Pat
         run_root,
         spec.study.name,
         checkpoint=estimate.checkpoint,
-        best=len(set(setup.workload.best_checkpoints().values())) * estimate.parameters,
-        milestones=num_milestones * estimate.parameters,
+        best=len(set(setup.workload.best_checkpoints().values())) * estimate.weights,
+        milestones=num_milestones * estimate.weights,
         # The kept trials, the baseline and the running one; latest.pth is a link to the newest.
         num_trials=min(KEEP_TRIALS + 2, spec.trial.num_trials),
         # Two more: best.pth and stable.pth.

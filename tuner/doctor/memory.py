@@ -96,11 +96,10 @@ def _remedy(probe: Probe, largest: int) -> str:
     savers = [f"workload.{assignment}" for assignment in probe.workload.memory_savers()]
     if probe.config.optimizer == "prodigy" and probe.config.slice_p == 1:
         savers.append("train.slice_p = 11")
-    other = savers[0] if savers else ""
     if largest == 0:
-        return f"no batch size fits: use {other or 'a smaller model'}" + (" or a smaller model" if other else "")
+        return f"no batch size fits: use {', '.join(savers)}{' or ' if savers else ''}a smaller model"
     kept = f"train.batch_size = {largest} is the largest that fits at once; or split it: {_split(probe)}"
-    return f"{kept}; or {other}" if other else kept
+    return f"{kept}; or {savers[0]}" if savers else kept
 
 
 def _split(probe: Probe) -> str:

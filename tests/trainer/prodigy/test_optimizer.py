@@ -155,6 +155,39 @@ def test_thousand_recorded_gradients_in_two_groups(recorded, slice_p, lr) -> Non
     replay(recorded, Prodigy, make=lambda params: two_groups(params, lr), **settings)
 
 
+FACTORS = (1.0, 0.1, 3.0)
+
+
+def with_factors(params: list[nn.Parameter]) -> list[dict]:
+    return [{"params": params[i::3], "lr_factor": factor} for i, factor in enumerate(FACTORS)]
+
+
+def scaled(params: list[nn.Parameter]) -> list[dict]:
+    """The groups that prodigyopt trains for parameters w / factor."""
+    weight_decay, eps = 0.05, 1e-8
+    return [
+        {"params": params[i::3], "weight_decay": weight_decay * factor, "eps": eps * factor}
+        for i, factor in enumerate(FACTORS)
+    ]
+
+
+@pytest.mark.parametrize("build", [Prodigy, Operations])
+def test_factor_on_the_rate_is_prodigyopt_on_parameters_divided_by_it(recorded, build) -> None:
+    ours, yours = (list(tiny_gpt().parameters()) for _ in range(2))
+    factor_of = {i: FACTORS[i % 3] for i in range(len(ours))}
+    with torch.no_grad():
+        for i, p in enumerate(yours):
+            p.div_(factor_of[i])
+    settings = {"weight_decay": 0.05, "d0": 1e-5}
+    one, two = build(with_factors(ours), **settings), theirs(scaled(yours), **settings)
+    for step in recorded[:100]:
+        feed(one, ours, step)
+        feed(two, yours, [gradient * factor_of[i] for i, gradient in enumerate(step)])
+    assert d_of(one) == pytest.approx(d_of(two), rel=1e-4)
+    for i, (mine, other) in enumerate(zip(ours, yours, strict=True)):
+        torch.testing.assert_close(mine, other * factor_of[i], rtol=1e-3, atol=1e-5)
+
+
 @SLICES
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_without_a_compiler_the_numbers_are_the_same(recorded, settings, slice_p) -> None:

@@ -192,10 +192,13 @@ def test_model_that_never_fits_has_a_remedy(tmp_path: Path) -> None:
     assert "no batch size fits: use train.slice_p = 11 or a smaller model" in found["memory, batch 8"].remedy
 
 
-def test_first_memory_saver_of_the_workload_is_the_remedy(tmp_path: Path) -> None:
+def test_memory_savers_of_the_workload_are_the_remedy(tmp_path: Path) -> None:
     spec = write(tmp_path, LARGE.replace("tests.toy:Toy", f"{__name__}:Saving"))
     found = named(examine(spec, run_root=tmp_path, gpu_memory=100e6))
-    assert "no batch size fits: use workload.width = 4 or a smaller model" in found["memory, batch 8"].remedy
+    assert (
+        "no batch size fits: use workload.width = 4, workload.embed = false, train.slice_p = 11 or a smaller model"
+        in found["memory, batch 8"].remedy
+    )
 
 
 def test_ends_of_a_range_are_checked(tmp_path: Path) -> None:
