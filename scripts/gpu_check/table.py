@@ -1,0 +1,35 @@
+"""The users' table: each optimization by `tuner bench`, one round."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu_check.workload import TINY
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def table(tiny: bool, save: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
+    """The result of `tuner bench --json`; `save` receives it after each row, so that a time limit loses one row."""
+    from tuner.bench.table import Bench
+    from tuner.spec.study_toml import StudySpec
+
+    workload: dict[str, Any] = {"gpt": TINY.model_dump(), "num_samples": 64} if tiny else {}
+    spec = StudySpec.build(
+        {
+            "study": {"name": "gpu-check", "workload": "scripts.gpu_check.workload:Synthetic"},
+            "workload": workload,
+            "trial": {"steps": 100, "num_trials": 1, "evaluations": 1},
+            "full": {"steps": 240_000},
+        },
+        base_dir=ROOT,
+    )
+    # Its rows are processes of their own.
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    only = ["baseline"] if tiny else ["cumulative", "trainer"]
+    bench = Bench(spec, rounds=1, steps=2 if tiny else 10, only=only, report=lambda line: (print(line), save(bench.result())))
+    bench.run()
+    return bench.result()
