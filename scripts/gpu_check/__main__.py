@@ -64,6 +64,8 @@ def start(name: str, out: Path, limit: float, tiny: bool, cache: Path) -> dict[s
     """Run one stage in a process of its own, for at most `limit` seconds; returns its record."""
     command = [sys.executable, "-m", "scripts.gpu_check", "--stage", name, "--out", str(out)]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    if tiny:
+        environment["OMP_NUM_THREADS"] = "1"  # more threads would wait for each other
     return run_process([*command, *(["--tiny"] if tiny else [])], out / name, limit, environment)
 
 

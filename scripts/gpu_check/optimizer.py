@@ -15,7 +15,7 @@ from trainer.optimizers import update
 from trainer.prodigy import Prodigy
 
 SHAPES = ((1280, 3840), (8194,), (1,), (5,), (8192, 3), (12001, 16))
-STEPS, NAN_STEP, REST_STEP = 60, 5, 40
+STEPS, NAN_STEP = 40, 5
 
 
 def kernels(tiny: bool) -> dict[str, Any]:
@@ -44,9 +44,8 @@ def replay(use_kernels: bool, slice_p: int, tiny: bool) -> tuple[list[torch.Tens
     optimizer.use_kernels = use_kernels
     for step in range(STEPS):
         for p in params:
-            # A pull towards zero, and later away from it: d rises, then rests.
-            pull = 0.1 if step < REST_STEP else -0.1
-            p.grad = 1e-3 * torch.randn(p.shape, generator=random, device=DEVICE) + pull * p.detach()
+            # A pull towards zero: d rises, then rests.
+            p.grad = 1e-3 * torch.randn(p.shape, generator=random, device=DEVICE) + 0.1 * p.detach()
             if step == NAN_STEP:
                 p.grad.view(-1)[0] = float("nan")
         update(optimizer, lr=1.0, max_grad_norm=1.0)

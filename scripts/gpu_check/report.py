@@ -25,7 +25,7 @@ def judge(stages: Mapping[str, Record]) -> list[Goal]:
         record = stages.get(stage, {})
         try:
             found, held = judged(record) if "failed" not in record and record else (record.get("failed", ""), None)
-        except (KeyError, IndexError, ZeroDivisionError):
+        except (LookupError, ValueError):  # the record lacks what the goal needs
             found, held = "", None
         goals.append({"goal": goal, "wanted": wanted, "found": found or "not measured", "held": held})
 
