@@ -255,9 +255,7 @@ def _attention(capabilities: Capabilities, config: TrainConfig, bf16: bool) -> t
     return ("efficient", "math"), reason
 
 
-def _compile(
-    capabilities: Capabilities, config: TrainConfig, size: RunSize, flops_a_second: float
-) -> tuple[bool, str]:
+def _compile(capabilities: Capabilities, config: TrainConfig, size: RunSize, flops_a_second: float) -> tuple[bool, str]:
     missing = "Triton" if capabilities.kind == "cuda" else "a C++ compiler"
     if config.compile == "on" and not capabilities.compiler:
         raise UserError(f'train.compile "on" needs {missing}, which is not installed: install it or use "auto".')

@@ -28,12 +28,15 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError, first_line
+from trainer.host_buffer import HostBuffer
 from trainer.locks import is_locked as is_locked
 from trainer.locks import lock_folder as lock_folder
 from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
 
+KEPT_SHARE = 1 / 3
+"""Share of the free host memory that may be kept for snapshots of a GPU's state."""
 LATEST, STABLE, BEST = "latest.pth", "stable.pth", "best.pth"
 
 # Errors of torch.load for files that are truncated or no checkpoints.
@@ -57,14 +60,19 @@ def num_bytes(tree: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
 
-def snapshot(tree: Any) -> Any:
-    """A copy of `tree` in host memory that later steps can't change."""
+def snapshot(tree: Any, buffer: HostBuffer | None = None) -> Any:
+    """A copy of `tree` in host memory that later steps can't change.
+
+    Args:
+        buffer: Takes the tensors of a GPU; they are valid after its `wait`.
+    """
     if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
+        kept = None if buffer is None else buffer.copy(tree)
+        return tree.detach().to("cpu", copy=True) if kept is None else kept
     if isinstance(tree, dict):
-        return {key: snapshot(value) for key, value in tree.items()}
+        return {key: snapshot(value, buffer) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(snapshot(value) for value in tree)
+        return type(tree)(snapshot(value, buffer) for value in tree)
     return copy.deepcopy(tree)
 
 
@@ -240,6 +248,9 @@ class Checkpoints:
         self.run_dir, self.keep, self._on_written = run_dir, keep, on_written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
+        self._buffer = HostBuffer()
+        self._buffered: Future[None] | None = None
+        """The write of the snapshot in the buffer."""
         self._has_warned = False
         for incomplete in run_dir.glob("*.tmp"):
             incomplete.unlink()
@@ -249,6 +260,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._writer.shutdown(wait=True)
+        self._buffer.close()
         if kind is None:
             self._wait()
 
@@ -274,7 +286,12 @@ class Checkpoints:
         Raises:
             UserError: This write, or one before it, failed.
         """
-        self._submit(state, lambda kept: self._write_step(kept, (*also, LATEST)))
+
+        def write(kept: dict[str, Any]) -> None:
+            self._write_step(kept, (*also, LATEST))
+
+        if not self._submit_buffered(state, write):
+            self._submit(state, write)
 
     def save_weights(self, state: dict[str, Any], names: Sequence[str]) -> None:
         """Write weights and metrics under each of `names` (`best_*.pth`, `milestone_*.pth`)."""
@@ -290,7 +307,7 @@ class Checkpoints:
         self._submit(state, write)
 
     def _submit(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-        self._pending = [future for future in self._pending if not future.done() or future.result()]
+        self._raise_failures()
         size = num_bytes(state)
         if size > psutil.virtual_memory().available / 2:
             self._wait()
@@ -299,6 +316,24 @@ class Checkpoints:
             write(state)
         else:
             self._pending.append(self._writer.submit(write, snapshot(state)))
+
+    def _raise_failures(self) -> None:
+        """Raise the error of a write that has failed."""
+        self._pending = [future for future in self._pending if not future.done() or future.result()]
+
+    def _submit_buffered(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> bool:
+        """Write a GPU's state from the kept buffer, if it is free and the host has the memory to keep it."""
+        self._raise_failures()
+        size = self._buffer.count(tensors_in(state))
+        is_free = self._buffered is None or self._buffered.done()
+        if not size or not is_free or size - self._buffer.size > psutil.virtual_memory().available * KEPT_SHARE:
+            return False
+        self._buffer.begin(size)
+        kept = snapshot(state, self._buffer)
+        self._buffer.wait()
+        self._buffered = self._writer.submit(write, kept)
+        self._pending.append(self._buffered)
+        return True
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []

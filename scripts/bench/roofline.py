@@ -36,7 +36,7 @@ PRODIGY_RISES, PRODIGY_RESTS = 52, 40
 NORM = 4
 """Bytes a parameter of the gradient norm."""
 CASTS = 14
-"""Bytes a weight of a product: float32 to bf16 (4 + 2); the gradient in bf16, read and written in float32 (2 + 2 + 4)."""
+"""Bytes a weight of a product: float32 to bf16 (4 + 2); its gradient in bf16, then in float32 (2 + 2 + 4)."""
 STATE = 24
 """Bytes a parameter: weight, gradient, and Prodigy's four states."""
 
@@ -173,9 +173,11 @@ def format_parts(gpus: tuple[Gpu, ...] = (RTX_4090, H100)) -> Iterator[str]:
 def format_sizes(gpus: tuple[Gpu, ...] = (RTX_4090, H100)) -> Iterator[str]:
     """Sums of a step by batch size, and what share of the peak's operations they are."""
     model = Model()
-    yield "| batch | positions | TFLOP | " + " | ".join(
-        f"{gpu.name}: ms at the peak | at 70% of it | MFU | optimizer" for gpu in gpus
-    ) + " |"
+    yield (
+        "| batch | positions | TFLOP | "
+        + " | ".join(f"{gpu.name}: ms at the peak | at 70% of it | MFU | optimizer" for gpu in gpus)
+        + " |"
+    )
     yield "|---:|---:|---:|" + "---:|" * 4 * len(gpus)
     for size in (4, 8, 16, 32):
         batch = Batch(size)

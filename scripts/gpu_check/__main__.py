@@ -4,8 +4,8 @@
     python -m scripts.gpu_check --out FOLDER --only ceilings table    # some of them
     python -m scripts.gpu_check --out FOLDER --tiny                   # all of them on a CPU, in a minute
 
-After each stage FOLDER has its figures in STAGE.json and its output in STAGE.log, all figures in gpu_check.json, and one
-page in report.md: what held, what missed which goal, and where the time went. What is cut off loses one stage only.
+After each stage FOLDER has its figures in STAGE.json, its output in STAGE.log, all figures in gpu_check.json, and a page
+in report.md: what held, what missed which goal, and where the time went. What is cut off loses one stage only.
 `scripts/records/gpu_check.json` is the record that docs/benchmarks.md shows.
 """
 
@@ -70,7 +70,7 @@ def start(name: str, out: Path, limit: float, tiny: bool, cache: Path) -> dict[s
 
 
 def run_process(command: Sequence[str], base: Path, limit: float, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run a command that writes `base`.json; returns that record, with the reason as `failed` if it did not end well."""
+    """Run a command that writes `base`.json; returns that record, with `failed` if the command did not end well."""
     result, output = base.with_suffix(".json"), base.with_suffix(".log")
     result.unlink(missing_ok=True)
     with open(output, "w", encoding="utf-8") as log:
@@ -136,7 +136,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--limit", type=float, default=570.0, metavar="SECONDS", help="for all stages (default: 570)")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument(
+        "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to test this script")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -15,10 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from scripts.gpu_check.timing import DEVICE, measure_ms, synchronize
-from trainer.acceleration import apply, detect, plan
+from trainer.acceleration import RunSize, apply, detect, plan
 from trainer.config import TrainConfig
 from trainer.memory import available_memory
-from trainer.state import RunSize
 
 PACKAGES = ("triton", "prodigyopt", "pydantic", "optuna", "numpy", "psutil")
 
@@ -26,17 +25,25 @@ PACKAGES = ("triton", "prodigyopt", "pydantic", "optuna", "numpy", "psutil")
 def ceilings(tiny: bool) -> dict[str, Any]:
     """Versions and device; bandwidth of a copy, operations a second of a bf16 product; widths of heads; attention."""
     record = describe_environment()
-    size, width = (1 << 16, 256) if tiny else (1 << 28, 8192)
-    source = torch.ones(size, device=DEVICE)
-    target = torch.empty_like(source)
-    record["copy_bytes_a_second"] = 2e3 * source.nbytes / measure_ms(lambda: target.copy_(source))
-    del source, target
-    a = torch.randn(width, width, device=DEVICE, dtype=torch.bfloat16)
-    record["bf16_flops"] = 2e3 * width**3 / measure_ms(lambda: a @ a)
+    record["copy_bytes_a_second"], record["bf16_flops"] = time_copy(tiny), time_product(tiny)
     record["head_ms"] = {str(columns): time_head(columns, tiny) for columns in (8194, 8256, 12001, 12032)}
     apply(plan(detect(), TrainConfig(steps=1), RunSize(1, 1, 1.0, 1)))
     record["attention_ms"] = {str(dropout): time_lengths(dropout, tiny) for dropout in (0.0, 0.1)}
     return record
+
+
+def time_copy(tiny: bool) -> float:
+    """Bytes a second, read and written."""
+    source = torch.ones(1 << (16 if tiny else 28), device=DEVICE)
+    target = torch.empty_like(source)
+    return 2e3 * source.nbytes / measure_ms(lambda: target.copy_(source))
+
+
+def time_product(tiny: bool) -> float:
+    """Operations a second of a square bf16 product."""
+    width = 256 if tiny else 8192
+    a = torch.randn(width, width, device=DEVICE, dtype=torch.bfloat16)
+    return 2e3 * width**3 / measure_ms(lambda: a @ a)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -57,8 +64,9 @@ def describe_environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             record["packages"][name] = None
     if DEVICE == "cuda":
-        record |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        record |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
         record["uuid"] = str(torch.cuda.get_device_properties().uuid)
+        record["allocator"] = torch.cuda.memory._snapshot()["allocator_settings"]
     return record
 
 
@@ -69,7 +77,9 @@ def time_head(columns: int, tiny: bool) -> list[float]:
         torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
         for shape in ((rows, width), (columns, width), (rows, columns))
     )
-    return [measure_ms(product) for product in (lambda: x @ weight.t(), lambda: gradient @ weight, lambda: gradient.t() @ x)]
+    return [
+        measure_ms(product) for product in (lambda: x @ weight.t(), lambda: gradient @ weight, lambda: gradient.t() @ x)
+    ]
 
 
 def time_lengths(dropout: float, tiny: bool) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def time_lengths(dropout: float, tiny: bool) -> dict[str, Any]:
         synchronize()
         started = time.perf_counter()
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        output.sum().backward()
+        torch.autograd.backward(output.sum())
         synchronize()
         times.append(round(1e3 * (time.perf_counter() - started), 3))
         kernel = type(output.grad_fn).__name__

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from typing import Any
 
+import prodigyopt
 import torch
 
 from scripts.bench.roofline import NORM, PRODIGY_RESTS, PRODIGY_RISES
@@ -31,7 +33,7 @@ def compare(slice_p: int, tiny: bool) -> dict[str, Any]:
         "d_differs_by": max(abs(a - b) / b for a, b in zip(our_d, their_d, strict=True)),
         "nan_skipped": all(after_nan) and all(bool(p.isfinite().all()) for p in ours),
         "d": our_d[-1],
-        "steps_at_rest": sum(a == b for a, b in zip(our_d, our_d[1:], strict=False)),
+        "steps_at_rest": sum(a == b for a, b in itertools.pairwise(our_d)),
     }
 
 
@@ -58,30 +60,34 @@ def optimizer(tiny: bool) -> dict[str, Any]:
     params = list(build_workload(tiny).build_model().to(DEVICE).parameters())
     for p in params:
         p.grad = torch.randn_like(p) * 1e-5
-    grads = [p.grad for p in params if p.grad is not None]
     number = sum(p.numel() for p in params)
     record: dict[str, Any] = {"parameters": number, "tensors": len(params)}
     record["bytes"] = {"rests": (PRODIGY_RESTS + NORM) * number, "rises": (PRODIGY_RISES + NORM) * number}
-    record["sign_ms"] = measure_ms(lambda: torch._foreach_neg_(grads))
     for slice_p in (1, 11):
-        prodigy = Prodigy(params, weight_decay=0.01, slice_p=slice_p)
-        record[f"norm_ms, slice_p {slice_p}"] = measure_ms(prodigy.grad_norm)
-        record[f"rises_ms, slice_p {slice_p}"] = measure_ms(lambda: update(prodigy, lr=1.0, max_grad_norm=1.0))
-        for group in prodigy.param_groups:
-            group.update(d=1e-3, d_max=1e-3, d_hat=0.0)
-
-        def rest() -> None:
-            torch._foreach_neg_(grads)
-            update(prodigy, lr=1.0, max_grad_norm=1.0)
-
-        record[f"rests_ms, slice_p {slice_p}"] = measure_ms(rest) - record["sign_ms"]
-        del prodigy
-    adamw = torch.optim.AdamW(params, 1e-4, fused=True)
-    record["adamw_ms"] = measure_ms(lambda: update(adamw, lr=1e-4, max_grad_norm=1.0))
-    del adamw
-    import prodigyopt
-
+        times = time_prodigy(params, slice_p)
+        record |= {f"{name}, slice_p {slice_p}": ms for name, ms in times.items()}
+    record["adamw_ms"] = time_update(torch.optim.AdamW(params, 1e-4, fused=True), lr=1e-4)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = prodigyopt.Prodigy(params)
     record["prodigyopt_ms"] = measure_ms(theirs.step, runs=3, warm_up=1)
     return record
+
+
+def time_update(optimizer: Any, lr: float = 1.0) -> float:
+    return measure_ms(lambda: update(optimizer, lr=lr, max_grad_norm=1.0))
+
+
+def time_prodigy(params: list[torch.nn.Parameter], slice_p: int) -> dict[str, float]:
+    """Milliseconds of the norm, and of an update while d rises and while it rests."""
+    optimizer = Prodigy(params, weight_decay=0.01, slice_p=slice_p)
+    grads = [p.grad for p in params if p.grad is not None]
+    times = {"norm_ms": measure_ms(optimizer.grad_norm), "rises_ms": time_update(optimizer)}
+    for group in optimizer.param_groups:
+        group.update(d=1e-3, d_max=1e-3, d_hat=0.0)
+
+    def rest() -> None:
+        torch._foreach_neg_(grads)  # with gradients of one sign d would rise
+        update(optimizer, lr=1.0, max_grad_norm=1.0)
+
+    sign = measure_ms(lambda: torch._foreach_neg_(grads))
+    return times | {"rests_ms": measure_ms(rest) - sign}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -55,7 +56,7 @@ def run(times: Times, tiny: bool, folder: Path, *, resume: Path | str = "auto", 
 
 
 def checkpoint(tiny: bool) -> dict[str, Any]:
-    """How long a checkpoint stalls training and takes to write; the steps after a continuation against those without."""
+    """How long a checkpoint stalls training and is written; the losses after a continuation against those without."""
     with tempfile.TemporaryDirectory() as folder, logged_lines() as lines:
         whole, later = Times(), Times()
         run(whole, tiny, Path(folder, "whole"), save_every=SAVE_EVERY, keep_checkpoints=3)
@@ -63,7 +64,7 @@ def checkpoint(tiny: bool) -> dict[str, Any]:
         size, started = path.stat().st_size, time.perf_counter()
         run(later, tiny, Path(folder, "later"), resume=path)
         resumed = later.starts[0] - started
-    gaps = [after - before for before, after in zip(whole.starts, whole.starts[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(whole.starts)]
     # The first steps compile kernels; a gap after a save holds the save and a step.
     saves = [gaps[step] for step in range(SAVE_EVERY, STEPS, SAVE_EVERY)]
     rest = [gap for step, gap in enumerate(gaps) if step > 2 and step % SAVE_EVERY]
@@ -93,14 +94,17 @@ def out_of_memory(tiny: bool) -> dict[str, Any]:
     record["estimate_s"] = round(time.perf_counter() - started, 1)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            many = {} if DEVICE == "cpu" else {"batch_size": 1024}
+            many: dict[str, Any] = {} if DEVICE == "cpu" else {"batch_size": 1024}
             run(Times(fail_before=3 if DEVICE == "cpu" else None), tiny, Path(folder, "fails"), **many)
             record["error"] = ""
         except RuntimeError as error:
             record |= {"error": str(error)[:300], "recognized": is_out_of_memory(error)}
         release_memory()
         if DEVICE == "cuda":
-            record["left_bytes"] = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+            record["left_bytes"] = {
+                "allocated": torch.cuda.memory_allocated(),
+                "reserved": torch.cuda.memory_reserved(),
+            }
         after = Times()
         run(after, tiny, Path(folder, "after"), steps=3)
     record["losses_after"] = after.losses

@@ -30,6 +30,11 @@ def table(tiny: bool, save: Callable[[dict[str, Any]], None] = lambda record: No
     # Its rows are processes of their own.
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     only = ["baseline"] if tiny else ["cumulative", "trainer"]
-    bench = Bench(spec, rounds=1, steps=2 if tiny else 10, only=only, report=lambda line: (print(line), save(bench.result())))
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        save(bench.result())
+
+    bench = Bench(spec, rounds=1, steps=2 if tiny else 10, only=only, report=report)
     bench.run()
     return bench.result()

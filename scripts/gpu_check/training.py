@@ -85,7 +85,11 @@ class Watch:
     def count_wait(self, message: Warning | str, *_: Any, **__: Any) -> None:
         """In place of `warnings.showwarning`."""
         if "synchroniz" in str(message):
-            frames = [frame for frame in traceback.extract_stack() if not frame.filename.endswith(("training.py", "warnings.py"))]
+            frames = [
+                frame
+                for frame in traceback.extract_stack()
+                if not frame.filename.endswith(("training.py", "warnings.py"))
+            ]
             place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
             self.waits[place] = self.waits.get(place, 0) + 1
 
@@ -141,12 +145,12 @@ def measure_run(
     log_every = 6 if tiny else log_every
     if tiny and compile == "on":
         # The graph alone: code for a CPU takes a minute.
-        torch.compile = functools.partial(torch.compile, backend="eager")  # type: ignore[assignment]
+        torch.compile = functools.partial(torch.compile, backend="eager")
     workload = build_workload(tiny, **options)
     watch = Watch(log_every, intervals * log_every)
     config = TrainConfig(
         steps=10**6, batch_size=batch_size, compile=compile, log_every=log_every, save_every=None, device=DEVICE
-    )  # type: ignore[arg-type]
+    )
     counters.clear()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -183,9 +187,9 @@ def figures(watch: Watch, flops_per_sample: float, batch_size: int, lines: list[
         gpu, memory = find_gpu(torch.cuda.get_device_name()), torch.cuda.memory_stats()
         if gpu and timed:
             record["mfu"] = record["flops_a_second"] / gpu.flops
-        record["peak_bytes"] = {
-            kind: memory[f"{kind}_bytes.all.peak"] for kind in ("allocated", "reserved")
-        } | {"retries": memory["num_alloc_retries"]}
+        record["peak_bytes"] = {kind: memory[f"{kind}_bytes.all.peak"] for kind in ("allocated", "reserved")} | {
+            "retries": memory["num_alloc_retries"]
+        }
     return record
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from scripts.bench.roofline import Model, count_flops
 from studies.indextts2 import IndexTTS2
@@ -53,8 +54,8 @@ class Utterances:
 class Synthetic(IndexTTS2):
     """The published size by default."""
 
-    train_manifests: Annotated[list[str], Role.FREE] = ["made-up"]
-    val_manifests: Annotated[list[str], Role.FREE] = ["made-up"]
+    train_manifests: Annotated[list[str], Role.FREE] = Field(["made-up"])
+    val_manifests: Annotated[list[str], Role.FREE] = Field(["made-up"])
     gpt: GPTConfig | None = GPTConfig()
     num_samples: PositiveInt = 4096
 

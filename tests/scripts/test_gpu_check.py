@@ -120,8 +120,28 @@ def test_kernels_are_sorted_by_their_names() -> None:
 
 
 # What a borrowed GPU machine may lack: everything that is no part of the trainer and of trials.
-LACKING = """aim optuna_dashboard rich typer click markdown_it plotly scipy tomli_w yaml safetensors
-sentencepiece pynvml matplotlib transformers lightning sklearn konlpy tensorboard wandb""".split()
+LACKING = [
+    "aim",
+    "optuna_dashboard",
+    "rich",
+    "typer",
+    "click",
+    "markdown_it",
+    "plotly",
+    "scipy",
+    "tomli_w",
+    "yaml",
+    "safetensors",
+    "sentencepiece",
+    "pynvml",
+    "matplotlib",
+    "transformers",
+    "lightning",
+    "sklearn",
+    "konlpy",
+    "tensorboard",
+    "wandb",
+]
 
 
 def test_check_needs_neither_aim_nor_dashboards() -> None:

@@ -14,7 +14,9 @@ from trainer.acceleration import Capabilities, RunSize, allocator_settings, appl
 
 GB = 10**9
 DEVICES = {
-    "RTX 4090": Capabilities("cuda", "RTX 4090", cores=16, memory=24 * GB, compute_capability=(8, 9), multiprocessors=128),
+    "RTX 4090": Capabilities(
+        "cuda", "RTX 4090", cores=16, memory=24 * GB, compute_capability=(8, 9), multiprocessors=128
+    ),
     "A100": Capabilities("cuda", "A100", cores=32, memory=80 * GB, compute_capability=(8, 0), multiprocessors=108),
     "H100": Capabilities("cuda", "H100", cores=26, memory=80 * GB, compute_capability=(9, 0), multiprocessors=132),
     "RTX 2080": Capabilities("cuda", "RTX 2080", cores=8, memory=8 * GB, compute_capability=(7, 5), multiprocessors=46),
@@ -96,9 +98,7 @@ def test_slow_gpu_repays_compilation_in_fewer_steps() -> None:
     ("capability", "multiprocessors", "peak"),
     [((8, 0), 108, 312e12), ((8, 6), 82, 71e12), ((8, 9), 128, 165e12), ((9, 0), 132, 989e12), ((12, 0), 170, 210e12)],
 )
-def test_speed_of_a_gpu_is_near_its_data_sheet(
-    capability: tuple[int, int], multiprocessors: int, peak: float
-) -> None:
+def test_speed_of_a_gpu_is_near_its_data_sheet(capability: tuple[int, int], multiprocessors: int, peak: float) -> None:
     device = replace(DEVICES["A100"], compute_capability=capability, multiprocessors=multiprocessors)
     assert 0.25 * peak < sustained_flops(device, bf16=True, tf32=True) < 0.6 * peak
 

@@ -4,6 +4,7 @@ Triton is imported; prints how far parameters and d are from those of PyTorch's 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 
 import torch
@@ -52,7 +53,7 @@ def main(slice_p: int) -> None:
     (ours, our_d), (theirs, their_d) = (replay(use_kernels, slice_p) for use_kernels in (True, False))
     parameters = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
     d = max(abs(a - b) / b for a, b in zip(our_d, their_d, strict=True))
-    rests = sum(a == b for a, b in zip(our_d, our_d[1:], strict=False))
+    rests = sum(a == b for a, b in itertools.pairwise(our_d))
     print(Interpreted.launches, parameters, d, rests, our_d[NAN_STEP] == our_d[NAN_STEP - 1])
 
 
