@@ -37,6 +37,11 @@ NORM = 4
 """Bytes a parameter of the gradient norm."""
 CASTS = 14
 """Bytes a weight of a product: float32 to bf16 (4 + 2); its gradient in bf16, then in float32 (2 + 2 + 4)."""
+PRODIGYOPT = 130
+"""The same of prodigyopt: some twenty passes, counted in its source."""
+PAGEABLE, PAGE_LOCKED = 4e9, 25e9
+"""Bytes a second from the GPU into host memory."""
+SAVE_EVERY = 1000
 STATE = 24
 """Bytes a parameter: weight, gradient, and Prodigy's four states."""
 
@@ -149,6 +154,26 @@ def step_ms(model: Model, batch: Batch, gpu: Gpu, *, compiled: bool = True, shar
     return {name: 1e3 * value for name, value in seconds.items()}
 
 
+def savings_ms(model: Model, batch: Batch, gpu: Gpu) -> dict[str, float]:
+    """Milliseconds a step that each measure is expected to save, most on a 4090 first."""
+    weights, moved = model.blocks + model.width * (model.text_tokens + model.codes), model.parameters / gpu.bandwidth
+    eager, compiled = (activation_bytes(model, batch, compiled=each) for each in (False, True))
+    snapshot = (STATE - 4) * model.parameters * (1 / PAGEABLE - 1 / PAGE_LOCKED) / SAVE_EVERY
+    seconds = {
+        "our Prodigy in place of prodigyopt": (PRODIGYOPT - PRODIGY_RESTS) * moved,
+        "compilation: bytes of activations": (eager - compiled) / gpu.bandwidth,
+        "casting weights once a step, for each further micro-batch": 6 * weights / gpu.bandwidth,
+        "heads padded to multiples of 64, if they ran at a third": 2 * batch_flops(model, batch)["heads"] / gpu.flops,
+        "page-locked snapshots, every 1,000 steps": snapshot,
+    }
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def validation_seconds(model: Model, gpu: Gpu, *, samples: int, share: float = 0.4) -> float:
+    """Seconds of a validation in eager mode: forward only, a third of a step's operations."""
+    return sum(batch_flops(model, Batch(samples)).values()) / 3 / gpu.flops / share
+
+
 def utilization(model: Model, batch: Batch, gpu: Gpu, seconds: float) -> float:
     """Model FLOPs utilization of a step of that length: needed operations over the peak's."""
     return sum(batch_flops(model, batch).values()) / gpu.flops / seconds
@@ -193,5 +218,14 @@ def format_sizes(gpus: tuple[Gpu, ...] = (RTX_4090, H100)) -> Iterator[str]:
         yield f"| {size} | {batch.positions:,} | {flops / 1e12:.1f} | " + " | ".join(cells) + " |"
 
 
+def format_savings(gpus: tuple[Gpu, ...] = (RTX_4090, H100)) -> Iterator[str]:
+    """What each measure saves at batch size 8."""
+    savings = [savings_ms(Model(), Batch(), gpu) for gpu in gpus]
+    yield "| expected to save, ms a step | " + " | ".join(gpu.name for gpu in gpus) + " |"
+    yield "|---|" + "---:|" * len(gpus)
+    for name in savings[0]:
+        yield f"| {name} | " + " | ".join(f"{each[name]:.1f}" for each in savings) + " |"
+
+
 if __name__ == "__main__":
-    print("\n".join([*format_parts(), "", *format_sizes()]))
+    print("\n".join([*format_parts(), "", *format_sizes(), "", *format_savings()]))

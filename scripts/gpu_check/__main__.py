@@ -4,8 +4,8 @@
     python -m scripts.gpu_check --out FOLDER --only ceilings table    # some of them
     python -m scripts.gpu_check --out FOLDER --tiny                   # all of them on a CPU, in a minute
 
-After each stage FOLDER has its figures in STAGE.json, its output in STAGE.log, all figures in gpu_check.json, and a page
-in report.md: what held, what missed which goal, and where the time went. What is cut off loses one stage only.
+After each stage FOLDER has its figures in STAGE.json, its output in STAGE.log, all figures in gpu_check.json, and
+a page in report.md: what held, what missed which goal, and where the time went. What is cut off loses one stage only.
 `scripts/records/gpu_check.json` is the record that docs/benchmarks.md shows.
 """
 

@@ -66,7 +66,7 @@ def describe_environment() -> dict[str, Any]:
     if DEVICE == "cuda":
         record |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
         record["uuid"] = str(torch.cuda.get_device_properties().uuid)
-        record["allocator"] = torch.cuda.memory._snapshot()["allocator_settings"]
+        record["allocator"] = torch.cuda.memory._snapshot().get("allocator_settings")
     return record
 
 
