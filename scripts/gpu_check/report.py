@@ -115,6 +115,8 @@ def format_page(stages: Mapping[str, Record], head: Record) -> Iterator[str]:
 
 
 def _speeds(stages: Mapping[str, Record]) -> Iterator[str]:
+    if not any("first_step_s" in record for record in stages.values()):
+        return
     yield ""
     yield "| run | ms a step | MFU | TFLOP/s | graphs | first step, s | kernels a step | busy | peak, GB |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"

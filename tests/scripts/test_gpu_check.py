@@ -156,6 +156,15 @@ import tuner.bench.table, tuner.bench.measurement, tuner.study.objective
     check.subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
 
+def test_table_is_saved_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A row's process that fails at once: the loop around it is what counts.
+    monkeypatch.setattr("tuner.bench.table.CHILD", python("raise SystemExit('no device')"))
+    saved: list[Any] = []
+    record = table.table(True, saved.append)
+    assert [row["name"] for row in record["rows"]] == ["baseline"] and saved == [record]
+    assert "no device" in record["rows"][0]["note"]
+
+
 @pytest.mark.slow
 def test_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
     record = check.run_all(list(check.STAGES), tmp_path, 900, tiny=True)

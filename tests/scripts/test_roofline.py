@@ -81,7 +81,7 @@ def test_compilation_saves_at_least_what_the_plan_assumes() -> None:
     assert activation_bytes(MODEL, BATCH, compiled=True) < activation_bytes(MODEL, BATCH, compiled=False)
     for gpu in (RTX_4090, H100):
         eager = sum(step_ms(MODEL, BATCH, gpu, compiled=False, share=0.7).values())
-        assert 0.9 * COMPILE_GAIN < savings_ms(MODEL, BATCH, gpu)["compilation: bytes of activations"] / eager
+        assert savings_ms(MODEL, BATCH, gpu)["compilation: bytes of activations"] / eager > 0.9 * COMPILE_GAIN
 
 
 def test_gpu_is_found_by_its_name() -> None:
