@@ -24,6 +24,7 @@ BUDGETS = ("1/16", "1/8", "1/4", "1/2", "1", "2")
 """Compute of a search, in full runs, as its record has them."""
 QUARTER = BUDGETS.index("1/4")
 NOT_RECORDED = "Not measured yet."
+NOT_ON_A_GPU = "Not run on a GPU yet."
 
 
 def format_spread(values: Record, scale: float = 1.0, digits: int = 0) -> str:
@@ -149,6 +150,29 @@ def format_correlations(record: Record) -> Iterator[str]:
         yield f"| {rows[0]['loss']}, 1/{rows[0]['share']} | {' | '.join(cells)} |"
 
 
+def format_gpu_check(record: Record) -> Iterator[str]:
+    """The goals of `python -m scripts.gpu_check`."""
+    if not record:
+        yield NOT_ON_A_GPU
+        return
+    yield format_source(record, "each figure from one run")
+    yield ""
+    yield "| goal | wanted | found | |"
+    yield "|---|---|---|---|"
+    for goal in record["goals"]:
+        verdict = {True: "held", False: "**missed**", None: ""}[goal["held"]]
+        yield f"| {goal['goal']} | {goal['wanted']} | {goal['found']} | {verdict} |"
+
+
+def format_gpu_bench(record: Record) -> Iterator[str]:
+    """The users' table, from the same record."""
+    bench = record.get("stages", {}).get("table", {})
+    if "rows" in bench:
+        yield from format_bench(bench)
+    else:
+        yield NOT_ON_A_GPU
+
+
 def format_bench(record: Record) -> Iterator[str]:
     yield format_source(
         record, f"batches of {record['batch_size']}, medians of {record['rounds']} rounds of {record['steps']} steps"
@@ -256,6 +280,8 @@ TABLES: dict[str, tuple[Callable[..., Iterator[str]], list[str]]] = {
     "training": (format_training, ["training_cpu"]),
     "end_to_end": (format_end_to_end, ["end_to_end_cpu"]),
     "bench": (format_bench, ["bench_cpu"]),
+    "gpu_check": (format_gpu_check, ["gpu_check"]),
+    "gpu_bench": (format_gpu_bench, ["gpu_check"]),
     "search": (format_search, ["search"]),
     "correlations": (format_correlations, ["search"]),
 }
@@ -263,9 +289,9 @@ TABLES: dict[str, tuple[Callable[..., Iterator[str]], list[str]]] = {
 
 
 def read_record(name: str) -> Record:
-    """An empty record if the search is not measured yet."""
+    """An empty record if the search or the GPU is not measured yet."""
     path = RECORDS / f"{name}.json"
-    if name == "search" and not path.exists():
+    if name in ("search", "gpu_check") and not path.exists():
         return {}
     record: Record = json.loads(path.read_text(encoding="utf-8"))
     return record

@@ -22,12 +22,18 @@ from trainer.workload import Dataset
 log = logging.getLogger(__name__)
 
 # Rough, cautious figures, used only to decide whether the remaining steps repay the compilation.
-# Operations per second that a transformer's training step sustains on a GPU, with and without bf16.
-BF16_FLOPS, FP32_FLOPS = 40e12, 8e12
+BF16_RATES = {(8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
+"""Operations a cycle of a multiprocessor in bf16 products with float32 sums, from this compute capability on."""
+FP32_RATE = 128
+"""The same in float32 without TF32, which takes half the rate of bf16."""
+CLOCK = 1.8e9
+SUSTAINED_SHARE = 0.4
+"""The share of the peak that a transformer's training step sustains."""
 FLOPS_PER_PARAMETER = 6
 """For each token, forward and backward."""
-COMPILE_GAIN = 0.2
-"""The share of a GPU's step that compiled code saves, by fusing the operations between the matrix products."""
+COMPILE_GAIN = 0.07
+"""The share of a GPU's step that compiled code saves, by fusing the operations between the matrix products: from the
+bytes that it does not move (docs/gpu.md)."""
 COMPILE_SECONDS, COMPILE_SECONDS_PER_TENSOR = 10.0, 0.7
 WARM_SHARE = 0.25
 """Share of the compilation time that is needed if the code is cached on disk."""
@@ -47,6 +53,8 @@ class Capabilities:
     memory: int
     """Bytes: the GPU's own, or the machine's."""
     compute_capability: tuple[int, int] = (0, 0)
+    multiprocessors: int = 80
+    """Of a GPU."""
     amx_bf16: bool = False
     avx512_bf16: bool = False
     compiler: bool = True
@@ -143,6 +151,8 @@ def detect(device: str = "auto") -> Capabilities:
             avx512_bf16="avx512_bf16" in flags,
             compiler=any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
         )
+    # Before the first tensor on the device: the allocator reads it once.
+    os.environ.update(allocator_settings(os.environ))
     properties = torch.cuda.get_device_properties()
     return Capabilities(
         "cuda",
@@ -150,8 +160,24 @@ def detect(device: str = "auto") -> Capabilities:
         cores=cores,
         memory=properties.total_memory,
         compute_capability=(properties.major, properties.minor),
+        multiprocessors=properties.multi_processor_count,
         compiler=importlib.util.find_spec("triton") is not None and properties.major >= 7,
     )
+
+
+def allocator_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for CUDA's caching allocator: segments that grow, because the lengths of batches vary, and fixed ones
+    would be lost to fragmentation. Nothing if the user has set any."""
+    if environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def sustained_flops(capabilities: Capabilities, *, bf16: bool, tf32: bool) -> float:
+    """Operations a second that a transformer's training step sustains on a GPU. Rough."""
+    known = [rate for capability, rate in BF16_RATES.items() if capability <= capabilities.compute_capability]
+    rate = known[-1] if known and bf16 else known[-1] // 2 if known and tf32 else FP32_RATE
+    return SUSTAINED_SHARE * CLOCK * capabilities.multiprocessors * rate
 
 
 def plan(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> AccelerationPlan:
@@ -165,9 +191,9 @@ def plan(capabilities: Capabilities, config: TrainConfig, size: RunSize) -> Acce
     precision, precision_why = choose_precision(capabilities, config, size.num_parameters)
     bf16 = precision == "bf16"
     sdpa, sdpa_why = _attention(capabilities, config, bf16)
-    compiled, compile_why = _compile(capabilities, config, size, bf16)
-    num_workers, workers_why = _workers(capabilities, config, size)
     tf32 = cuda and (ampere if config.tf32 is None else config.tf32)
+    compiled, compile_why = _compile(capabilities, config, size, sustained_flops(capabilities, bf16=bf16, tf32=tf32))
+    num_workers, workers_why = _workers(capabilities, config, size)
     benchmark = cuda and config.cudnn_benchmark is not False
     pin_memory = cuda and config.pin_memory is not False
     # Tensor cores need multiples of 8. Compiled code then sees few shapes, too.
@@ -229,7 +255,7 @@ def _attention(capabilities: Capabilities, config: TrainConfig, bf16: bool) -> t
     return ("efficient", "math"), reason
 
 
-def _compile(capabilities: Capabilities, config: TrainConfig, size: RunSize, bf16: bool) -> tuple[bool, str]:
+def _compile(capabilities: Capabilities, config: TrainConfig, size: RunSize, flops_a_second: float) -> tuple[bool, str]:
     missing = "Triton" if capabilities.kind == "cuda" else "a C++ compiler"
     if config.compile == "on" and not capabilities.compiler:
         raise UserError(f'train.compile "on" needs {missing}, which is not installed: install it or use "auto".')
@@ -244,7 +270,7 @@ def _compile(capabilities: Capabilities, config: TrainConfig, size: RunSize, bf1
         left, run = size.remaining_seconds or 0.0, f"{size.remaining_seconds or 0:.0f} s"
     else:
         flops = FLOPS_PER_PARAMETER * size.num_parameters * size.tokens_per_step
-        left = size.remaining_steps * flops / (BF16_FLOPS if bf16 else FP32_FLOPS)
+        left = size.remaining_steps * flops / flops_a_second
         run = f"{size.remaining_steps:,} steps"
     cost = compile_seconds(size)
     what = f"about {cost:.0f} s of {'loading compiled code' if size.compiled_before else 'compilation'}"
@@ -287,6 +313,7 @@ def apply(plan: AccelerationPlan) -> None:
     torch.backends.cuda.enable_flash_sdp("flash" in plan.sdpa)
     torch.backends.cuda.enable_mem_efficient_sdp("efficient" in plan.sdpa)
     torch.backends.cuda.enable_math_sdp("math" in plan.sdpa)
-    torch.backends.cuda.enable_cudnn_sdp("flash" in plan.sdpa)
+    # cuDNN builds a plan for each new length, and lengths change at every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for topic, line in plan.log_lines().items():
         log.info("%s", line, extra={"topic": topic})

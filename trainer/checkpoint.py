@@ -29,6 +29,7 @@ from trainer.checkpoint_file import (
     write_checkpoint,
 )
 from trainer.errors import UserError
+from trainer.host_buffer import HostBuffer
 from trainer.locks import is_locked, lock_folder
 from trainer.run_folder import (
     BEST,
@@ -73,6 +74,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+KEPT_SHARE = 1 / 3
+"""Share of the free host memory that may be kept for snapshots of a GPU's state."""
 RETRY_S, MAX_RETRY_S = 2.0, 60.0
 """Seconds until a failed write is tried again: doubled each time, up to the second number."""
 GIVE_UP_S = 600.0
@@ -161,6 +164,9 @@ class Checkpoints:
         self._unjudged: list[int] = []
         """Steps of the states after it."""
         self._unreadable: set[Path] = set()
+        self._buffer = HostBuffer()
+        self._buffered: Future[None] | None = None
+        """The write of the snapshot in the buffer."""
         self._has_warned = False
         delete_unfinished(run_dir)
 
@@ -170,6 +176,7 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._closing.set()
         self._writer.shutdown(wait=True)
+        self._buffer.close()
         if kind is None:
             self._wait()
 
@@ -209,7 +216,13 @@ class Checkpoints:
         Raises:
             UserError: The disk refused all writes for `GIVE_UP_S`.
         """
-        self._submit({**state, "known_good": self._good}, lambda kept: self._write_step(kept, (*also, LATEST)))
+
+        def write(kept: dict[str, Any]) -> None:
+            self._write_step(kept, (*also, LATEST))
+
+        marked = {**state, "known_good": self._good}
+        if not self._submit_buffered(marked, write):
+            self._submit(marked, write)
         self._unjudged.append(state["step"])
 
     def save_weights(self, state: dict[str, Any], names: Sequence[str]) -> None:
@@ -242,6 +255,20 @@ class Checkpoints:
             self._write(state, write)
         else:
             self._pending.append(self._writer.submit(self._write, snapshot(state), write))
+
+    def _submit_buffered(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> bool:
+        """Write a GPU's state from the kept buffer, if it is free and the host has the memory to keep it."""
+        self.check()
+        size = self._buffer.count(tensors_in(state))
+        is_free = self._buffered is None or self._buffered.done()
+        if not size or not is_free or size - self._buffer.size > psutil.virtual_memory().available * KEPT_SHARE:
+            return False
+        self._buffer.begin(size)
+        kept = snapshot(state, self._buffer)
+        self._buffer.wait()
+        self._buffered = self._writer.submit(self._write, kept, write)
+        self._pending.append(self._buffered)
+        return True
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []

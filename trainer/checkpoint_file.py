@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError, first_line
+from trainer.host_buffer import HostBuffer
 from trainer.units import format_bytes
 
 TEMPORARY = ".tmp"
@@ -73,14 +74,19 @@ def num_bytes(tree: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
 
-def snapshot(tree: Any) -> Any:
-    """A copy of `tree` in host memory that later steps can't change."""
+def snapshot(tree: Any, buffer: HostBuffer | None = None) -> Any:
+    """A copy of `tree` in host memory that later steps can't change.
+
+    Args:
+        buffer: Takes the tensors of a GPU; they are valid after its `wait`.
+    """
     if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
+        kept = None if buffer is None else buffer.copy(tree)
+        return tree.detach().to("cpu", copy=True) if kept is None else kept
     if isinstance(tree, dict):
-        return {key: snapshot(value) for key, value in tree.items()}
+        return {key: snapshot(value, buffer) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(snapshot(value) for value in tree)
+        return type(tree)(snapshot(value, buffer) for value in tree)
     return copy.deepcopy(tree)
 
 

@@ -46,6 +46,8 @@ class TrainingLoss:
         self._expected_seconds = expected_seconds
         self._waiting = compile
         self._compiled: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+        self._ones: set[tuple[str, int]] = set()
+        """The axes of length 1 of the compiled graph. torch compiles these as constants, never as symbols."""
         if compile:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
             # All models of a process share one limit on graphs. Those of earlier trials are no longer needed.
@@ -61,7 +63,9 @@ class TrainingLoss:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of `Workload.loss_sums`. Raises UserError if a graph is required and compilation fails."""
-        if self._compiled is None:
+        ones = {(name, axis) for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape) if size == 1}
+        # A last micro-batch of one sample, or all but one of a batch damaged: not worth a graph of its own.
+        if self._compiled is None or (not self._waiting and ones != self._ones):
             return self._eager(inputs)
         started = time.perf_counter()
         if self._waiting:
@@ -78,7 +82,7 @@ class TrainingLoss:
             self._compiled = None
             return self._eager(inputs)
         if self._waiting:
-            self._waiting = False
+            self._waiting, self._ones = False, ones
             log.info("compiled in %.1f s", time.perf_counter() - started)
             mark = _mark(self._workload, self._model)
             with suppress(OSError):  # an unwritable folder: the next run compiles again

@@ -35,7 +35,8 @@ def compilations() -> tuple[int, int]:
 def toy_losses(folder: Path, name: str, **changes: Any) -> list[float]:
     """The training loss of each of 20 steps of the toy model, of many lengths."""
     recorder = Losses()
-    config = TrainConfig(steps=20, batch_size=4, precision="fp32", device="cpu", d0=1e-4, log_every=1, **changes)
+    settings = {"steps": 20, "batch_size": 4, "precision": "fp32", "device": "cpu", "d0": 1e-4, "log_every": 1}
+    config = TrainConfig(**{**settings, **changes})
     train(Toy(dropout=0.0), config, run_dir=folder / name, tracker=recorder)
     return recorder.values
 
@@ -83,6 +84,14 @@ def test_number_of_targets_does_not_recompile(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 24 * 34)
     losses(tmp_path, "run", dropout=0.0, layers=1, compile="on", batch_size=2, steps=30)
     assert compilations() == (1, 0)
+
+
+def test_micro_batches_of_all_sizes_are_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # Micro-batches of 2, 2 and 1 samples: torch would compile the last ones again.
+    split = toy_losses(tmp_path, "split", compile="on", batch_size=5, micro_batch_size=2)
+    assert compilations() == (1, 0)
+    assert split == pytest.approx(toy_losses(tmp_path, "whole", compile="off", batch_size=5), rel=1e-4)
 
 
 def test_backward_pass_that_can_not_be_compiled_leaves_the_run_eager(

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from trainer import TrainConfig, UserError
-from trainer.acceleration import Capabilities, RunSize, apply, detect, plan
+from trainer.acceleration import Capabilities, RunSize, allocator_settings, apply, detect, plan, sustained_flops
 
 GB = 10**9
 DEVICES = {
-    "RTX 4090": Capabilities("cuda", "RTX 4090", cores=16, memory=24 * GB, compute_capability=(8, 9)),
-    "A100": Capabilities("cuda", "A100", cores=32, memory=80 * GB, compute_capability=(8, 0)),
-    "H100": Capabilities("cuda", "H100", cores=26, memory=80 * GB, compute_capability=(9, 0)),
-    "RTX 2080": Capabilities("cuda", "RTX 2080", cores=8, memory=8 * GB, compute_capability=(7, 5)),
+    "RTX 4090": Capabilities(
+        "cuda", "RTX 4090", cores=16, memory=24 * GB, compute_capability=(8, 9), multiprocessors=128
+    ),
+    "A100": Capabilities("cuda", "A100", cores=32, memory=80 * GB, compute_capability=(8, 0), multiprocessors=108),
+    "H100": Capabilities("cuda", "H100", cores=26, memory=80 * GB, compute_capability=(9, 0), multiprocessors=132),
+    "RTX 2080": Capabilities("cuda", "RTX 2080", cores=8, memory=8 * GB, compute_capability=(7, 5), multiprocessors=46),
     "CPU with AMX": Capabilities("cpu", "CPU", cores=2, memory=24 * GB, amx_bf16=True, avx512_bf16=True),
     "CPU with AVX-512 bf16": Capabilities("cpu", "CPU", cores=2, memory=24 * GB, avx512_bf16=True),
     "CPU without": Capabilities("cpu", "CPU", cores=2, memory=24 * GB),
@@ -81,6 +83,38 @@ def test_compiled_code_on_disk_is_used_by_shorter_runs() -> None:
         for before in (False, True)
     )
     assert sum(warm) > sum(cold)
+
+
+def test_slow_gpu_repays_compilation_in_fewer_steps() -> None:
+    shortest = {
+        device: next(n for n in range(0, 10**6, 100) if decide(device, replace(REAL, remaining_steps=n)).compile)
+        for device in ("RTX 2080", "RTX 4090", "H100")
+    }
+    assert list(shortest.values()) == sorted(shortest.values())
+    assert shortest["H100"] > 4 * shortest["RTX 4090"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "peak"),
+    [((8, 0), 108, 312e12), ((8, 6), 82, 71e12), ((8, 9), 128, 165e12), ((9, 0), 132, 989e12), ((12, 0), 170, 210e12)],
+)
+def test_speed_of_a_gpu_is_near_its_data_sheet(capability: tuple[int, int], multiprocessors: int, peak: float) -> None:
+    device = replace(DEVICES["A100"], compute_capability=capability, multiprocessors=multiprocessors)
+    assert 0.25 * peak < sustained_flops(device, bf16=True, tf32=True) < 0.6 * peak
+
+
+def test_new_architecture_counts_as_the_latest_known_one() -> None:
+    newest = replace(DEVICES["A100"], compute_capability=(12, 1))
+    known = replace(newest, compute_capability=(12, 0))
+    assert sustained_flops(newest, bf16=True, tf32=True) == sustained_flops(known, bf16=True, tf32=True)
+    chosen = plan(newest, TrainConfig(steps=1), REAL)
+    assert (chosen.precision, chosen.sdpa[0], chosen.tf32) == ("bf16", "flash", True)
+
+
+def test_allocator_settings_of_the_user_are_kept() -> None:
+    assert allocator_settings({}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert allocator_settings({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}) == {}
+    assert allocator_settings({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}) == {}
 
 
 def test_budget_in_seconds_decides_by_them() -> None:
@@ -169,8 +203,9 @@ def test_applying_a_plan_switches_attention_and_logs_each_reason(caplog: pytest.
         with caplog.at_level(logging.INFO, "trainer"):
             apply(decide("CPU without", sdpa="math"))
         assert not torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert "attention: math: as set" in caplog.messages
         assert caplog.messages == list(decide("CPU without", sdpa="math").log_lines().values())
     finally:
         apply(everything)
-    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()

@@ -205,8 +205,8 @@ class BaselineLoop:
 def apply_switches(on: frozenset[str]) -> Iterator[None]:
     """torch's switches, and all logits at once: chunks are an optimization of the trainer."""
     torch.backends.cudnn.benchmark = "cudnn" in on
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in on else "ieee"
+    # As the trainer sets it: after the newer `fp32_precision`, reading this one is an error, and torch.compile may.
+    torch.set_float32_matmul_precision("high" if "tf32" in on else "highest")
     chunk, cross_entropy.CHUNK_LOGITS = cross_entropy.CHUNK_LOGITS, sys.maxsize
     try:
         with contextlib.nullcontext() if "sdpa" in on else sdpa_kernel([SDPBackend.MATH]):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +210,13 @@ def log_file(run_dir: Path) -> Iterator[None]:
 @cache
 def code_version() -> str:
     """The package's version, and the commit where it runs from a git checkout."""
+    try:
+        package = version("prodigy-tuner")
+    except PackageNotFoundError:
+        package = "uninstalled"  # it runs from a copy of the repository
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return version("prodigy-tuner")
-    return f"{version('prodigy-tuner')}+{commit}"
+        return package
+    return f"{package}+{commit}"

@@ -1,0 +1,1 @@
+"""What the GPU path does, in one call of at most ten minutes."""
