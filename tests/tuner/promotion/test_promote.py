@@ -74,7 +74,7 @@ class Killed(BaseException):
     """The process ends here, and nothing after it runs."""
 
 
-@pytest.mark.parametrize("where", ["link_checkpoint._link", "full_run._open_curve", "promote.tracked_train"])
+@pytest.mark.parametrize("where", ["link_checkpoint.link_checkpoint", "full_run._open_curve", "promote.tracked_train"])
 def test_promotion_killed_before_its_first_step_restarts_with_its_lineage(
     study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -85,7 +85,7 @@ def test_promotion_killed_before_its_first_step_restarts_with_its_lineage(
 
     def kill(*given: object, **_: object) -> None:
         # Of the links, at the last one, which makes it a run that can be continued.
-        if where != "link_checkpoint._link" or given[0].name == "latest.pth":  # type: ignore[attr-defined]
+        if where != "link_checkpoint.link_checkpoint" or given[0].name == "latest.pth":  # type: ignore[attr-defined]
             raise Killed
 
     with pytest.raises(Killed), monkeypatch.context() as patch:

@@ -286,7 +286,7 @@ def test_trial_killed_for_memory_three_times_is_infeasible(
 ) -> None:
     launch(build(), storage=url, runtime=runtime, num_trials=1)
     for _ in range(3):
-        killed_launch(runtime, url, monkeypatch, at=5)
+        killed_launch(runtime, url, monkeypatch, at=3)  # before an evaluation at any batch size
         assert load_study("toy", open_storage(url)).trials[1].state == TrialState.RUNNING
     study = launch(build(), storage=url, runtime=runtime, num_trials=3)
     second, third = study.trials[1:]

@@ -20,7 +20,7 @@ from tests.tuner.studies_for_tests import write
 from trainer import UserError
 from tuner.cli import main
 from tuner.spec.study_toml import StudySpec
-from tuner.study import storage as storage_module
+from tuner.study import sqlite as sqlite_module
 from tuner.study.launch import open_study
 from tuner.study.storage import DEFAULT_URL, load_study, open_storage, storage_url
 
@@ -84,8 +84,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 @pytest.fixture
 def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a storage with the study "toy", which another connection writes to all the time."""
-    monkeypatch.setattr(storage_module, "BUSY_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(storage_module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(sqlite_module, "BUSY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sqlite_module, "PATIENCE_S", 0.1)
     # Optuna pauses up to two seconds between its attempts.
     monkeypatch.setattr(random, "random", lambda: 0.0)
     write(tmp_path)
@@ -126,7 +126,7 @@ def test_locked_database_is_a_one_line_error_from_python(busy: str) -> None:
 def test_database_that_is_free_again_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage_module, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(sqlite_module, "PATIENCE_S", 0.05)
     storage = open_storage(f"sqlite:///{tmp_path}/tuner.db")
     study = optuna.create_study(study_name="toy", storage=storage)
     other = sqlite3.connect(tmp_path / "tuner.db", isolation_level=None, check_same_thread=False)
