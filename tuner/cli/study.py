@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -30,12 +31,23 @@ from tuner.cli.terminal import (
 )
 
 
+class Engine(StrEnum):
+    """Where the workers of a launch run."""
+
+    local = "local"
+    ray = "ray"
+
+
 def launch(
     spec: Spec,
     override: Overrides = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Total of the study, instead of trial.num_trials.")] = None,
     timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of parallel trials, each on its own GPU.")] = 1,
+    engine: Annotated[Engine, typer.Option(help="Where the workers run: here, or on a Ray cluster.")] = Engine.local,
+    address: Annotated[
+        str | None, typer.Option(help=r"Of the Ray cluster. \[default: $RAY_ADDRESS, else this machine]")
+    ] = None,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
@@ -45,6 +57,8 @@ def launch(
 
     Example: tuner launch studies/indextts2/study.toml --timeout 8h --set trial.patience=6
     """
+    if address and engine != Engine.ray:
+        raise UserError(f"--address {address}: it belongs to --engine ray.")
     seconds = parse_duration(timeout) if timeout else None
     from rich.console import Console
 
@@ -70,6 +84,8 @@ def launch(
                 num_trials=trials,
                 timeout=seconds,
                 num_workers=workers,
+                engine=engine.value,
+                address=address,
                 display=display,
             )
         name = study_spec.study.name
