@@ -102,6 +102,35 @@ def launch(
     )
 
 
+def worker(
+    study: Annotated[str, typer.Argument(help="Name of a study that was launched.", show_default=False)],
+    timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
+    storage: Storage = None,
+    run_root: RunRoot = Path("runs"),
+    track: Track = True,
+) -> None:
+    """Run trials of a study until it needs no more, on this machine; its spec is the stored one.
+
+    Example: tuner worker indextts2-ko --storage postgresql://me@host/studies
+    """
+    seconds = parse_duration(timeout) if timeout else None
+    from rich.console import Console
+
+    from tuner import Runtime, api
+    from tuner.study.launch import join_study
+
+    joined, spec = join_study(study, storage)
+    console = Console()
+    with stop_on_signals(console.print, seconds) as stop, temporary_log(Format.plain, logging.WARNING):
+        total = spec.trial.num_trials
+        with follow_study(joined, spec, total=total, log_format=Format.plain) as display:
+            runtime = Runtime(run_root, track, stop)
+            api.launch(spec, study=joined, runtime=runtime, timeout=seconds, display=display)
+        if stop():
+            console.print("Stopped with a checkpoint. The same command continues it.", highlight=False)
+            raise typer.Exit(STOPPED)
+
+
 def status(
     study: Annotated[str | None, typer.Argument(help="Name of a study. Without it: all studies.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -33,7 +33,7 @@ from tuner.study.optuna_internals import storage_of
 from tuner.study.ownership import Owner
 from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, trial_name, write_study
 from tuner.study.samplers import SpecSampler, build_pruner
-from tuner.study.storage import for_other_processes, opened
+from tuner.study.storage import for_other_processes, load_study, opened
 from tuner.study.supervisor import Display, Supervisor, visible_devices, worker_environments
 from tuner.study.tracked_run import Runtime, code_digest
 from tuner.study.worker_process import Job
@@ -201,6 +201,18 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names([spec.study.metric])
     return study
+
+
+def join_study(name: str, storage: BaseStorage | str | None = None) -> tuple[optuna.Study, StudySpec]:
+    """A study that was launched before, ready to run trials, and its stored spec.
+
+    Raises:
+        UserError: There is no such study, or its workload can't be imported here.
+    """
+    study = load_study(name, opened(storage))
+    spec = read_spec(study)
+    study.sampler, study.pruner = SpecSampler(spec), build_pruner(spec.pruner, spec.trial.first_point)
+    return study, spec
 
 
 def _compare_choices(study: optuna.Study, spec: StudySpec) -> list[str]:
