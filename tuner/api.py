@@ -19,6 +19,7 @@ from tuner.show.page import StudyPage
 from tuner.spec.study_toml import StudySpec
 from tuner.study import launch as launch_core
 from tuner.study.confirmation import Confirmation
+from tuner.study.launch import Engine
 from tuner.study.notify import Notifier, describe_study
 from tuner.study.record import StudyRecord
 from tuner.study.supervisor import Display
@@ -34,6 +35,8 @@ def launch(
     num_trials: int | None = None,
     timeout: float | None = None,
     num_workers: int = 1,
+    engine: Engine = "local",
+    address: str | None = None,
     display: Display | None = None,
 ) -> optuna.Study:
     """Run a study's trials until it has as many as the spec asks for, or until they no longer improve it.
@@ -49,6 +52,9 @@ def launch(
         timeout: Seconds after which no new trial starts and the running ones are stopped with a checkpoint.
         num_workers: Trials at once, each in a process of its own, on a GPU of its own or with its share of the CPU's
             threads. One trains in this process.
+        engine: "ray" runs the workers, one or more, on the Ray cluster at `address`. All its nodes need the storage,
+            the packages, and the workload at the same path; with a shared run root trials continue on other nodes.
+        address: Default: $RAY_ADDRESS, else a cluster of this machine alone.
 
     Raises:
         UserError: The spec has a mistake, or differs from the one that the study was started with; with several
@@ -67,6 +73,8 @@ def launch(
             num_trials=num_trials,
             timeout=timeout,
             num_workers=num_workers,
+            engine=engine,
+            address=address,
             display=display,
             on_change=on_change,
         )

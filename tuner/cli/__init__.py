@@ -51,6 +51,7 @@ def options(
 # In the order of the help.
 for command in (
     study.launch,
+    study.worker,
     study.status,
     study.report,
     study.dashboard,

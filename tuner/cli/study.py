@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -30,12 +31,23 @@ from tuner.cli.terminal import (
 )
 
 
+class Engine(StrEnum):
+    """Where the workers of a launch run."""
+
+    local = "local"
+    ray = "ray"
+
+
 def launch(
     spec: Spec,
     override: Overrides = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Total of the study, instead of trial.num_trials.")] = None,
     timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of parallel trials, each on its own GPU.")] = 1,
+    engine: Annotated[Engine, typer.Option(help="Where the workers run: here, or on a Ray cluster.")] = Engine.local,
+    address: Annotated[
+        str | None, typer.Option(help=r"Of the Ray cluster. \[default: $RAY_ADDRESS, else this machine]")
+    ] = None,
     storage: Storage = None,
     run_root: RunRoot = Path("runs"),
     track: Track = True,
@@ -45,6 +57,8 @@ def launch(
 
     Example: tuner launch studies/indextts2/study.toml --timeout 8h --set trial.patience=6
     """
+    if address and engine != Engine.ray:
+        raise UserError(f"--address {address}: it belongs to --engine ray.")
     seconds = parse_duration(timeout) if timeout else None
     from rich.console import Console
 
@@ -70,6 +84,8 @@ def launch(
                 num_trials=trials,
                 timeout=seconds,
                 num_workers=workers,
+                engine=engine.value,
+                address=address,
                 display=display,
             )
         name = study_spec.study.name
@@ -84,6 +100,35 @@ def launch(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def worker(
+    study: Annotated[str, typer.Argument(help="Name of a study that was launched.", show_default=False)],
+    timeout: Annotated[str | None, typer.Option(help="Stop after this time: 8h, 30m, 90s.")] = None,
+    storage: Storage = None,
+    run_root: RunRoot = Path("runs"),
+    track: Track = True,
+) -> None:
+    """Run trials of a study until it needs no more, on this machine; its spec is the stored one.
+
+    Example: tuner worker indextts2-ko --storage postgresql://me@host/studies
+    """
+    seconds = parse_duration(timeout) if timeout else None
+    from rich.console import Console
+
+    from tuner import Runtime, api
+    from tuner.study.launch import join_study
+
+    joined, spec = join_study(study, storage)
+    console = Console()
+    with stop_on_signals(console.print, seconds) as stop, temporary_log(Format.plain, logging.WARNING):
+        total = spec.trial.num_trials
+        with follow_study(joined, spec, total=total, log_format=Format.plain) as display:
+            runtime = Runtime(run_root, track, stop)
+            api.launch(spec, study=joined, runtime=runtime, timeout=seconds, display=display)
+        if stop():
+            console.print("Stopped with a checkpoint. The same command continues it.", highlight=False)
+            raise typer.Exit(STOPPED)
 
 
 def status(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from typing import Literal
 
 import optuna
 import torch
@@ -32,13 +33,15 @@ from tuner.study.optuna_internals import storage_of
 from tuner.study.ownership import Owner
 from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, trial_name, write_study
 from tuner.study.samplers import SpecSampler, build_pruner
-from tuner.study.storage import for_other_processes, opened
+from tuner.study.storage import for_other_processes, load_study, opened
 from tuner.study.supervisor import Display, Supervisor, visible_devices, worker_environments
 from tuner.study.tracked_run import Runtime, code_digest
 from tuner.study.worker_process import Job
 
 log = logging.getLogger(__name__)
 
+Engine = Literal["local", "ray"]
+"""Where workers run: on this machine, or on a Ray cluster."""
 KEEP_TRIALS = 3
 """Number of best trials whose checkpoints are kept, besides the baseline's and the recommended one's."""
 
@@ -51,6 +54,8 @@ def launch(
     num_trials: int | None = None,
     timeout: float | None = None,
     num_workers: int = 1,
+    engine: Engine = "local",
+    address: str | None = None,
     display: Display | None = None,
     on_change: Callable[[], None] = lambda: None,
 ) -> None:
@@ -70,10 +75,11 @@ def launch(
     _warn_of_other_code(study, spec)
     write_study(study, ended="")
     runtime = replace(runtime, stop=stop)
-    if num_workers == 1:
+    if num_workers == 1 and engine == "local":
         is_complete = run_trials(study, spec, runtime, total, display, on_change)
     else:
-        is_complete = _run_workers(study, spec, runtime, total, num_workers, display, on_change)
+        build = _ray_supervisors(spec, num_workers, address) if engine == "ray" else _supervisors(spec, num_workers)
+        is_complete = _run_workers(study, spec, runtime, total, build, display, on_change)
     if is_complete or not needs_more_trials(StudyRecord.read(study), spec, total):
         write_study(study, ended=describe_end(StudyRecord.read(study), spec, total))
     elif timeout is not None and not asked_to_stop():
@@ -120,18 +126,32 @@ def run_trials(
     return False
 
 
+def _supervisors(spec: StudySpec, num_workers: int) -> Callable[..., Supervisor]:
+    devices = visible_devices(spec.baseline.device)
+    environments = worker_environments(num_workers, devices, torch.get_num_threads(), os.cpu_count() or 1)
+    return lambda job, **others: Supervisor(job, environments, **others)
+
+
+def _ray_supervisors(spec: StudySpec, num_workers: int, address: str | None) -> Callable[..., Supervisor]:
+    from tuner.study.ray_workers import RaySupervisor
+
+    return lambda job, **others: RaySupervisor(job, num_workers, device=spec.baseline.device, address=address, **others)
+
+
 def _run_workers(
     study: optuna.Study,
     spec: StudySpec,
     runtime: Runtime,
     total: int,
-    num_workers: int,
+    build: Callable[..., Supervisor],
     display: Display | None,
     on_change: Callable[[], None],
 ) -> bool:
-    """`run_trials` in several processes."""
-    devices = visible_devices(spec.baseline.device)
-    environments = worker_environments(num_workers, devices, torch.get_num_threads(), os.cpu_count() or 1)
+    """`run_trials` in several processes.
+
+    Args:
+        build: Returns a supervisor of the workers.
+    """
     job = Job(
         study_name=study.study_name,
         spec=spec.to_dict(),
@@ -142,9 +162,7 @@ def _run_workers(
         total=total,
     )
     while True:
-        supervisor = Supervisor(
-            job, environments, study=study, stop=runtime.stop, display=display, on_trial_end=on_change
-        )
+        supervisor = build(job, study=study, stop=runtime.stop, display=display, on_trial_end=on_change)
         if not supervisor.run():
             return False
         # A worker may have exited for lack of patience before another one's trial improved the best.
@@ -183,6 +201,18 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names([spec.study.metric])
     return study
+
+
+def join_study(name: str, storage: BaseStorage | str | None = None) -> tuple[optuna.Study, StudySpec]:
+    """A study that was launched before, ready to run trials, and its stored spec.
+
+    Raises:
+        UserError: There is no such study, or its workload can't be imported here.
+    """
+    study = load_study(name, opened(storage))
+    spec = read_spec(study)
+    study.sampler, study.pruner = SpecSampler(spec), build_pruner(spec.pruner, spec.trial.first_point)
+    return study, spec
 
 
 def _compare_choices(study: optuna.Study, spec: StudySpec) -> list[str]:

@@ -10,8 +10,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import wait
-from typing import Protocol
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol, cast
 
 import optuna
 import torch
@@ -20,7 +20,7 @@ from trainer.clock import clock
 from trainer.errors import UserError
 from trainer.tracking import CheckpointTracker, Tracker
 from tuner.study.record import TrialRecord
-from tuner.study.worker_process import START, Job, WorkerProcess
+from tuner.study.worker_process import START, Job, Worker, WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Supervisor:
     ) -> None:
         self.job, self.environments, self.study, self.stop, self._start = job, environments, study, stop, start
         self.display, self.on_trial_end = display, on_trial_end
-        self._workers: list[WorkerProcess] = []
+        self._workers: list[Worker] = []
         self._stopping: float | None = None
         """When the workers were asked to stop."""
         self._deaths = 0
@@ -117,16 +117,17 @@ class Supervisor:
             UserError: A worker met a user's mistake, or workers died again and again.
             WorkerError: A worker raised another error.
         """
-        self._workers = [
-            WorkerProcess(index, self.job, given, self._start) for index, given in enumerate(self.environments)
-        ]
+        self._workers = [self._start_worker(index) for index in range(len(self.environments))]
         try:
             while self._workers:
                 if self._stopping is None and self.stop():
                     self._stop_all()
-                ready = wait([worker.connection for worker in self._workers], POLL_S)
-                for worker in [worker for worker in self._workers if worker.connection in ready]:
-                    self._receive(worker)
+                for worker, message in self._receive():
+                    if message is None:
+                        self._handle_death(worker)
+                    else:
+                        worker.note_life()
+                        self._handle(worker, message)
                 for worker in list(self._workers):
                     if (silent := worker.silence(self._stopping)) is not None:
                         self._end_hung(worker, silent)
@@ -142,13 +143,22 @@ class Supervisor:
         for worker in self._workers:
             worker.request_stop()
 
-    def _receive(self, worker: WorkerProcess) -> None:
-        try:
-            message = worker.connection.recv()
-        except (EOFError, OSError):
-            self._handle_death(worker)
-            return
-        worker.note_life()
+    def _start_worker(self, index: int) -> Worker:
+        return WorkerProcess(index, self.job, self.environments[index], self._start)
+
+    def _receive(self) -> list[tuple[Worker, tuple[Any, ...] | None]]:
+        """The next messages; None from a worker whose process has ended. Waits for `POLL_S` at most."""
+        workers = {worker.connection: worker for worker in self._workers if isinstance(worker, WorkerProcess)}
+        received: list[tuple[Worker, tuple[Any, ...] | None]] = []
+        for connection in wait(list(workers), POLL_S):
+            worker = workers[cast(Connection, connection)]
+            try:
+                received.append((worker, worker.connection.recv()))
+            except (EOFError, OSError):
+                received.append((worker, None))
+        return received
+
+    def _handle(self, worker: Worker, message: tuple[Any, ...]) -> None:
         match message:
             case ("alive",):
                 """It is at a step."""
@@ -183,18 +193,17 @@ class Supervisor:
     def _read_trial(self, number: int) -> TrialRecord:
         return TrialRecord.read(self.study.get_trials(deepcopy=False)[number])
 
-    def _end_hung(self, worker: WorkerProcess, silent: float) -> None:
+    def _end_hung(self, worker: Worker, silent: float) -> None:
         then = "its trial continues in a new one" if self._stopping is None else "its trial stays open"
         log.warning("worker %d has hung for %s and is killed; %s", worker.index, clock(silent), then)
         worker.kill()
         self._handle_death(worker)
 
-    def _handle_death(self, worker: WorkerProcess) -> None:
+    def _handle_death(self, worker: Worker) -> None:
         """Restart a worker whose process has ended, unless it exited on purpose."""
         self._workers.remove(worker)
-        worker.connection.close()
+        worker.close()
         if worker.has_exited or self._stopping is not None:
-            worker.reap()
             return
         self._deaths += 1
         death = worker.describe_death()
@@ -206,4 +215,4 @@ class Supervisor:
             self._stop_all()
             return
         log.warning("worker %d died (%s) and is restarted", worker.index, death)
-        self._workers.append(WorkerProcess(worker.index, self.job, worker.environment, self._start))
+        self._workers.append(self._start_worker(worker.index))

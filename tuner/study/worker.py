@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -31,12 +32,30 @@ SIGN_S = 1.0
 """Seconds between two signs of life, at least."""
 
 
-class WorkerPipe:
-    """The worker's end of the pipe. `stopped` is set once the supervisor requests it or has died."""
+class Line(ABC):
+    """A worker's line to its supervisor. `stopped` is set once the supervisor requests it or has died."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self) -> None:
         self.stopped = threading.Event()
         self._signed_at = -SIGN_S
+
+    @abstractmethod
+    def send(self, *message: object) -> None:
+        """Send a message; without a supervisor it is dropped, and the trial stops at its next step."""
+
+    def should_stop(self) -> bool:
+        """Whether to stop. It is asked at each step: the supervisor learns that the worker lives."""
+        if time.monotonic() - self._signed_at >= SIGN_S:
+            self._signed_at = time.monotonic()
+            self.send("alive")
+        return self.stopped.is_set()
+
+
+class WorkerPipe(Line):
+    """A pipe to a supervisor on this machine."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
         self._connection = connection
         self._lock = threading.Lock()
 
@@ -50,15 +69,7 @@ class WorkerPipe:
 
         threading.Thread(target=wait, name="supervisor", daemon=True).start()
 
-    def should_stop(self) -> bool:
-        """Whether to stop. It is asked at each step: the supervisor learns that the worker lives."""
-        if time.monotonic() - self._signed_at >= SIGN_S:
-            self._signed_at = time.monotonic()
-            self.send("alive")
-        return self.stopped.is_set()
-
     def send(self, *message: object) -> None:
-        """Send a message; without a supervisor it is dropped, and the trial stops at its next step."""
         # Trackers and checkpoints log warnings from threads of their own.
         with self._lock, suppress(OSError):
             self._connection.send(message)
@@ -67,7 +78,7 @@ class WorkerPipe:
 class PipeWarnings(logging.Handler):
     """Sends warnings and errors of the log to the supervisor."""
 
-    def __init__(self, pipe: WorkerPipe) -> None:
+    def __init__(self, pipe: Line) -> None:
         super().__init__(logging.WARNING)
         self._pipe = pipe
 
@@ -78,7 +89,7 @@ class PipeWarnings(logging.Handler):
 class PipeDisplay:
     """A `Display` that sends to the supervisor's."""
 
-    def __init__(self, pipe: WorkerPipe) -> None:
+    def __init__(self, pipe: Line) -> None:
         self._pipe = pipe
 
     def trial_started(self, trial: TrialRecord, resumed: bool) -> PipeTracker:
@@ -92,7 +103,7 @@ class PipeDisplay:
 class PipeTracker:
     """A `Tracker` that sends to the supervisor's."""
 
-    def __init__(self, pipe: WorkerPipe, number: int) -> None:
+    def __init__(self, pipe: Line, number: int) -> None:
         self._pipe, self._number = pipe, number
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
@@ -114,7 +125,7 @@ def main(fd: int) -> None:
         logging.getLogger().addHandler(PipeWarnings(pipe))
         _handle_signals(pipe)
         pipe.listen()
-        pipe.send("exit", *_work(job, pipe))
+        pipe.send("exit", *work(job, pipe))
 
 
 def _handle_signals(pipe: WorkerPipe) -> None:
@@ -129,7 +140,7 @@ def _handle_signals(pipe: WorkerPipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _work(job: Job, pipe: WorkerPipe) -> tuple[str, str]:
+def work(job: Job, pipe: Line) -> tuple[str, str]:
     """Run trials; returns the kind of the end (done, mistake, defect) and a message."""
     try:
         spec = StudySpec.build(job.spec, base_dir=job.base_dir)

@@ -1,4 +1,4 @@
-"""A worker's process, as its supervisor has it: warm from trial to trial, at the other end of a pipe."""
+"""A worker, as its supervisor has it: a process that stays warm from trial to trial, at the other end of a pipe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -49,9 +50,11 @@ class Job:
     """The study's number of trials."""
 
 
-class WorkerProcess:
-    def __init__(self, index: int, job: Job, environment: Mapping[str, str], start: str) -> None:
-        self.index, self.environment = index, environment
+class Worker(ABC):
+    """A worker of a launch, wherever it runs."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.trackers: dict[int, Tracker] = {}
         self.has_exited = False
         """Whether it sent its exit message: it ended on purpose."""
@@ -59,6 +62,48 @@ class WorkerProcess:
         """When it last gave a sign of life."""
         self._intervals: deque[float] = deque(maxlen=20)
         """Seconds between the newest signs."""
+
+    def note_life(self) -> None:
+        now = time.monotonic()
+        self._intervals.append(now - self.alive_at)
+        self.alive_at = now
+
+    def silence(self, since: float | None) -> float | None:
+        """Seconds without a sign of life if they are too many, else None.
+
+        Args:
+            since: When it was asked to stop.
+        """
+        silent = time.monotonic() - max(self.alive_at, since or 0.0)
+        usual = median(self._intervals) if self._intervals else 0.0
+        return silent if silent > max(HANG_S if since is None else STOP_HANG_S, 10 * usual) else None
+
+    @abstractmethod
+    def request_stop(self) -> None:
+        """Stop at the next step, with a checkpoint."""
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Stop as soon as possible, and wait for the exit."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End it at once."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of a worker that has ended."""
+
+    @abstractmethod
+    def describe_death(self) -> str:
+        """How it ended, and where to look."""
+
+
+class WorkerProcess(Worker):
+    """A process on this machine."""
+
+    def __init__(self, index: int, job: Job, environment: Mapping[str, str], start: str) -> None:
+        super().__init__(index)
         self.log_file = job.run_root / job.study_name / f"worker-{index}.log"
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self.connection, theirs = multiprocessing.Pipe()
@@ -77,28 +122,11 @@ class WorkerProcess:
         with suppress(OSError):
             self.connection.send(job)
 
-    def note_life(self) -> None:
-        now = time.monotonic()
-        self._intervals.append(now - self.alive_at)
-        self.alive_at = now
-
-    def silence(self, since: float | None) -> float | None:
-        """Seconds without a sign of life if they are too many, else None.
-
-        Args:
-            since: When it was asked to stop.
-        """
-        silent = time.monotonic() - max(self.alive_at, since or 0.0)
-        usual = median(self._intervals) if self._intervals else 0.0
-        return silent if silent > max(HANG_S if since is None else STOP_HANG_S, 10 * usual) else None
-
     def request_stop(self) -> None:
-        """Stop at the next step, with a checkpoint."""
         with suppress(OSError):
             self.connection.send("stop")
 
     def interrupt(self) -> None:
-        """Stop as soon as possible, and wait for the exit."""
         self.request_stop()
         for _ in range(GRACE_S):
             self.process.terminate()
@@ -110,14 +138,18 @@ class WorkerProcess:
     def kill(self) -> None:
         """A process that waits for a dead device or file system outlives even SIGKILL, and is left alone."""
         self.process.kill()
-        self.reap()
+        self._reap()
 
-    def reap(self) -> None:
+    def close(self) -> None:
+        self.connection.close()
+        self._reap()
+
+    def _reap(self) -> None:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE_S)
 
     def describe_death(self) -> str:
-        self.reap()
+        self._reap()
         code = self.process.returncode
         if code is None:
             return f"process {self.process.pid} does not end; see {self.log_file}"

@@ -11,14 +11,15 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tests.tuner.studies_for_tests import build
+from tests.commands import Command
+from tests.tuner.studies_for_tests import TOML, build, write
 from trainer.checkpoint import read_checkpoint
 from tuner import launch
 from tuner.study import ownership
 from tuner.study.launch import open_study
 from tuner.study.ownership import Owner
 from tuner.study.record import TrialRecord, trial_name
-from tuner.study.storage import database_time, open_storage
+from tuner.study.storage import database_time, load_study, open_storage
 from tuner.study.tracked_run import Runtime
 
 
@@ -129,3 +130,18 @@ def test_owner_shows_life_once_a_minute(url: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ownership, "BEAT_S", 0.0)
     assert not owner.is_lost()
     assert TrialRecord.read(study.trials[0]).alive == pytest.approx(before + 30, abs=10)
+
+
+def test_worker_joins_a_launched_study_by_its_name(
+    url: str, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, TOML)
+    assert run_command("worker", "toy", "--storage", url).returncode == 2
+    assert run_command("launch", "study.toml", "--trials", "1", "--storage", url, "--no-track").returncode == 0
+    (tmp_path / "study.toml").unlink()
+    result = run_command("worker", "toy", "--storage", url, "--no-track")
+    study = load_study("toy", open_storage(url))
+    assert result.returncode == 0 and [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3, result
+    assert len({trial.params["train.d_coef"] for trial in study.trials}) == 3
+    again = run_command("worker", "none", "--storage", url)
+    assert again.returncode == 2 and "study none: not in the storage (there: toy)" in again.stderr
