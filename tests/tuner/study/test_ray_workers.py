@@ -73,6 +73,7 @@ class Follower:
         """Nothing is open."""
 
 
+@pytest.mark.slow  # starting Ray takes half a minute, and the extra `dev` does not have it
 def test_worker_on_a_node_that_joined_later_is_used_and_its_trial_goes_on_when_it_is_lost(
     cluster: Any, runtime: Runtime, tmp_path: Path
 ) -> None:
