@@ -199,19 +199,24 @@ class Checkpoints:
         self._unjudged = [saved for saved in self._unjudged if saved >= step]
 
     def return_to_good(self) -> None:
-        """Delete the states after the newest good one: the run has diverged, and would again from there."""
+        """Delete the states after the newest good one: the run has diverged, and would again from there. If the disk
+        or a damaged file prevents it, all states stay, with a warning."""
         self._closing.set()
         self._writer.shutdown(wait=True)
         good = self._good_state()
         if good is not None and good != list_steps(self.run_dir)[-1]:
             log.warning("going back to %s: the states after it led to the divergence", good)
-            go_back(self.run_dir, good.name)
+            try:
+                go_back(self.run_dir, good.name)
+            except UserError as error:
+                log.warning("%s", error)
 
-    def save(self, state: dict[str, Any], *, also: Sequence[str] = ()) -> None:
+    def save(self, state: dict[str, Any], *, also: Sequence[str] = (), is_last: bool = False) -> None:
         """Write the state as the newest checkpoint, in the background if memory can hold a snapshot.
 
         Args:
             also: Further names under which it is kept: STABLE, and BEST if the disk has room for it.
+            is_last: The run is finished, and its validation loss was finite: as no gradient follows, this one is good.
 
         Raises:
             UserError: The disk refused all writes for `GIVE_UP_S`.
@@ -220,6 +225,8 @@ class Checkpoints:
         def write(kept: dict[str, Any]) -> None:
             self._write_step(kept, (*also, LATEST))
 
+        if is_last:
+            self._good = state["step"]
         marked = {**state, "known_good": self._good}
         if not self._submit_buffered(marked, write):
             self._submit(marked, write)
@@ -320,8 +327,8 @@ class Checkpoints:
         """Whether `best.pth` can be kept once `path` is no longer one of the newest states. Warns once if not."""
         if (self.run_dir / BEST).exists():
             return True  # it takes the place of the file before it
-        # At its peak the run has one more state than it keeps, while it writes, and this one.
-        size, more = path.stat().st_size, self.keep + 2 - len(list_steps(self.run_dir))
+        # At its peak the run has one more state than it keeps, while it writes, and this one. It keeps a good one too.
+        size, more = path.stat().st_size, max(self.keep, 2) + 2 - len(list_steps(self.run_dir))
         free = shutil.disk_usage(self.run_dir).free
         if free < more * size and not self._has_warned:
             self._has_warned = True

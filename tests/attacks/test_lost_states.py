@@ -74,6 +74,25 @@ def test_run_that_was_killed_after_its_ruin_goes_back_too(ruined: type[Ruined], 
     assert run(ruined(), tmp_path).finished
 
 
+def test_damaged_good_state_does_not_hide_the_divergence(
+    ruined: type[Ruined], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run_dir: Path, name: str) -> None:
+        raise UserError(f"checkpoint {run_dir / name} is damaged (its digest does not match).")
+
+    monkeypatch.setattr(checkpoint, "go_back", refuse)
+    with pytest.raises(Diverged):
+        run(ruined(), tmp_path, save_every=1, log_every=20)
+    assert "is damaged (its digest does not match)" in caplog.text
+
+
+def test_finished_run_has_no_more_states_than_it_keeps(tmp_path: Path) -> None:
+    """A study keeps the checkpoints of five trials, of 10 GB each."""
+    for keep in (1, 2):
+        run(Toy(), tmp_path / str(keep), keep_checkpoints=keep)
+        assert [step_of(path) for path in list_steps(tmp_path / str(keep))] == [48, 50][-keep:]
+
+
 @pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
 def test_state_of_the_optimizer_is_looked_at_too(optimizer: Any) -> None:
     model = nn.Linear(4, 4)
