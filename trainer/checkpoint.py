@@ -28,7 +28,7 @@ from trainer.checkpoint_file import (
     tensors_in,
     write_checkpoint,
 )
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.host_buffer import HostBuffer
 from trainer.locks import is_locked, lock_folder
 from trainer.run_folder import (
@@ -288,13 +288,19 @@ class Checkpoints:
         while True:
             try:
                 write(state)
-            except UserError as error:
+            except (UserError, OSError) as refused:
+                error = refused
+                if isinstance(refused, OSError):  # of deleting an old state, or of looking for one
+                    error = UserError(
+                        f"the disk of {self.run_dir} refuses its work ({first_line(refused)}): check it and start "
+                        "again, the run continues from its last checkpoint."
+                    )
                 now = time.monotonic()
                 if self._refused_since is None:
                     self._refused_since = now
                     log.warning("%s It is tried again for %.0f minutes.", error, GIVE_UP_S / 60)
                 if self._closing.is_set() or now - self._refused_since >= GIVE_UP_S:
-                    raise
+                    raise error from None
                 self._closing.wait(delay)
                 delay = min(2 * delay, MAX_RETRY_S)
             else:

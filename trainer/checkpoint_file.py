@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,7 +118,8 @@ def _explain_errors(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        remove(path.with_name(path.name + TEMPORARY))
+        with suppress(OSError):  # the next start removes it
+            remove(path.with_name(path.name + TEMPORARY))
         if (reason := explain_write_error(error)) is None:
             raise
         remedy = f"it needs {format_bytes(size)}; free some space"

@@ -64,8 +64,8 @@ class TrainingLoss:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of `Workload.loss_sums`. Raises UserError if a graph is required and compilation fails."""
         ones = {(name, axis) for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape) if size == 1}
-        # A last micro-batch of one sample, or all but one of a batch damaged: not worth a graph of its own. If the first
-        # batch was such a one, the next one is compiled instead, or all others would run eagerly.
+        # A last micro-batch of one sample, or all but one of a batch damaged: not worth a graph of its own. If the
+        # first batch was such a one, the next one is compiled instead, or all others would run eagerly.
         if self._compiled is None or not (self._waiting or ones <= self._ones):
             return self._eager(inputs)
         started = time.perf_counter()
