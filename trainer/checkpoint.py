@@ -298,7 +298,7 @@ class Checkpoints:
                 now = time.monotonic()
                 if self._refused_since is None:
                     self._refused_since = now
-                    log.warning("%s The write is tried again for %.0f minutes; only then the run ends.", error, GIVE_UP_S / 60)
+                    log.warning("%s It is tried again for %.0f minutes; only then the run ends.", error, GIVE_UP_S / 60)
                 if self._closing.is_set() or now - self._refused_since >= GIVE_UP_S:
                     raise error from None
                 self._closing.wait(delay)
