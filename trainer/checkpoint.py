@@ -28,7 +28,7 @@ from trainer.checkpoint_file import (
     tensors_in,
     write_checkpoint,
 )
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.host_buffer import HostBuffer
 from trainer.locks import is_locked, lock_folder
 from trainer.run_folder import (
@@ -199,19 +199,24 @@ class Checkpoints:
         self._unjudged = [saved for saved in self._unjudged if saved >= step]
 
     def return_to_good(self) -> None:
-        """Delete the states after the newest good one: the run has diverged, and would again from there."""
+        """Delete the states after the newest good one: the run has diverged, and would again from there. If the disk
+        or a damaged file prevents it, all states stay, with a warning."""
         self._closing.set()
         self._writer.shutdown(wait=True)
         good = self._good_state()
         if good is not None and good != list_steps(self.run_dir)[-1]:
             log.warning("going back to %s: the states after it led to the divergence", good)
-            go_back(self.run_dir, good.name)
+            try:
+                go_back(self.run_dir, good.name)
+            except UserError as error:
+                log.warning("%s", error)
 
-    def save(self, state: dict[str, Any], *, also: Sequence[str] = ()) -> None:
+    def save(self, state: dict[str, Any], *, also: Sequence[str] = (), is_last: bool = False) -> None:
         """Write the state as the newest checkpoint, in the background if memory can hold a snapshot.
 
         Args:
             also: Further names under which it is kept: STABLE, and BEST if the disk has room for it.
+            is_last: The run is finished, and its validation loss was finite: as no gradient follows, this one is good.
 
         Raises:
             UserError: The disk refused all writes for `GIVE_UP_S`.
@@ -220,6 +225,8 @@ class Checkpoints:
         def write(kept: dict[str, Any]) -> None:
             self._write_step(kept, (*also, LATEST))
 
+        if is_last:
+            self._good = state["step"]
         marked = {**state, "known_good": self._good}
         if not self._submit_buffered(marked, write):
             self._submit(marked, write)
@@ -281,13 +288,19 @@ class Checkpoints:
         while True:
             try:
                 write(state)
-            except UserError as error:
+            except (UserError, OSError) as refused:
+                error = refused
+                if isinstance(refused, OSError):  # of deleting an old state, or of looking for one
+                    error = UserError(
+                        f"the disk of {self.run_dir} refuses its work ({first_line(refused)}): check it and start "
+                        "again, the run continues from its last checkpoint."
+                    )
                 now = time.monotonic()
                 if self._refused_since is None:
                     self._refused_since = now
-                    log.warning("%s It is tried again for %.0f minutes.", error, GIVE_UP_S / 60)
+                    log.warning("%s It is tried again for %.0f minutes; only then the run ends.", error, GIVE_UP_S / 60)
                 if self._closing.is_set() or now - self._refused_since >= GIVE_UP_S:
-                    raise
+                    raise error from None
                 self._closing.wait(delay)
                 delay = min(2 * delay, MAX_RETRY_S)
             else:
@@ -320,8 +333,8 @@ class Checkpoints:
         """Whether `best.pth` can be kept once `path` is no longer one of the newest states. Warns once if not."""
         if (self.run_dir / BEST).exists():
             return True  # it takes the place of the file before it
-        # At its peak the run has one more state than it keeps, while it writes, and this one.
-        size, more = path.stat().st_size, self.keep + 2 - len(list_steps(self.run_dir))
+        # At its peak the run has one more state than it keeps, while it writes, and this one. It keeps a good one too.
+        size, more = path.stat().st_size, max(self.keep, 2) + 2 - len(list_steps(self.run_dir))
         free = shutil.disk_usage(self.run_dir).free
         if free < more * size and not self._has_warned:
             self._has_warned = True

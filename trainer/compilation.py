@@ -64,8 +64,9 @@ class TrainingLoss:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of `Workload.loss_sums`. Raises UserError if a graph is required and compilation fails."""
         ones = {(name, axis) for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape) if size == 1}
-        # A last micro-batch of one sample, or all but one of a batch damaged: not worth a graph of its own.
-        if self._compiled is None or (not self._waiting and ones != self._ones):
+        # A last micro-batch of one sample, or all but one of a batch damaged: not worth a graph of its own. If the
+        # first batch was such a one, the next one is compiled instead, or all others would run eagerly.
+        if self._compiled is None or not (self._waiting or ones <= self._ones):
             return self._eager(inputs)
         started = time.perf_counter()
         if self._waiting:
@@ -81,8 +82,9 @@ class TrainingLoss:
             log.warning("compile: off: loss_sums can't be compiled as one graph (%s)", reason)
             self._compiled = None
             return self._eager(inputs)
+        self._ones = ones
         if self._waiting:
-            self._waiting, self._ones = False, ones
+            self._waiting = False
             log.info("compiled in %.1f s", time.perf_counter() - started)
             mark = _mark(self._workload, self._model)
             with suppress(OSError):  # an unwritable folder: the next run compiles again

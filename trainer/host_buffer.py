@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ ALIGNMENT = 64
 
 def lock_pages(address: int, size: int) -> bool:
     """Page-lock host memory; returns whether CUDA did so. Without it copies are slower, and equal."""
-    return int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0  # type: ignore[no-untyped-call]
+    if int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0:  # type: ignore[no-untyped-call]
+        return True
+    # CUDA keeps the error, and PyTorch would raise it at its next kernel, in the middle of a step. Raising clears it.
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return False
 
 
 def unlock_pages(address: int) -> None:

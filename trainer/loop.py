@@ -165,7 +165,7 @@ def _loop(
             # The snapshot waits for the device in any case.
             if not is_finite(run.optimizer):
                 raise Diverged(f"the weights or the optimizer's state are not finite at step {progress.step}")
-            checkpoints.save(run.state(), also=also)
+            checkpoints.save(run.state(), also=also, is_last=run.finished)
             reporter.report_checkpoints([LATEST])
             saved_step = progress.step
         if config.keep_every is not None and progress.step and progress.step % config.keep_every == 0:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.checkpoint_file import TEMPORARY, digest_path, remove
+from trainer.checkpoint_file import TEMPORARY, digest_path, is_checkpoint, remove
 from trainer.errors import UserError
 
 LATEST, STABLE, BEST = "latest.pth", "stable.pth", "best.pth"
@@ -22,18 +22,24 @@ def open_run_folder(run_dir: Path) -> None:
     """Make a run directory and mark it. Only in a marked folder is anything deleted.
 
     Raises:
-        UserError: The folder holds other files, and no run.
+        UserError: The folder holds other files, and no run; or it can't be made.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if (run_dir / MARK).exists():
-        return
-    others = sorted({path.name for path in run_dir.iterdir()} - _UNMARKED)
-    # Earlier versions left no mark.
-    if others and LOG not in others and not holds_state(run_dir):
-        raise UserError(
-            f"{run_dir} is no run directory and holds other files ({others[0]}): name a new folder, or an empty one."
-        )
-    (run_dir / MARK).write_text("A run directory of prodigy-tuner.\n", encoding="utf-8")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / MARK).exists():
+            return
+        others = sorted({path.name for path in run_dir.iterdir()} - _UNMARKED)
+        if others and not holds_state(run_dir):
+            # Earlier versions left no mark. Weights without a digest beside such a log are another trainer's.
+            foreign = sorted(path.name for path in _checkpoints(run_dir) if not is_checkpoint(path))
+            if LOG not in others or foreign:
+                raise UserError(
+                    f"{run_dir} is no run directory and holds other files ({(foreign or others)[0]}): name a new "
+                    "folder, or an empty one."
+                )
+        (run_dir / MARK).write_text("A run directory of prodigy-tuner.\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{run_dir} can't be a run directory ({error.strerror}): name another folder.") from error
 
 
 def holds_state(run_dir: Path) -> bool:

@@ -55,10 +55,6 @@ class ManifestSpec(NamedTuple):
             raise ValueError(f"{spec}: the share {match[3]!r} is not between 0 and 1; write it as ::{match[2]}@0.15")
         return cls(match[1], match[2], share)
 
-    def __str__(self) -> str:
-        language = f"::{self.language}" if self.language else ""
-        return self.path + language + (f"@{self.share:g}" if self.share else "")
-
 
 @dataclass(frozen=True)
 class Manifest:

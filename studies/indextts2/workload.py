@@ -31,8 +31,8 @@ from trainer.workload import Batch, DataPath, Dataset, Workload, resolve_path
 
 
 def _resolve_manifest(spec: str, info: ValidationInfo) -> str:
-    parsed = ManifestSpec.parse(spec)
-    return str(parsed._replace(path=str(resolve_path(Path(parsed.path), info))))
+    path = ManifestSpec.parse(spec).path
+    return str(resolve_path(Path(path), info)) + spec[len(path) :]
 
 
 ManifestPath = Annotated[str, AfterValidator(_resolve_manifest)]
@@ -157,8 +157,15 @@ class IndexTTS2(Workload):
         return self._val
 
     def draw_epoch(self, epoch: int, seed: int) -> np.ndarray | None:
-        shares = [ManifestSpec.parse(spec).share for spec in self.train_manifests]
-        return draw_shares(self._train_files.sizes, shares, epoch, seed) if any(shares) else None
+        shares, sizes = [ManifestSpec.parse(spec).share for spec in self.train_manifests], self._train_files.sizes
+        if not any(shares):
+            return None
+        if 0 in sizes:
+            raise UserError(
+                f"{self.train_manifests[sizes.index(0)]}: none of its utterances fits into the model's position "
+                "tables, so it can't have a part of the mix; leave it out of train_manifests"
+            )
+        return draw_shares(sizes, shares, epoch, seed)
 
     @cached_property
     def _val_parts(self) -> list[str]:

@@ -41,6 +41,23 @@ def test_folder_of_the_user_is_refused_and_stays_as_it_is(tmp_path: Path, run_co
     assert files(theirs) == before
 
 
+def test_weights_of_another_trainer_are_not_overwritten(tmp_path: Path) -> None:
+    """Its log may have the same name."""
+    (tmp_path / "train.log").write_text("mine")
+    torch.save({"model": {}}, tmp_path / "best_token_model.pth")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"holds other files \(best_token_model.pth\): name a new folder"):
+        run(tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_run_directory_that_can_not_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"can't be a run directory \(.+\): name another folder"):
+            run(path)
+
+
 def test_only_files_with_the_names_of_a_run_are_deleted(tmp_path: Path) -> None:
     run(tmp_path)
     ours = ["step_000000009.pth.tmp", "best_model.pth.tmp", "latest.pth.tmp"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,25 @@ def test_run_that_was_killed_after_its_ruin_goes_back_too(ruined: type[Ruined], 
         run(ruined(), tmp_path)
     assert read_checkpoint(tmp_path / "latest.pth")["step"] == 8
     assert run(ruined(), tmp_path).finished
+
+
+def test_damaged_good_state_does_not_hide_the_divergence(
+    ruined: type[Ruined], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run_dir: Path, name: str) -> None:
+        raise UserError(f"checkpoint {run_dir / name} is damaged (its digest does not match).")
+
+    monkeypatch.setattr(checkpoint, "go_back", refuse)
+    with pytest.raises(Diverged):
+        run(ruined(), tmp_path, save_every=1, log_every=20)
+    assert "is damaged (its digest does not match)" in caplog.text
+
+
+def test_finished_run_has_no_more_states_than_it_keeps(tmp_path: Path) -> None:
+    """A study keeps the checkpoints of five trials, of 10 GB each."""
+    for keep in (1, 2):
+        run(Toy(), tmp_path / str(keep), keep_checkpoints=keep)
+        assert [step_of(path) for path in list_steps(tmp_path / str(keep))] == [48, 50][-keep:]
 
 
 @pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
@@ -148,6 +168,37 @@ def test_shortage_of_the_disk_that_is_over_does_not_end_a_run(
     assert [read_checkpoint(path)["step"] for path in list_steps(tmp_path)] == [1, 2, 3]
     assert sum("No space left" in text for text in caplog.messages) == 1
     assert "the checkpoint of step 2 is written now" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["delete", "unlink"])
+def test_disk_that_refuses_to_delete_for_a_moment_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    """As a network file system does, also where the rest of a refused write is removed."""
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.01)
+    left = [1, 1, 1]
+
+    def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if left:
+                left.pop()
+                raise OSError(116, "Stale file handle")
+            return original(*args, **kwargs)
+
+        return call
+
+    if call == "delete":
+        monkeypatch.setattr(checkpoint, "delete", refuse(checkpoint.delete))
+    else:
+        monkeypatch.setattr(os, "replace", refuse(os.replace))
+        monkeypatch.setattr(Path, "unlink", refuse(Path.unlink))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.confirm(step)
+            checkpoints.save({"step": step})
+            checkpoints._wait()
+    assert [step_of(path) for path in list_steps(tmp_path)] == [2, 3] and not left
+    assert "Stale file handle" in caplog.text
 
 
 def test_shortage_that_stays_ends_the_run_without_waiting_for_its_next_checkpoint(

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from tests.integration.test_losses import Losses, losses
 from tests.toy import Toy
 from trainer import TrainConfig, UserError, cross_entropy, train
-from trainer.compilation import was_compiled
+from trainer.compilation import TrainingLoss, was_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,20 @@ def test_micro_batches_of_all_sizes_are_one_graph(tmp_path: Path, monkeypatch: p
     split = toy_losses(tmp_path, "split", compile="on", batch_size=5, micro_batch_size=2)
     assert compilations() == (1, 0)
     assert split == pytest.approx(toy_losses(tmp_path, "whole", compile="off", batch_size=5), rel=1e-4)
+
+
+def test_first_batch_of_one_sample_does_not_leave_the_run_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    work = Toy(dropout=0.0)
+    loss, data = TrainingLoss(work, work.build_model(), compile=True), work.train_data()
+    for count, graphs in ((1, 1), (4, 2), (3, 2), (1, 2), (2, 2)):
+        loss(work.collate([data[index] for index in range(count)]).inputs)
+        assert compilations() == (graphs, 0)
+    eager: list[int] = []
+    monkeypatch.setattr(loss, "_eager", lambda inputs: eager.append(1) or {})
+    for count in (4, 1, 3):
+        loss(work.collate([data[index] for index in range(count)]).inputs)
+    assert len(eager) == 1, "the batch of one sample"
 
 
 def test_backward_pass_that_can_not_be_compiled_leaves_the_run_eager(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from studies.indextts2 import IndexTTS2
 from studies.indextts2.mix import draw_shares
 from tests.studies.tiny_corpus import TINY_GPT, write_tiny_corpus
+from trainer import UserError
 from trainer.laws import check_workload
 
 
@@ -95,3 +96,21 @@ def test_share_that_makes_no_sense_is_refused(
     with pytest.raises(ValidationError) as caught:
         workload(corpus, *manifests, val_manifests=[val])
     assert complaint in str(caught.value)
+
+
+def test_share_stays_as_it_was_written(corpus: Path) -> None:
+    shares = ("0.3333333", "0.3333333", "0.33333335", "0.00000005")
+    given = [f"train_pairs.jsonl::ko@{share}" for share in shares]
+    work = workload(corpus, *given)
+    assert work.train_manifests == [str(corpus / spec) for spec in given]
+    assert work.unpacked().train_manifests == work.train_manifests
+
+
+@pytest.mark.parametrize("shares", [("", "@0.2"), ("@0.2", "")])
+def test_manifest_without_a_usable_utterance_has_no_share(corpus: Path, shares: tuple[str, str]) -> None:
+    (corpus / "long.jsonl").write_text(
+        (corpus / "en.jsonl").read_text().splitlines()[0].replace('"target_text_len": ', '"target_text_len": 9999')
+    )
+    work = workload(corpus, f"train_pairs.jsonl::ko{shares[0]}", f"long.jsonl::en{shares[1]}")
+    with pytest.raises(UserError, match=r"long.jsonl::en.*: none of its utterances fits"):
+        work.draw_epoch(0, 0)

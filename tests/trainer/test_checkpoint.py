@@ -141,6 +141,15 @@ def test_empty_digest_counts_as_none(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "a.pth")["step"] == 1
 
 
+def test_file_that_torch_saved_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state(1), tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "a.pth")["step"] == 1
+
+
 def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     (tmp_path / "step_000000007.pth.tmp").write_bytes(b"half")
     save_all(tmp_path, 8)

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import LATEST, Checkpoints, read_checkpoint, snapshot, tensors_in, write_checkpoint
-from trainer.host_buffer import HostBuffer
+from trainer.checkpoint import (
+    LATEST,
+    Checkpoints,
+    is_checkpoint,
+    read_checkpoint,
+    snapshot,
+    tensors_in,
+    write_checkpoint,
+)
+from trainer.host_buffer import HostBuffer, lock_pages
 
 
 class Pages:
@@ -58,6 +66,7 @@ def test_snapshot_in_the_buffer_is_equal_and_independent(possible: bool, tmp_pat
     # Each tensor has a storage of its own: the file is as small as another one.
     write_checkpoint(before, tmp_path / "plain.pth")
     assert (tmp_path / "kept.pth").stat().st_size == pytest.approx((tmp_path / "plain.pth").stat().st_size, abs=512)
+    assert is_checkpoint(tmp_path / "kept.pth")
 
 
 def test_memory_is_kept_until_a_larger_snapshot_or_the_end() -> None:
@@ -71,6 +80,25 @@ def test_memory_is_kept_until_a_larger_snapshot_or_the_end() -> None:
     assert larger["a"].all() and larger["b"].tolist() == [1, 1, 1]
     buffer.close()
     assert pages.locked == [] and buffer.size == 0
+
+
+def test_refused_page_lock_leaves_no_error_for_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in CUDA: the error stays, PyTorch raises it when it launches a kernel, and is then without it."""
+    errors: list[int] = []
+
+    class Cudart:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            errors.append(304)
+            return 304
+
+    def launch(*_: object, **__: object) -> None:
+        if errors:
+            raise torch.AcceleratorError(f"CUDA error {errors.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    monkeypatch.setattr(torch, "ones", launch)
+    assert not lock_pages(64, 64)
+    launch()
 
 
 def test_tensors_of_other_devices_are_left_to_the_caller() -> None:
