@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 
 from trainer.errors import UserError, first_line
 from tuner.study.optuna_internals import backend_of, engine_of
-from tuner.study.servers import open_proxy, open_server
+from tuner.study.servers import ServerStorage, open_proxy, open_server
 from tuner.study.sqlite import in_memory, open_sqlite, remedy
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
@@ -127,5 +127,8 @@ def database_time(storage: BaseStorage) -> float:
     engine = engine_of(storage)
     if engine is None or engine.dialect.name not in CLOCKS:
         return time.time()
+    statement, backend = CLOCKS[engine.dialect.name], backend_of(storage)
+    if isinstance(backend, ServerStorage):
+        return float(backend.read_value(statement))
     with engine.connect() as connection:
-        return float(connection.exec_driver_sql(CLOCKS[engine.dialect.name]).scalar_one())
+        return float(connection.exec_driver_sql(statement).scalar_one())

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.artifacts import get_all_artifact_meta
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from optuna_dashboard import get_note
 
@@ -26,7 +28,9 @@ from tuner.cli import main
 from tuner.study import servers
 from tuner.study.optuna_internals import backend_of, storage_of
 from tuner.study.record import StudyRecord, TrialRecord
-from tuner.study.storage import artifact_dir, hide_password, load_study, open_storage
+from tuner.study.servers import ServerStorage
+from tuner.study.sqlite import StorageFailure
+from tuner.study.storage import artifact_dir, database_time, hide_password, load_study, open_storage
 from tuner.study.storage_copy import copy_studies
 from tuner.study.tracked_run import Runtime
 
@@ -128,6 +132,62 @@ def test_copy_that_fails_leaves_nothing_behind(
     assert optuna.get_all_study_names(target) == []
     close_study(study)
     close(target)
+
+
+@servers.patient
+class Flaky(ServerStorage):
+    """Loses its connection after the next change of a state, and before the next value that it reads."""
+
+    fails = True
+
+    def set_trial_state_values(self, *args: Any, **kwargs: Any) -> bool:
+        changed = super().set_trial_state_values(*args, **kwargs)
+        self.fail_once()
+        return changed
+
+    @servers.wait_for_server
+    def read_value(self, statement: str) -> Any:
+        self.fail_once()
+        return super().read_value(statement)
+
+    def fail_once(self) -> None:
+        if self.fails:
+            self.fails = False
+            raise sqlalchemy.exc.OperationalError("", {}, Exception("server closed the connection unexpectedly"))
+
+
+def test_answer_that_is_lost_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PAUSE_S", 0.0)
+    storage = Flaky(f"sqlite:///{tmp_path}/tuner.db")
+    study = optuna.create_study(storage=storage)
+    study.tell(study.ask(), 1.0)
+    assert study.trials[0].state == TrialState.COMPLETE and not storage.fails
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(1, TrialState.FAIL)
+    close(storage)
+
+
+def test_clock_of_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PAUSE_S", 0.0)
+    storage = Flaky(f"sqlite:///{tmp_path}/tuner.db")
+    assert database_time(storage) > 1e9 and not storage.fails
+    close(storage)
+
+
+def test_failure_of_the_proxy_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxy(f"sqlite:///{tmp_path}/tuner.db") as url:
+        storage = open_storage(url)
+        (tmp_path / "tuner.db").unlink()
+        with pytest.raises(StorageFailure, match="the file was deleted while it was in use"):
+            optuna.create_study(storage=storage)
+        close(storage)
+
+
+def test_port_of_another_proxy_is_refused(tmp_path: Path) -> None:
+    port = free_port()
+    with proxy(f"sqlite:///{tmp_path}/a.db", port), pytest.raises(UserError, match=f"--port {port}"):
+        with proxy(f"sqlite:///{tmp_path}/b.db", port):
+            pass
 
 
 class Outage:
