@@ -26,9 +26,9 @@ from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import find_nearest_folder
 from tuner.study.record import CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
-from tuner.study.servers import open_proxy
+from tuner.study.servers import hide_password, open_proxy
 from tuner.study.sqlite import REMEDIES, in_memory, remedy
-from tuner.study.storage import DEFAULT_URL, hide_password, storage_url
+from tuner.study.storage import DEFAULT_URL, storage_url
 
 TIMEOUT_S = 5
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
@@ -60,10 +60,10 @@ def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
     """
     try:
         parsed = sqlalchemy.make_url(storage_url(url))
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         shown = hide_password(storage_url(url))
         return Check("storage", "fail", f"{shown}: not a database URL", f"use for example {DEFAULT_URL}")
-    name, file = parsed.render_as_string(), find_database_file(parsed)
+    name, file = _shown(parsed), find_database_file(parsed)
     if in_memory(parsed):
         reason = f"{storage_url(url)}: a database in memory ends with this command"
         return Check("storage", "fail", reason, f"use a file, such as {DEFAULT_URL}")
@@ -89,6 +89,10 @@ def _check_proxy(url: sqlalchemy.URL) -> Check:
     except (OSError, ImportError) as error:
         return Check("storage", "fail", f"{url}: {first_line(error)}", "start it there: tuner storage serve")
     return Check("storage", "ok", f"{url}: answers")
+
+
+def _shown(url: sqlalchemy.URL) -> str:
+    return hide_password(url.render_as_string(hide_password=False))
 
 
 def find_database_file(url: sqlalchemy.URL) -> Path | None:
@@ -146,7 +150,7 @@ def _read_only(url: sqlalchemy.URL) -> tuple[str, dict[str, Any]]:
 
 
 def _check_content(url: sqlalchemy.URL, connection: sqlalchemy.Connection, quick: bool) -> Check:
-    name, file = url.render_as_string(), find_database_file(url)
+    name, file = _shown(url), find_database_file(url)
     tables = sqlalchemy.inspect(connection).get_table_names()
     schema = None
     if {"alembic_version", "studies"} <= set(tables):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import socket
 import time
 import warnings
@@ -43,6 +44,12 @@ GONE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
 S = TypeVar("S", bound=type[BaseStorage])
 
 log = logging.getLogger(__name__)
+
+
+def hide_password(url: str) -> str:
+    """A database URL as it may be shown."""
+    # Up to the last @: a password that is not percent-encoded may have one.
+    return re.sub(r"([?&][^=&]*password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*:).*@", r"\1***@", url))
 
 
 def patient(cls: S) -> S:
@@ -95,7 +102,7 @@ class ServerStorage(RDBStorage):
     @property
     def shown(self) -> str:
         """Its URL without the password."""
-        return self.engine.url.render_as_string()
+        return hide_password(self.engine.url.render_as_string(hide_password=False))
 
     @wait_for_server
     def read_value(self, statement: str) -> Any:

@@ -28,9 +28,9 @@ from tuner.cli import main
 from tuner.study import servers
 from tuner.study.optuna_internals import backend_of, storage_of
 from tuner.study.record import StudyRecord, TrialRecord
-from tuner.study.servers import ServerStorage
+from tuner.study.servers import ServerStorage, hide_password
 from tuner.study.sqlite import StorageFailure
-from tuner.study.storage import artifact_dir, database_time, hide_password, load_study, open_storage
+from tuner.study.storage import artifact_dir, database_time, load_study, open_storage
 from tuner.study.storage_copy import copy_studies
 from tuner.study.tracked_run import Runtime
 
@@ -273,6 +273,8 @@ def test_server_that_stays_away_is_one_line(tmp_path: Path, monkeypatch: pytest.
         ("postgresql://me:p%40ss@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me@host/db", "postgresql://me@host/db"),
         ("mysql+pymysql://me:a:b@host", "mysql+pymysql://me:***@host"),
+        ("postgresql://me:a@b:c/d@host/studies", "postgresql://me:***@host/studies"),
+        ("postgresql://host/s?user=me&password=a&x=y", "postgresql://host/s?user=me&password=***&x=y"),
         ("sqlite:////tmp/a:b@c/tuner.db", "sqlite:////tmp/a:b@c/tuner.db"),
         ("grpc://127.0.0.1:13000", "grpc://127.0.0.1:13000"),
     ],
@@ -292,6 +294,7 @@ def test_password_is_in_no_output_and_no_file(
         ["launch", "study.toml", "--workers", "2", "--trials", "2"],
         ["promote", "toy"],
         ["status", "toy", "--json"],
+        ["launch", "study.toml", "--storage", url, "--trials", "2"],
         ["status", "none"],
         ["doctor", "study.toml"],
         ["launch", "study.toml", "--storage", f"postgresql://me:{postgres.password}@127.0.0.1:1/none"],
@@ -300,7 +303,7 @@ def test_password_is_in_no_output_and_no_file(
     ):
         result = run_command(*arguments)
         outputs.append(result.stdout + result.stderr)
-    assert "***@" in outputs[4] and all("***@" in output for output in outputs[5:])
+    assert "***@" in outputs[3] and all("***@" in output for output in outputs[5:])
     assert "Traceback" not in "".join(outputs) and postgres.password not in "".join(outputs)
     written = [
         path for path in tmp_path.rglob("*") if path.is_file() and postgres.password.encode() in path.read_bytes()
@@ -317,6 +320,8 @@ def test_password_is_in_no_output_and_no_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["status", "--storage", "grpc://127.0.0.1:1x"], "grpc://127.0.0.1:1x: not a database URL"),
+        (["status", "--storage", "oracle://me:a@host/x"], "(No module named 'oracledb'): install the driver"),
         (["status", "--storage", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: can't be opened (no answer in 0.2 s)"),
         (["storage", "copy", "sqlite:///none.db", "sqlite:///b.db"], "sqlite:///none.db: no such database"),
         (["storage", "serve", "--storage", "sqlite:///none.db"], "sqlite:///none.db: no such database"),
