@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 GRACE_S = 600.0
 """Seconds to stop after a signal or the end of the time given: a step, a validation and a checkpoint of gigabytes."""
-AT_ONCE_S = 10.0
-"""Seconds to end after a second signal."""
+AT_ONCE_S = 30.0
+"""Seconds to end after a second signal; a launch with workers ends them in these."""
 
 
 @contextmanager

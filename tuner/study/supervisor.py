@@ -20,7 +20,7 @@ from trainer.clock import clock
 from trainer.errors import UserError
 from trainer.tracking import CheckpointTracker, Tracker
 from tuner.study.record import TrialRecord
-from tuner.study.worker_process import START, Job, WorkerProcess
+from tuner.study.worker_process import START, Job, WorkerProcess, interrupt
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +131,7 @@ class Supervisor:
                     if (silent := worker.silence(self._stopping)) is not None:
                         self._end_hung(worker, silent)
         finally:
-            for worker in self._workers:
-                worker.interrupt()
+            interrupt(self._workers)
         if self._error is not None:
             raise self._error
         return self._stopping is None
