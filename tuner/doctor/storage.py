@@ -25,7 +25,7 @@ from trainer.errors import first_line
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import find_nearest_folder
-from tuner.study.record import CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
+from tuner.study.record import ALIVE_KEY, CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
 from tuner.study.servers import hide_password, open_proxy
 from tuner.study.sqlite import REMEDIES, in_memory, remedy
 from tuner.study.storage import DEFAULT_URL, storage_url
@@ -46,6 +46,8 @@ class OpenTrial:
     host: str | None = None
     """None: not stored yet."""
     run_dir: Path | None = None
+    has_owner: bool = False
+    """Its process gives signs of life: once they end, a launch takes the trial over."""
 
     def __str__(self) -> str:
         return f"trial {self.number} of {self.study}"
@@ -214,7 +216,7 @@ def _query_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
     started: sqlalchemy.ColumnClause[Any] = column("datetime_start", sqlalchemy.DateTime)
     trials = table("trials", *map(column, ("trial_id", "number", "study_id", "state")), started)
     attributes = table("trial_user_attributes", *map(column, ("trial_id", "key", "value_json")))
-    owned = (attributes.c.trial_id == trials.c.trial_id) & attributes.c.key.in_([HOST_KEY, RUN_DIR_KEY])
+    owned = (attributes.c.trial_id == trials.c.trial_id) & attributes.c.key.in_([HOST_KEY, RUN_DIR_KEY, ALIVE_KEY])
     query = (
         sqlalchemy.select(studies.c.study_name, trials.c.number, started, attributes.c.key, attributes.c.value_json)
         .select_from(trials)
@@ -230,6 +232,8 @@ def _query_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
             trial = replace(trial, host=json.loads(value))
         elif key == RUN_DIR_KEY:
             trial = replace(trial, run_dir=Path(json.loads(value)))
+        elif key == ALIVE_KEY:
+            trial = replace(trial, has_owner=True)
         trials_by_key[study, number] = trial
     return list(trials_by_key.values())
 
@@ -249,10 +253,10 @@ def _is_held(trial: OpenTrial, run_root: Path, held: Callable[[Path, str], bool]
 
 
 def find_lost(trials: list[OpenTrial], now: datetime | None = None) -> list[OpenTrial]:
-    """Old open trials of other machines. Whether a process still runs them can't be checked from here."""
+    """Old open trials of other machines, by early versions. Whether a process runs them can't be checked from here."""
     before = (now or datetime.now()) - LOST_AFTER
     others = [t for t in trials if t.host not in (None, platform.node())]
-    return [t for t in others if t.started is not None and t.started < before]
+    return [t for t in others if t.started is not None and t.started < before and not t.has_owner]
 
 
 def check_interrupted(trials: list[OpenTrial], run_root: Path) -> Iterator[Check]:

@@ -48,7 +48,7 @@ class Hook:
     """`study` and `trial`."""
 
     def sample(self, run_dir: Path, checkpoint: Path, step: int, *, stop: Callable[[], bool]) -> Samples | None:
-        """What the command leaves for a checkpoint, run now if its step has no value of the metric; None if it failed."""
+        """What the command leaves for a checkpoint: run now if its step lacks the metric; None if it failed."""
         final = samples_dir(run_dir, step)
         if final.exists():
             if self.section.metric in (found := read_samples(final)).metrics:

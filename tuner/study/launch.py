@@ -238,9 +238,9 @@ def _check_name(owner: Owner) -> None:
     """Raises UserError for a trial lost to this machine's name: two of one name take each trial from one another."""
     if owner.lost_to == platform.node():
         raise UserError(
-            f"trial {owner.number} was taken over by another process that has this machine's name, {owner.lost_to}, and "
-            "does not see its lock: give each machine a host name of its own, and all launches on one machine the same "
-            "--run-root."
+            f"trial {owner.number} was taken over by another process that has this machine's name, {owner.lost_to}, "
+            "and does not see its lock: give each machine a host name of its own, and all launches on one machine the "
+            "same --run-root."
         )
 
 

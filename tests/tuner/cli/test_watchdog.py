@@ -81,7 +81,7 @@ os.kill(child, 9)
 
 
 def test_signals_of_a_forked_process_are_not_counted() -> None:
-    """A terminal's Ctrl-C reaches every process in front, each of which has the handlers of the one it was forked from."""
+    """A terminal's Ctrl-C reaches forked processes too, which have inherited the handlers."""
     process = subprocess.Popen(
         [sys.executable, "-c", FORKING],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -25,7 +26,9 @@ from tests.tuner.study.databases import Postgres, close, free_port, proxy
 from trainer import UserError
 from tuner import launch, promote
 from tuner.cli import main
+from tuner.show.note import promote_command
 from tuner.study import servers
+from tuner.study.launch import open_study
 from tuner.study.optuna_internals import backend_of, storage_of
 from tuner.study.record import StudyRecord, TrialRecord
 from tuner.study.servers import ServerStorage, hide_password
@@ -81,6 +84,14 @@ def test_study_runs_resumes_and_is_promoted(url: str, runtime: Runtime) -> None:
     close_study(study)
 
 
+def test_note_behind_a_proxy_names_it(tmp_path: Path) -> None:
+    with proxy(f"sqlite:///{tmp_path}/tuner.db") as url:
+        study = open_study(build(), url)
+        command = promote_command(StudyRecord.read(study), Path("/runs"))
+        assert command == f"tuner promote toy --storage {url} --run-root /runs"
+        close_study(study)
+
+
 @pytest.mark.parametrize("url", KINDS[1:], indirect=True)
 def test_two_workers_share_a_study(url: str, runtime: Runtime) -> None:
     study = launch(build(), storage=url, runtime=runtime, num_workers=2)
@@ -130,6 +141,35 @@ def test_copy_that_fails_leaves_nothing_behind(
     with pytest.raises(OSError, match="no space"):
         copy_studies(storage_of(study), target)
     assert optuna.get_all_study_names(target) == []
+    close_study(study)
+    close(target)
+
+
+def test_copy_of_one_study_that_fails_takes_the_others_back(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=1)
+    promote(study, runtime=runtime)
+    target = open_storage(f"sqlite:///{tmp_path}/other/tuner.db")
+    with pytest.raises(UserError, match=r"study toy.full: name toy, which has its full runs with it"):
+        copy_studies(storage_of(study), target, ["toy.full"])
+
+    def fail(study: optuna.Study, *_: object) -> None:
+        if study.study_name == "toy.full":
+            raise OSError("no space left")
+
+    monkeypatch.setattr("tuner.study.storage_copy._copy_files", fail)
+    with pytest.raises(OSError, match="no space"):
+        copy_studies(storage_of(study), target)
+    assert optuna.get_all_study_names(target) == []
+
+    def create_too(study: optuna.Study, *_: object) -> None:
+        optuna.create_study(study_name="toy.full", storage=target)
+
+    monkeypatch.setattr("tuner.study.storage_copy._copy_files", create_too)
+    with pytest.raises(UserError, match=r"study toy\.full was created in the target meanwhile"):
+        copy_studies(storage_of(study), target)
+    assert optuna.get_all_study_names(target) == ["toy.full"], "another process has created it"
     close_study(study)
     close(target)
 
@@ -185,9 +225,12 @@ def test_failure_of_the_proxy_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_port_of_another_proxy_is_refused(tmp_path: Path) -> None:
     port = free_port()
-    with proxy(f"sqlite:///{tmp_path}/a.db", port), pytest.raises(UserError, match=f"--port {port}"):
-        with proxy(f"sqlite:///{tmp_path}/b.db", port):
-            pass
+    with (
+        proxy(f"sqlite:///{tmp_path}/a.db", port),
+        pytest.raises(UserError, match=f"--port {port}"),
+        proxy(f"sqlite:///{tmp_path}/b.db", port),
+    ):
+        pass
 
 
 class Outage:
