@@ -66,6 +66,7 @@ def launch(
     from tuner import Runtime, StudySpec, api, open_study
     from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.spec.overrides import parse_overrides
+    from tuner.study.servers import hide_password
     from tuner.study.storage import storage_url
 
     console = Console(stderr=log_format == Format.json)
@@ -92,7 +93,7 @@ def launch(
         if stop():
             console.print("Stopped with a checkpoint. The same command continues it.", highlight=False)
             raise typer.Exit(STOPPED)
-    at = f" --storage {storage}" if storage else ""
+    at = f" --storage {hide_password(storage)}" if storage else ""
     root = f" --run-root {run_root}" if run_root != Path("runs") else ""
     viewers = [f" | {kind.viewer(run_root)}" for kind in installed_trackers(study_spec.track.to if track else ())]
     console.print(

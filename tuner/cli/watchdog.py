@@ -10,12 +10,25 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 GRACE_S = 600.0
 """Seconds to stop after a signal or the end of the time given: a step, a validation and a checkpoint of gigabytes."""
-AT_ONCE_S = 10.0
-"""Seconds to end after a second signal."""
+AT_ONCE_S = 30.0
+"""Seconds to end after a second signal; a launch with workers ends them in these."""
+
+_sockets: list[socket.socket] = []
+
+
+def _leave() -> None:
+    """In a forked process: its signals are its own, and it must not keep the socket open."""
+    if _sockets:
+        signal.set_wakeup_fd(-1)
+    while _sockets:
+        _sockets.pop().close()
+
+
+os.register_at_fork(after_in_child=_leave)
 
 
 @contextmanager
@@ -28,6 +41,7 @@ def end_if_hung(signals: Sequence[int], *, exit_code: int, timeout: float | None
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
+    _sockets.extend((ours, theirs))
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     deadline = math.inf if timeout is None else time.monotonic() + timeout + GRACE_S
     threading.Thread(target=_watch, args=(ours, signals, exit_code, deadline), name="watchdog", daemon=True).start()
@@ -35,6 +49,10 @@ def end_if_hung(signals: Sequence[int], *, exit_code: int, timeout: float | None
         yield
     finally:
         signal.set_wakeup_fd(before)
+        for each in (ours, theirs):
+            # A process that was forked has emptied its list.
+            with suppress(ValueError):
+                _sockets.remove(each)
         theirs.close()
 
 

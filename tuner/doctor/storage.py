@@ -25,10 +25,10 @@ from trainer.errors import first_line
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import find_nearest_folder
-from tuner.study.record import CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
-from tuner.study.servers import open_proxy
+from tuner.study.record import ALIVE_KEY, CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
+from tuner.study.servers import hide_password, open_proxy
 from tuner.study.sqlite import REMEDIES, in_memory, remedy
-from tuner.study.storage import DEFAULT_URL, hide_password, storage_url
+from tuner.study.storage import DEFAULT_URL, storage_url
 
 TIMEOUT_S = 5
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
@@ -46,6 +46,8 @@ class OpenTrial:
     host: str | None = None
     """None: not stored yet."""
     run_dir: Path | None = None
+    has_owner: bool = False
+    """Its process gives signs of life: once they end, a launch takes the trial over."""
 
     def __str__(self) -> str:
         return f"trial {self.number} of {self.study}"
@@ -60,10 +62,10 @@ def check_storage(url: str | None = None, *, quick: bool = False) -> Check:
     """
     try:
         parsed = sqlalchemy.make_url(storage_url(url))
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         shown = hide_password(storage_url(url))
         return Check("storage", "fail", f"{shown}: not a database URL", f"use for example {DEFAULT_URL}")
-    name, file = parsed.render_as_string(), find_database_file(parsed)
+    name, file = _shown(parsed), find_database_file(parsed)
     if in_memory(parsed):
         reason = f"{storage_url(url)}: a database in memory ends with this command"
         return Check("storage", "fail", reason, f"use a file, such as {DEFAULT_URL}")
@@ -89,6 +91,10 @@ def _check_proxy(url: sqlalchemy.URL) -> Check:
     except (OSError, ImportError) as error:
         return Check("storage", "fail", f"{url}: {first_line(error)}", "start it there: tuner storage serve")
     return Check("storage", "ok", f"{url}: answers")
+
+
+def _shown(url: sqlalchemy.URL) -> str:
+    return hide_password(url.render_as_string(hide_password=False))
 
 
 def find_database_file(url: sqlalchemy.URL) -> Path | None:
@@ -146,7 +152,7 @@ def _read_only(url: sqlalchemy.URL) -> tuple[str, dict[str, Any]]:
 
 
 def _check_content(url: sqlalchemy.URL, connection: sqlalchemy.Connection, quick: bool) -> Check:
-    name, file = url.render_as_string(), find_database_file(url)
+    name, file = _shown(url), find_database_file(url)
     tables = sqlalchemy.inspect(connection).get_table_names()
     schema = None
     if {"alembic_version", "studies"} <= set(tables):
@@ -210,7 +216,7 @@ def _query_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
     started: sqlalchemy.ColumnClause[Any] = column("datetime_start", sqlalchemy.DateTime)
     trials = table("trials", *map(column, ("trial_id", "number", "study_id", "state")), started)
     attributes = table("trial_user_attributes", *map(column, ("trial_id", "key", "value_json")))
-    owned = (attributes.c.trial_id == trials.c.trial_id) & attributes.c.key.in_([HOST_KEY, RUN_DIR_KEY])
+    owned = (attributes.c.trial_id == trials.c.trial_id) & attributes.c.key.in_([HOST_KEY, RUN_DIR_KEY, ALIVE_KEY])
     query = (
         sqlalchemy.select(studies.c.study_name, trials.c.number, started, attributes.c.key, attributes.c.value_json)
         .select_from(trials)
@@ -226,6 +232,8 @@ def _query_open_trials(connection: sqlalchemy.Connection) -> list[OpenTrial]:
             trial = replace(trial, host=json.loads(value))
         elif key == RUN_DIR_KEY:
             trial = replace(trial, run_dir=Path(json.loads(value)))
+        elif key == ALIVE_KEY:
+            trial = replace(trial, has_owner=True)
         trials_by_key[study, number] = trial
     return list(trials_by_key.values())
 
@@ -245,10 +253,10 @@ def _is_held(trial: OpenTrial, run_root: Path, held: Callable[[Path, str], bool]
 
 
 def find_lost(trials: list[OpenTrial], now: datetime | None = None) -> list[OpenTrial]:
-    """Old open trials of other machines. Whether a process still runs them can't be checked from here."""
+    """Old open trials of other machines, by early versions. Whether a process runs them can't be checked from here."""
     before = (now or datetime.now()) - LOST_AFTER
     others = [t for t in trials if t.host not in (None, platform.node())]
-    return [t for t in others if t.started is not None and t.started < before]
+    return [t for t in others if t.started is not None and t.started < before and not t.has_owner]
 
 
 def check_interrupted(trials: list[OpenTrial], run_root: Path) -> Iterator[Check]:

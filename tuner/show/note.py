@@ -24,9 +24,10 @@ from tuner.show.table import (
     trial_marks,
 )
 from tuner.study.edges import describe_edges
-from tuner.study.optuna_internals import id_of, storage_of
+from tuner.study.optuna_internals import backend_of, id_of, storage_of
 from tuner.study.recommendation import describe_recommendation
 from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
+from tuner.study.servers import ProxyStorage, hide_password
 from tuner.study.storage import DEFAULT_URL, database_url
 from tuner.study.trial_length import judge_trial_length
 
@@ -126,8 +127,10 @@ def promote_command(record: StudyRecord, run_root: Path, folder: Path | None = N
         relative |= url.get_backend_name() == "sqlite" and not Path(url.database or "").is_absolute()
         text = url.render_as_string(hide_password=False)
         # Everybody who reaches the dashboard reads the note: it must not hold a password.
-        storage = '"$TUNER_STORAGE"' if url.password else shlex.quote(text)
+        storage = '"$TUNER_STORAGE"' if hide_password(text) != text else shlex.quote(text)
         words += ["--storage", storage] if text != DEFAULT_URL else []
+    elif isinstance(proxy := backend_of(storage_of(record.study)), ProxyStorage):
+        words += ["--storage", proxy.shown]
     words += ["--run-root", shlex.quote(str(run_root))] if run_root != Path("runs") else []
     return (f"cd {shlex.quote(str(folder or Path.cwd()))}\n" if relative else "") + " ".join(words)
 

@@ -162,11 +162,12 @@ def checkpoints_table(found: Sequence[CheckpointMetrics]) -> Table:
     table.add_column("checkpoint")
     table.add_column("step", justify="right")
     metrics = list(dict.fromkeys(name for one in found for name in one.metrics))
-    ordered = {name: sorted(one.metrics[name] for one in found) for name in metrics if name.endswith("loss")}
+    losses = [name for name in metrics if name.endswith("loss")]
+    ordered = {name: sorted(one.metrics[name] for one in found if name in one.metrics) for name in losses}
     for name in metrics:
         table.add_column(name.removeprefix("val/"), justify="right", no_wrap=True)
     for one in found:
-        ranks = {name: f" ({values.index(one.metrics[name]) + 1})" for name, values in ordered.items()}
+        ranks = {name: f" ({ordered[name].index(one.metrics[name]) + 1})" for name in losses if name in one.metrics}
         cells = [f"{one.metrics[name]:.4f}{ranks.get(name, '')}" if name in one.metrics else "" for name in metrics]
         table.add_row(", ".join(one.names), "" if one.step is None else f"{one.step:,}", *cells)
     return table

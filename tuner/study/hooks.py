@@ -48,10 +48,13 @@ class Hook:
     """`study` and `trial`."""
 
     def sample(self, run_dir: Path, checkpoint: Path, step: int, *, stop: Callable[[], bool]) -> Samples | None:
-        """What the command leaves for a checkpoint: run now if its step was not sampled yet; None if it failed."""
+        """What the command leaves for a checkpoint: run now if its step lacks the metric; None if it failed."""
         final = samples_dir(run_dir, step)
         if final.exists():
-            return read_samples(final)
+            if self.section.metric in (found := read_samples(final)).metrics:
+                return found
+            # The command ended well, but without the metric; it may have been corrected since.
+            _give_up(final)
         _tidy(final.parent)
         return self.run(_prepare(step, checkpoint, final), stop)
 

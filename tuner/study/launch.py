@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Literal
 import optuna
 import torch
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
@@ -28,7 +30,7 @@ from tuner.spec.setups import horizon, largest_step, search_space, stored_space
 from tuner.spec.study_toml import StudySpec
 from tuner.study.claims import Claim, claim_trial, describe_end, needs_more_trials
 from tuner.study.horizon import recommend
-from tuner.study.objective import Interrupted, Objective
+from tuner.study.objective import Interrupted, Objective, release_memory
 from tuner.study.optuna_internals import storage_of
 from tuner.study.ownership import Owner
 from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, trial_name, write_study
@@ -115,7 +117,11 @@ def run_trials(
                 if claimed is None:
                     return True
                 objective.runtime = replace(runtime, stop=_stops(runtime, claimed.owner))
-                _run_trial(study, objective, claimed, display)
+                ended = _run_trial(study, objective, claimed, display)
+            if not ended:
+                # An open trial's model would shrink the memory that the next trial is judged by.
+                release_memory()
+                _check_name(claimed.owner)
             on_change()
             if not gc.get_freeze_count():
                 # Objects that outlive a trial, modules above all, are permanent: later collections, which free the
@@ -258,35 +264,53 @@ def _check_data(spec: StudySpec) -> tuple[str, int]:
     return digest, num_samples
 
 
+def _check_name(owner: Owner) -> None:
+    """Raises UserError for a trial lost to this machine's name: two of one name take each trial from one another."""
+    if owner.lost_to == platform.node():
+        raise UserError(
+            f"trial {owner.number} was taken over by another process that has this machine's name, {owner.lost_to}, "
+            "and does not see its lock: give each machine a host name of its own, and all launches on one machine the "
+            "same --run-root."
+        )
+
+
 def _stops(runtime: Runtime, owner: Owner) -> Callable[[], bool]:
     return lambda: owner.is_lost() or runtime.stop()
 
 
-def _run_trial(study: optuna.Study, objective: Objective, claim: Claim, display: Display | None) -> None:
+def _run_trial(study: optuna.Study, objective: Objective, claim: Claim, display: Display | None) -> bool:
+    """Whether the trial has ended; False if it stays open, or belongs to another process by now."""
     trial, resumed, owner = claim
     trackers: Sequence[Tracker] = [display.trial_started(TrialRecord.read(trial), resumed)] if display else []
     try:
         value = objective(trial, trackers)
     except optuna.TrialPruned:
         if owner.is_lost(at_once=True):
-            return
+            return False
         frozen = study.tell(trial, state=TrialState.PRUNED)
     except (Interrupted, UserError, KeyboardInterrupt):
         # The trial stays open: the next launch continues it.
         if not objective.runtime.stop():
             raise
-        return
+        return False
+    except UpdateFinishedTrialError:
+        # Another machine took it over while this one slept, and has ended it.
+        if not owner.is_lost(at_once=True):
+            raise
+        return False
     except BaseException:
-        study.tell(trial, state=TrialState.FAIL)
+        if not owner.is_lost(at_once=True):
+            study.tell(trial, state=TrialState.FAIL)
         raise
     else:
         if owner.is_lost(at_once=True):
-            return
+            return False
         frozen = study.tell(trial, value)
     if display:
         display.trial_ended(TrialRecord.read(frozen))
     _store_recommendation(study, objective.spec)
     _delete_checkpoints(StudyRecord.read(study), objective.runtime)
+    return True
 
 
 def _store_recommendation(study: optuna.Study, spec: StudySpec) -> None:

@@ -33,8 +33,10 @@ class Owner:
 
     def __init__(self, study: optuna.Study, number: int) -> None:
         """Take the trial."""
-        self._study, self._number, self._token = study, number, uuid.uuid4().hex
-        self._signed_at, self._is_lost = time.monotonic(), False
+        self._study, self.number, self._token = study, number, uuid.uuid4().hex
+        self._signed_at = time.monotonic()
+        self.lost_to: str | None = None
+        """The machine that has taken the trial."""
         now = database_time(storage_of(study))
         write_unopened_trial(study, number, host=platform.node(), owner=self._token, alive=now)
 
@@ -44,16 +46,16 @@ class Owner:
         Args:
             at_once: Ask the storage, also if it was asked less than `BEAT_S` ago.
         """
-        if self._is_lost or not (at_once or time.monotonic() - self._signed_at >= BEAT_S):
-            return self._is_lost
+        if self.lost_to is not None or not (at_once or time.monotonic() - self._signed_at >= BEAT_S):
+            return self.lost_to is not None
         self._signed_at = time.monotonic()
-        trial = StudyRecord.read(self._study).trials[self._number]
-        self._is_lost = trial.owner != self._token or trial.is_finished
-        if self._is_lost:
-            log.warning("trial %d was taken over by %s: it stops here", self._number, trial.host)
-        else:
-            write_unopened_trial(self._study, self._number, alive=database_time(storage_of(self._study)))
-        return self._is_lost
+        trial = StudyRecord.read(self._study).trials[self.number]
+        if trial.owner != self._token or trial.is_finished:
+            self.lost_to = trial.host or "another process"
+            log.warning("trial %d was taken over by %s: it stops here", self.number, self.lost_to)
+            return True
+        write_unopened_trial(self._study, self.number, alive=database_time(storage_of(self._study)))
+        return False
 
 
 def is_abandoned(trial: TrialRecord, now: float) -> bool:

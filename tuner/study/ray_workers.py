@@ -106,13 +106,6 @@ class RayWorker(Worker):
         else:
             self.actor.stop.remote()
 
-    def interrupt(self) -> None:
-        import ray
-
-        self.request_stop()
-        ray.wait([self.ended], timeout=GRACE_S)
-        self.kill()
-
     def kill(self) -> None:
         import ray
 
@@ -186,6 +179,17 @@ class RaySupervisor(Supervisor):
 
     def _start_worker(self, index: int) -> Worker:
         return RayWorker(index, self.job, self._queue, self._resources)
+
+    def _interrupt(self) -> None:
+        import ray
+
+        workers = [worker for worker in self._workers if isinstance(worker, RayWorker)]
+        for worker in workers:
+            worker.request_stop()
+        if workers:
+            ray.wait([worker.ended for worker in workers], num_returns=len(workers), timeout=GRACE_S)
+        for worker in workers:
+            worker.kill()
 
     def _receive(self) -> list[tuple[Worker, tuple[Any, ...] | None]]:
         import ray

@@ -38,7 +38,7 @@ Phase = Literal["constant", "decay"]
 
 CLAIM = ".claim"
 """Lock file in a trial's run directory, held by the process that trains the trial."""
-HOST_KEY, RUN_DIR_KEY = "host", "run_dir"
+HOST_KEY, RUN_DIR_KEY, ALIVE_KEY = "host", "run_dir", "alive"
 """For SQL on a database that must not be opened through Optuna."""
 
 

@@ -95,6 +95,8 @@ def open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
     if path.is_dir():
         raise UserError(f"storage {url}: {path} is a folder: name a file in it, such as {url.rstrip('/')}/tuner.db.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # As SQLAlchemy does: the working directory may change.
+    path = path.absolute()
     # Optuna creates its schema table by table, so two processes must not do it at once.
     with FileLock(path.with_name(path.name + ".lock"), timeout=OPEN_TIMEOUT_S):
         connect_args = {"timeout": PATIENCE_S, "factory": _PatientConnection}

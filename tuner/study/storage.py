@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 
 from trainer.errors import UserError, first_line
 from tuner.study.optuna_internals import backend_of, engine_of
-from tuner.study.servers import open_proxy, open_server
+from tuner.study.servers import ServerStorage, hide_password, open_proxy, open_server
 from tuner.study.sqlite import in_memory, open_sqlite, remedy
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
@@ -23,11 +22,6 @@ DEFAULT_URL = "sqlite:///runs/tuner.db"
 def storage_url(url: str | None = None) -> str:
     """The URL of the storage in use: the given one, else $TUNER_STORAGE, else SQLite under runs/."""
     return url or os.environ.get("TUNER_STORAGE") or DEFAULT_URL
-
-
-def hide_password(url: str) -> str:
-    """A database URL as it may be shown."""
-    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url)
 
 
 def open_storage(url: str | None = None, *, must_exist: bool = False) -> BaseStorage:
@@ -47,7 +41,7 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> BaseSto
     shown = hide_password(url)
     try:
         parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         raise UserError(f"storage {shown}: not a database URL; use for example {DEFAULT_URL}.") from None
     if in_memory(parsed):
         raise UserError(f"storage {shown}: in memory it ends with this command: use a file, such as {DEFAULT_URL}.")
@@ -67,7 +61,8 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> BaseSto
         reason = first_line(error.__cause__ or error)
         found = remedy(reason, Path(parsed.database or "")) or "check the URL and the server"
         if isinstance(error, ImportError):
-            found = f"pip install 'prodigy-tuner[{'proxy' if parsed.drivername == 'grpc' else 'postgres'}]'"
+            extra = {"grpc": "proxy", "postgresql": "postgres", "postgresql+psycopg": "postgres"}.get(parsed.drivername)
+            found = f"pip install 'prodigy-tuner[{extra}]'" if extra else "install the driver of that database"
         raise UserError(f"storage {shown}: can't be opened ({reason}): {found}.") from error
 
 
@@ -127,5 +122,8 @@ def database_time(storage: BaseStorage) -> float:
     engine = engine_of(storage)
     if engine is None or engine.dialect.name not in CLOCKS:
         return time.time()
+    statement, backend = CLOCKS[engine.dialect.name], backend_of(storage)
+    if isinstance(backend, ServerStorage):
+        return float(backend.read_value(statement))
     with engine.connect() as connection:
-        return float(connection.exec_driver_sql(CLOCKS[engine.dialect.name]).scalar_one())
+        return float(connection.exec_driver_sql(statement).scalar_one())

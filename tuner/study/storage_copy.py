@@ -8,6 +8,7 @@ from pathlib import Path
 
 import optuna
 from optuna.artifacts import get_all_artifact_meta
+from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
@@ -31,22 +32,32 @@ def copy_studies(
     there = optuna.get_all_study_names(source)
     for name in names or ():
         load_study(name, source)
+        if name.endswith(".full"):
+            raise UserError(f"study {name}: name {name.removesuffix('.full')}, which has its full runs with it.")
     wanted = [each for each in there if names is None or each.removesuffix(".full") in names]
     if present := sorted({*wanted} & {*optuna.get_all_study_names(target)}):
         raise UserError(f"study {present[0]} is in the target already: copy others with --study, or delete it there.")
-    return {name: _copy_study(name, source, target, run_root) for name in wanted}
+    begun: dict[str, int] = {}
+    try:
+        for name in wanted:
+            begun[name] = 0
+            try:
+                begun[name] = _copy_study(name, source, target, run_root)
+            except DuplicatedStudyError:
+                del begun[name]
+                raise UserError(f"study {name} was created in the target meanwhile: nothing is copied.") from None
+    except BaseException:
+        # Half a study, or one without its full runs, would be continued as if it were whole.
+        for name in begun.keys() & {*optuna.get_all_study_names(target)}:
+            optuna.delete_study(study_name=name, storage=target)
+        raise
+    return begun
 
 
 def _copy_study(name: str, source: BaseStorage, target: BaseStorage, run_root: Path) -> int:
-    try:
-        optuna.copy_study(from_study_name=name, from_storage=source, to_storage=target)
-        study = load_study(name, source)
-        _copy_files(study, artifact_dir(source, run_root), artifact_dir(target, run_root))
-    except BaseException:
-        # Half a study would be continued as if it were whole.
-        if name in optuna.get_all_study_names(target):
-            optuna.delete_study(study_name=name, storage=target)
-        raise
+    optuna.copy_study(from_study_name=name, from_storage=source, to_storage=target)
+    study = load_study(name, source)
+    _copy_files(study, artifact_dir(source, run_root), artifact_dir(target, run_root))
     return len(study.get_trials(deepcopy=False))
 
 

@@ -20,7 +20,7 @@ from trainer.clock import clock
 from trainer.errors import UserError
 from trainer.tracking import CheckpointTracker, Tracker
 from tuner.study.record import TrialRecord
-from tuner.study.worker_process import START, Job, Worker, WorkerProcess
+from tuner.study.worker_process import START, Job, Worker, WorkerProcess, interrupt
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ class Supervisor:
                     if (silent := worker.silence(self._stopping)) is not None:
                         self._end_hung(worker, silent)
         finally:
-            for worker in self._workers:
-                worker.interrupt()
+            self._interrupt()
         if self._error is not None:
             raise self._error
         return self._stopping is None
@@ -145,6 +144,10 @@ class Supervisor:
 
     def _start_worker(self, index: int) -> Worker:
         return WorkerProcess(index, self.job, self.environments[index], self._start)
+
+    def _interrupt(self) -> None:
+        """Stop the workers that are left as soon as possible, and wait for their exits."""
+        interrupt([worker for worker in self._workers if isinstance(worker, WorkerProcess)])
 
     def _receive(self) -> list[tuple[Worker, tuple[Any, ...] | None]]:
         """The next messages; None from a worker whose process has ended. Waits for `POLL_S` at most."""

@@ -11,7 +11,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ from trainer.tracking import Tracker
 
 GRACE_S = 10
 """Seconds that workers get to exit at the second Ctrl-C, and the kernel to end a killed one."""
-HANG_S, STOP_HANG_S = 900.0, 120.0
+HANG_S, STOP_HANG_S = 900.0, 480.0
 """Seconds without a sign of life, or 10 of its usual intervals if they are longer, after which a worker hangs: before
-and after a request to stop. Compilation, a validation, and reading the data give no sign."""
+and after a request to stop, which may take a validation and a checkpoint of gigabytes. Compilation, a validation, and
+reading the data give no sign."""
 # Modules, a study's too, are imported from where this process imports them; no option of the interpreter does that.
 START = """\
 import json, sys
@@ -83,10 +84,6 @@ class Worker(ABC):
         """Stop at the next step, with a checkpoint."""
 
     @abstractmethod
-    def interrupt(self) -> None:
-        """Stop as soon as possible, and wait for the exit."""
-
-    @abstractmethod
     def kill(self) -> None:
         """End it at once."""
 
@@ -126,15 +123,6 @@ class WorkerProcess(Worker):
         with suppress(OSError):
             self.connection.send("stop")
 
-    def interrupt(self) -> None:
-        self.request_stop()
-        for _ in range(GRACE_S):
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)
-                return
-        self.kill()
-
     def kill(self) -> None:
         """A process that waits for a dead device or file system outlives even SIGKILL, and is left alone."""
         self.process.kill()
@@ -155,3 +143,21 @@ class WorkerProcess(Worker):
             return f"process {self.process.pid} does not end; see {self.log_file}"
         cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"{cause}; its last output may be in {self.log_file}"
+
+
+def interrupt(workers: Sequence[WorkerProcess]) -> None:
+    """Stop workers as soon as possible, and wait for their exits: for all together, since a watchdog waits too."""
+    for worker in workers:
+        worker.request_stop()
+    for _ in range(GRACE_S):
+        living = [worker.process for worker in workers if worker.process.poll() is None]
+        for process in living:
+            process.terminate()
+        until = time.monotonic() + 1
+        for process in living:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.close()

@@ -59,3 +59,37 @@ def test_end_of_the_time_given_ends_what_hangs() -> None:
 def test_process_that_leaves_in_time_is_not_ended() -> None:
     process = start(0.5, 0, 0.1)
     assert process.communicate(timeout=120) == ("left\n", "") and process.returncode == 0
+
+
+FORKING = """
+import os, time
+from tuner.cli import watchdog
+from tuner.cli.terminal import stop_on_signals
+
+watchdog.GRACE_S, watchdog.AT_ONCE_S = 600, 0.2
+with stop_on_signals(lambda text: None) as stop:
+    child = os.fork()
+    if not child:
+        time.sleep(30)
+    print("forked", flush=True)
+    while not stop():
+        time.sleep(0.05)
+    time.sleep(1)
+    print("left", flush=True)
+os.kill(child, 9)
+"""
+
+
+def test_signals_of_a_forked_process_are_not_counted() -> None:
+    """A terminal's Ctrl-C reaches forked processes too, which have inherited the handlers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout and process.stdout.readline() == "forked\n"
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=120)[0] == "left\n" and process.returncode == 0

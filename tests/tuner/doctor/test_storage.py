@@ -6,6 +6,7 @@ import platform
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def url(tmp_path: Path) -> Iterator[str]:
     trial = study.ask()
     trial.set_user_attr("host", platform.node())
     trial.set_user_attr("run_dir", str(tmp_path / "runs/toy/trial-00001"))
+    trial.set_user_attr("alive", 1.8e9)
     storage.engine.dispose()
     yield url
 
@@ -177,7 +179,7 @@ def test_filesystem_is_that_of_the_mount_above() -> None:
 
 def test_running_trial_without_its_claim_was_interrupted(url: str, tmp_path: Path) -> None:
     (trial,) = read_open_trials(url)
-    assert (trial.study, trial.number, trial.host) == ("toy", 1, platform.node())
+    assert (trial.study, trial.number, trial.host, trial.has_owner) == ("toy", 1, platform.node(), True)
     assert trial.started is not None and abs(datetime.now() - trial.started) < timedelta(minutes=5)
     (found,) = check_interrupted([trial], tmp_path / "runs")
     assert found.state == "warn" and "trial 1 of toy" in found.message and "tuner launch" in found.remedy
@@ -210,3 +212,4 @@ def test_old_trial_of_another_machine_is_a_warning(tmp_path: Path) -> None:
     (found,) = check_lost([old], "toy")
     assert found.state == "warn" and "another-machine" in found.message and "--trial-number 5" in found.remedy
     assert list(check_lost([old], "other")) == []
+    assert list(check_lost([replace(old, has_owner=True)])) == [], "a launch takes it over by itself"

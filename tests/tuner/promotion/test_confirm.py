@@ -309,11 +309,12 @@ def test_metric_of_a_hook_judges(study: optuna.Study, runtime: Runtime) -> None:
     assert promote(study, confirmed=again, runtime=runtime).finished
 
 
+@pytest.mark.parametrize(("command", "cause"), [("false", "its command failed"), ("true", ".* has no metrics.json")])
 def test_hook_without_its_metric_ends_a_confirmation_that_the_next_call_continues(
-    study: optuna.Study, runtime: Runtime
+    study: optuna.Study, runtime: Runtime, command: str, cause: str
 ) -> None:
-    with_hook(study, "false")
-    message = "hooks.metric 'cer' has no value for confirm-.*: its command failed"
+    with_hook(study, command)
+    message = f"hooks.metric 'cer' has no value for confirm-.*: {cause}"
     with pytest.raises(UserError, match=message):
         confirm(study, 1, runtime=runtime)
     steps = Steps()

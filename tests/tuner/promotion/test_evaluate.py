@@ -185,7 +185,7 @@ def test_checkpoints_are_ranked_by_what_a_hook_measured(
 ) -> None:
     for step, value in {5: 0.25, 10: 0.5}.items():
         (run_dir / f"samples/step_{step:09d}").mkdir(parents=True)
-        (run_dir / f"samples/step_{step:09d}/metrics.json").write_text(f'{{"cer": {value}}}')
+        (run_dir / f"samples/step_{step:09d}/metrics.json").write_text(f'{{"cer": {value}, "ctc_loss": 1}}')
     found = evaluate_all(run_dir, by="hook/cer")
     assert found[0].names == ("step_000000005",) and found[0].metrics["hook/cer"] == 0.25
     assert evaluate_all(run_dir, by="-hook/cer")[0].names == ("best", "latest", "step_000000010")

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from tests.commands import Command
 from tests.tuner.studies_for_tests import TOML, build, write
+from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner import launch
 from tuner.study import ownership
@@ -145,3 +146,53 @@ def test_worker_joins_a_launched_study_by_its_name(
     assert len({trial.params["train.d_coef"] for trial in study.trials}) == 3
     again = run_command("worker", "none", "--storage", url)
     assert again.returncode == 2 and "study none: not in the storage (there: toy)" in again.stderr
+
+
+class Finished(At):
+    """Another machine takes trial 0 over, and ends it, while this one sleeps."""
+
+    def __init__(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(0, 2)
+        self.url, self.monkeypatch = url, monkeypatch
+
+    def act(self) -> None:
+        take_over(self.url, self.monkeypatch)
+        optuna.load_study(study_name="toy", storage=open_storage(self.url)).tell(0, 1.0)
+
+
+@pytest.mark.parametrize("beat", [0.0, 3600.0])
+def test_owner_whose_trial_was_ended_meanwhile_goes_on_with_the_next(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, beat: float
+) -> None:
+    monkeypatch.setattr(ownership, "BEAT_S", beat)
+    study = launch(build(), storage=url, runtime=runtime, num_trials=2, display=Finished(url, monkeypatch))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2 and study.trials[0].value == 1.0
+
+
+def test_defect_after_the_loss_does_not_end_the_new_owners_trial(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Taken(At):
+        def act(self) -> None:
+            take_over(url, monkeypatch)
+            monkeypatch.setattr("tuner.study.objective.Objective._report", fail)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        launch(build(), storage=url, runtime=runtime, num_trials=1, display=Taken(0, 2))
+    assert optuna.load_study(study_name="toy", storage=open_storage(url)).trials[0].state == TrialState.RUNNING
+
+
+def test_two_machines_of_one_name_do_not_take_a_trial_in_turns(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "BEAT_S", 0.0)
+
+    class Taken(At):
+        def act(self) -> None:
+            Owner(optuna.load_study(study_name="toy", storage=open_storage(url)), 0)
+
+    with pytest.raises(UserError, match="trial 0 was taken over by another process that has this machine's name"):
+        launch(build(), storage=url, runtime=runtime, num_trials=1, display=Taken(0, 2))

@@ -232,3 +232,11 @@ def test_broken_database_is_a_user_error(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(UserError, match="can't be opened"):
         open_storage(f"sqlite:///{tmp_path}/other.db")
+
+
+def test_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = optuna.create_study(storage=open_storage("sqlite:///tuner.db"))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert study.ask().number == 0

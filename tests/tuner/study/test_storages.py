@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.artifacts import get_all_artifact_meta
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from optuna_dashboard import get_note
 
@@ -23,10 +26,14 @@ from tests.tuner.study.databases import Postgres, close, free_port, proxy
 from trainer import UserError
 from tuner import launch, promote
 from tuner.cli import main
+from tuner.show.note import promote_command
 from tuner.study import servers
+from tuner.study.launch import open_study
 from tuner.study.optuna_internals import backend_of, storage_of
 from tuner.study.record import StudyRecord, TrialRecord
-from tuner.study.storage import artifact_dir, hide_password, load_study, open_storage
+from tuner.study.servers import ServerStorage, hide_password
+from tuner.study.sqlite import StorageFailure
+from tuner.study.storage import artifact_dir, database_time, load_study, open_storage
 from tuner.study.storage_copy import copy_studies
 from tuner.study.tracked_run import Runtime
 
@@ -75,6 +82,14 @@ def test_study_runs_resumes_and_is_promoted(url: str, runtime: Runtime) -> None:
     assert record.full_runs[0].metrics["val/loss"] == result.metrics["val/loss"]
     assert {meta.filename for meta in get_all_artifact_meta(study, storage=storage_of(study))} >= {"leaderboard.csv"}
     close_study(study)
+
+
+def test_note_behind_a_proxy_names_it(tmp_path: Path) -> None:
+    with proxy(f"sqlite:///{tmp_path}/tuner.db") as url:
+        study = open_study(build(), url)
+        command = promote_command(StudyRecord.read(study), Path("/runs"))
+        assert command == f"tuner promote toy --storage {url} --run-root /runs"
+        close_study(study)
 
 
 @pytest.mark.parametrize("url", KINDS[1:], indirect=True)
@@ -128,6 +143,94 @@ def test_copy_that_fails_leaves_nothing_behind(
     assert optuna.get_all_study_names(target) == []
     close_study(study)
     close(target)
+
+
+def test_copy_of_one_study_that_fails_takes_the_others_back(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime, num_trials=1)
+    promote(study, runtime=runtime)
+    target = open_storage(f"sqlite:///{tmp_path}/other/tuner.db")
+    with pytest.raises(UserError, match=r"study toy.full: name toy, which has its full runs with it"):
+        copy_studies(storage_of(study), target, ["toy.full"])
+
+    def fail(study: optuna.Study, *_: object) -> None:
+        if study.study_name == "toy.full":
+            raise OSError("no space left")
+
+    monkeypatch.setattr("tuner.study.storage_copy._copy_files", fail)
+    with pytest.raises(OSError, match="no space"):
+        copy_studies(storage_of(study), target)
+    assert optuna.get_all_study_names(target) == []
+
+    def create_too(study: optuna.Study, *_: object) -> None:
+        optuna.create_study(study_name="toy.full", storage=target)
+
+    monkeypatch.setattr("tuner.study.storage_copy._copy_files", create_too)
+    with pytest.raises(UserError, match=r"study toy\.full was created in the target meanwhile"):
+        copy_studies(storage_of(study), target)
+    assert optuna.get_all_study_names(target) == ["toy.full"], "another process has created it"
+    close_study(study)
+    close(target)
+
+
+@servers.patient
+class Flaky(ServerStorage):
+    """Loses its connection after the next change of a state, and before the next value that it reads."""
+
+    fails = True
+
+    def set_trial_state_values(self, *args: Any, **kwargs: Any) -> bool:
+        changed = super().set_trial_state_values(*args, **kwargs)
+        self.fail_once()
+        return changed
+
+    @servers.wait_for_server
+    def read_value(self, statement: str) -> Any:
+        self.fail_once()
+        return super().read_value(statement)
+
+    def fail_once(self) -> None:
+        if self.fails:
+            self.fails = False
+            raise sqlalchemy.exc.OperationalError("", {}, Exception("server closed the connection unexpectedly"))
+
+
+def test_answer_that_is_lost_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PAUSE_S", 0.0)
+    storage = Flaky(f"sqlite:///{tmp_path}/tuner.db")
+    study = optuna.create_study(storage=storage)
+    study.tell(study.ask(), 1.0)
+    assert study.trials[0].state == TrialState.COMPLETE and not storage.fails
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(1, TrialState.FAIL)
+    close(storage)
+
+
+def test_clock_of_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PAUSE_S", 0.0)
+    storage = Flaky(f"sqlite:///{tmp_path}/tuner.db")
+    assert database_time(storage) > 1e9 and not storage.fails
+    close(storage)
+
+
+def test_failure_of_the_proxy_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxy(f"sqlite:///{tmp_path}/tuner.db") as url:
+        storage = open_storage(url)
+        (tmp_path / "tuner.db").unlink()
+        with pytest.raises(StorageFailure, match="the file was deleted while it was in use"):
+            optuna.create_study(storage=storage)
+        close(storage)
+
+
+def test_port_of_another_proxy_is_refused(tmp_path: Path) -> None:
+    port = free_port()
+    with (
+        proxy(f"sqlite:///{tmp_path}/a.db", port),
+        pytest.raises(UserError, match=f"--port {port}"),
+        proxy(f"sqlite:///{tmp_path}/b.db", port),
+    ):
+        pass
 
 
 class Outage:
@@ -213,6 +316,8 @@ def test_server_that_stays_away_is_one_line(tmp_path: Path, monkeypatch: pytest.
         ("postgresql://me:p%40ss@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me@host/db", "postgresql://me@host/db"),
         ("mysql+pymysql://me:a:b@host", "mysql+pymysql://me:***@host"),
+        ("postgresql://me:a@b:c/d@host/studies", "postgresql://me:***@host/studies"),
+        ("postgresql://host/s?user=me&password=a&x=y", "postgresql://host/s?user=me&password=***&x=y"),
         ("sqlite:////tmp/a:b@c/tuner.db", "sqlite:////tmp/a:b@c/tuner.db"),
         ("grpc://127.0.0.1:13000", "grpc://127.0.0.1:13000"),
     ],
@@ -232,6 +337,7 @@ def test_password_is_in_no_output_and_no_file(
         ["launch", "study.toml", "--workers", "2", "--trials", "2"],
         ["promote", "toy"],
         ["status", "toy", "--json"],
+        ["launch", "study.toml", "--storage", url, "--trials", "2"],
         ["status", "none"],
         ["doctor", "study.toml"],
         ["launch", "study.toml", "--storage", f"postgresql://me:{postgres.password}@127.0.0.1:1/none"],
@@ -240,7 +346,7 @@ def test_password_is_in_no_output_and_no_file(
     ):
         result = run_command(*arguments)
         outputs.append(result.stdout + result.stderr)
-    assert "***@" in outputs[4] and all("***@" in output for output in outputs[5:])
+    assert "***@" in outputs[3] and all("***@" in output for output in outputs[5:])
     assert "Traceback" not in "".join(outputs) and postgres.password not in "".join(outputs)
     written = [
         path for path in tmp_path.rglob("*") if path.is_file() and postgres.password.encode() in path.read_bytes()
@@ -257,6 +363,8 @@ def test_password_is_in_no_output_and_no_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["status", "--storage", "grpc://127.0.0.1:1x"], "grpc://127.0.0.1:1x: not a database URL"),
+        (["status", "--storage", "oracle://me:a@host/x"], "(No module named 'oracledb'): install the driver"),
         (["status", "--storage", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: can't be opened (no answer in 0.2 s)"),
         (["storage", "copy", "sqlite:///none.db", "sqlite:///b.db"], "sqlite:///none.db: no such database"),
         (["storage", "serve", "--storage", "sqlite:///none.db"], "sqlite:///none.db: no such database"),

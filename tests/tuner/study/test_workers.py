@@ -25,13 +25,14 @@ from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.tracking import Tracker
 from tuner import launch
+from tuner.cli import watchdog
 from tuner.study import worker_process
 from tuner.study.record import TrialRecord
 from tuner.study.storage import for_other_processes, load_study, open_storage
 from tuner.study.supervisor import MAX_DEATHS, Supervisor, WorkerError, worker_environments
 from tuner.study.tracked_run import Runtime
 from tuner.study.worker import WorkerPipe
-from tuner.study.worker_process import Job, WorkerProcess
+from tuner.study.worker_process import GRACE_S, Job, WorkerProcess
 
 # A worker's side of the pipe without the imports that take seconds: it ignores the job, and knows its number.
 PRETEND = """
@@ -250,6 +251,25 @@ def test_second_interrupt_leaves_no_worker_behind(supervise: Callable[..., Super
     with pytest.raises(KeyboardInterrupt):
         supervise("time.sleep(600)", stop=interrupted).run()
     assert not children()
+
+
+def test_stubborn_workers_are_ended_together(
+    supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def terminate(process: subprocess.Popen[bytes]) -> None:
+        asked.append(process.pid)
+
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker_process, "GRACE_S", 2)
+    monkeypatch.setattr(subprocess.Popen, "terminate", terminate)
+    with pytest.raises(KeyboardInterrupt):
+        supervise("time.sleep(600)", stop=interrupted).run()
+    assert len(set(asked[:2])) == 2 and not children()
+    assert watchdog.AT_ONCE_S > 2 * GRACE_S, "the workers are ended before the watchdog ends their supervisor"
 
 
 class Together(Toy):
