@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ def train(
     tracker: Tracker | None = None,
     on_eval: Callable[[Evaluation], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    alive: Callable[[], object] = lambda: None,
     resume: str | Path = "auto",
     init: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
@@ -74,6 +75,7 @@ def train(
         tracker: Receives the figures of each log interval and validation; it is closed at the end.
         on_eval: Called after each validation. Its exception ends the run, closes everything, and reaches the caller.
         stop: Called at every step boundary; True ends the run there with a checkpoint.
+        alive: Called at every batch of a validation, for those who wait for a sign of life.
         resume: "auto", "never" (refuse a directory that holds a run), or a checkpoint's path.
         init: Weights for step 0, from any checkpoint that the workload can read.
         lineage: Where the configuration comes from; stored in every checkpoint.
@@ -100,7 +102,7 @@ def train(
         with DeviceMonitor(capabilities.kind) as monitor:
             reporter = Reporter(run, trackers, monitor)
             try:
-                _loop(run, acceleration, checkpoints, reporter, on_eval, stop)
+                _loop(run, acceleration, checkpoints, reporter, on_eval, stop, alive)
             except Diverged:
                 checkpoints.return_to_good()
                 raise
@@ -125,6 +127,7 @@ def _loop(
     reporter: Reporter,
     on_eval: Callable[[Evaluation], None] | None,
     stop: Callable[[], bool],
+    alive: Callable[[], object],
 ) -> None:
     config, progress = run.config, run.progress
     batches = _train_batches(run, acceleration)
@@ -149,7 +152,7 @@ def _loop(
     while True:
         also = [STABLE] if progress.step == config.decay_start else []
         if (point := run.due_evaluation()) is not None:
-            evaluation, improved = _evaluate(run, acceleration.precision, val_batches, point)
+            evaluation, improved = _evaluate(run, acceleration.precision, _signalling(val_batches, alive), point)
             reporter.report_evaluation(evaluation)
             if improved:
                 checkpoints.save_weights(run.weights(), improved)
@@ -243,7 +246,13 @@ def step(run: Run, loss_sums: TrainingLoss, precision: str, batches: Iterator[Ba
     run.optimizer.zero_grad()
 
 
-def _evaluate(run: Run, precision: str, batches: list[Batch], point: float) -> tuple[Evaluation, list[str]]:
+def _signalling(batches: Iterable[Batch], alive: Callable[[], object]) -> Iterator[Batch]:
+    for batch in batches:
+        alive()
+        yield batch
+
+
+def _evaluate(run: Run, precision: str, batches: Iterable[Batch], point: float) -> tuple[Evaluation, list[str]]:
     """Validate; also returns the names of the best checkpoints to write."""
     progress = run.progress
     metrics = evaluate(run.workload, run.model, batches, device=run.device, precision=precision)

@@ -116,7 +116,7 @@ def run_trials(
                 claimed = claim_trial(study, spec, runtime, total, claim)
                 if claimed is None:
                     return True
-                objective.runtime = replace(runtime, stop=_stops(runtime, claimed.owner))
+                objective.runtime = _with_owner(runtime, claimed.owner)
                 ended = _run_trial(study, objective, claimed, display)
             if not ended:
                 # An open trial's model would shrink the memory that the next trial is judged by.
@@ -274,8 +274,11 @@ def _check_name(owner: Owner) -> None:
         )
 
 
-def _stops(runtime: Runtime, owner: Owner) -> Callable[[], bool]:
-    return lambda: owner.is_lost() or runtime.stop()
+def _with_owner(runtime: Runtime, owner: Owner) -> Runtime:
+    """The runtime of a trial: it shows its owner's life, and stops if the trial is lost."""
+    return replace(
+        runtime, stop=lambda: owner.is_lost() or runtime.stop(), alive=lambda: (owner.is_lost(), runtime.alive())
+    )
 
 
 def _run_trial(study: optuna.Study, objective: Objective, claim: Claim, display: Display | None) -> bool:

@@ -22,7 +22,7 @@ from tuner.study.storage import database_time
 BEAT_S = 60.0
 """Seconds between two signs of life, which are given at steps."""
 LOST_AFTER_S = 900.0
-"""Seconds without one after which any machine takes a trial over. Compilation, a validation, and reading the data give
+"""Seconds without one after which any machine takes a trial over. Compilation and reading the data give
 none."""
 
 log = logging.getLogger(__name__)

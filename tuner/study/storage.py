@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,9 +13,12 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 
 from trainer.errors import UserError, first_line
+from tuner.study import servers
 from tuner.study.optuna_internals import backend_of, engine_of
 from tuner.study.servers import ServerStorage, hide_password, open_proxy, open_server
 from tuner.study.sqlite import in_memory, open_sqlite, remedy
+
+log = logging.getLogger(__name__)
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
 
@@ -69,6 +73,20 @@ def open_storage(url: str | None = None, *, must_exist: bool = False) -> BaseSto
 def opened(storage: BaseStorage | str | None) -> BaseStorage:
     """A storage as it is, or the one at a URL. Raises UserError as `open_storage` does."""
     return storage if isinstance(storage, BaseStorage) else open_storage(storage)
+
+
+def open_patiently(storage: BaseStorage | str) -> BaseStorage:
+    """As `opened`, in the middle of a launch: a server that is away is waited for."""
+    since = time.monotonic()
+    while True:
+        try:
+            return opened(storage)
+        except UserError:
+            is_server = isinstance(storage, str) and not storage.startswith("sqlite")
+            if not is_server or time.monotonic() - since > servers.OUTAGE_S:
+                raise
+        log.warning("waiting for the storage %s", hide_password(str(storage)))
+        time.sleep(servers.WARN_EVERY_S)
 
 
 def for_other_processes(storage: BaseStorage) -> BaseStorage | str:

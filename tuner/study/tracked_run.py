@@ -46,6 +46,8 @@ class Runtime:
     """Write to the trackers of the spec's [track]."""
     stop: Callable[[], bool] = lambda: False
     """Called at every step boundary; True ends the run there with a checkpoint."""
+    alive: Callable[[], object] = lambda: None
+    """Called at every batch of a validation, which may take long."""
 
     def run_dir(self, study: str, name: str) -> Path:
         return (self.run_root / study / name).resolve()
@@ -100,6 +102,7 @@ def tracked_train(
             tracker=Trackers(trackers),
             on_eval=on_eval,
             stop=runtime.stop,
+            alive=runtime.alive,
             resume=resume,
             init=init,
             lineage={**lineage, WORKLOAD: describe_workload(setup.workload)},

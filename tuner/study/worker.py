@@ -24,7 +24,7 @@ from tuner.spec.study_toml import StudySpec
 from tuner.study.launch import run_trials
 from tuner.study.record import TrialRecord
 from tuner.study.samplers import SpecSampler, build_pruner
-from tuner.study.storage import opened
+from tuner.study.storage import open_patiently
 from tuner.study.tracked_run import Runtime
 from tuner.study.worker_process import Job
 
@@ -146,11 +146,11 @@ def work(job: Job, pipe: Line) -> tuple[str, str]:
         spec = StudySpec.build(job.spec, base_dir=job.base_dir)
         study = optuna.load_study(
             study_name=job.study_name,
-            storage=opened(job.storage),
+            storage=open_patiently(job.storage),
             sampler=SpecSampler(spec),
             pruner=build_pruner(spec.pruner, spec.trial.first_point),
         )
-        runtime = Runtime(job.run_root, job.track, pipe.should_stop)
+        runtime = Runtime(job.run_root, job.track, stop=pipe.should_stop, alive=pipe.should_stop)
         run_trials(study, spec, runtime, job.total, PipeDisplay(pipe))
     except KeyboardInterrupt:
         return "done", ""

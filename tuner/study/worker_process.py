@@ -26,8 +26,8 @@ GRACE_S = 10
 """Seconds that workers get to exit at the second Ctrl-C, and the kernel to end a killed one."""
 HANG_S, STOP_HANG_S = 900.0, 480.0
 """Seconds without a sign of life, or 10 of its usual intervals if they are longer, after which a worker hangs: before
-and after a request to stop, which may take a validation and a checkpoint of gigabytes. Compilation, a validation, and
-reading the data give no sign."""
+and after a request to stop, which may take a validation and a checkpoint of gigabytes. Compilation and reading
+the data give no sign."""
 # Modules, a study's too, are imported from where this process imports them; no option of the interpreter does that.
 START = """\
 import json, sys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -196,3 +197,18 @@ def test_two_machines_of_one_name_do_not_take_a_trial_in_turns(
 
     with pytest.raises(UserError, match="trial 0 was taken over by another process that has this machine's name"):
         launch(build(), storage=url, runtime=runtime, num_trials=1, display=Taken(0, 2))
+
+
+def test_long_validation_shows_life_at_its_batches(url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = Owner.is_lost
+
+    def is_lost(owner: Owner, *, at_once: bool = False) -> bool:
+        asked.append(
+            "validation" if any("_signalling" in frame.name for frame in traceback.extract_stack()) else "step"
+        )
+        return real(owner, at_once=at_once)
+
+    monkeypatch.setattr(Owner, "is_lost", is_lost)
+    launch(build(), storage=url, runtime=runtime, num_trials=1)
+    assert asked.count("validation") >= 4 and asked.count("step") >= 20

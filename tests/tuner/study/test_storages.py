@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -33,7 +34,7 @@ from tuner.study.optuna_internals import backend_of, storage_of
 from tuner.study.record import StudyRecord, TrialRecord
 from tuner.study.servers import ServerStorage, hide_password
 from tuner.study.sqlite import StorageFailure
-from tuner.study.storage import artifact_dir, database_time, load_study, open_storage
+from tuner.study.storage import artifact_dir, database_time, load_study, open_patiently, open_storage
 from tuner.study.storage_copy import copy_studies
 from tuner.study.tracked_run import Runtime
 
@@ -384,3 +385,28 @@ def test_mistake_is_one_line(
         main()
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and message in line
+
+
+def test_worker_that_starts_while_the_server_is_away_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(servers, "CONNECT_S", 0.2)
+    monkeypatch.setattr(servers, "WARN_EVERY_S", 0.05)
+    port = free_port()
+    address, opened_proxy = f"grpc://127.0.0.1:{port}", ExitStack()
+
+    def start() -> None:
+        while not caplog.messages:
+            time.sleep(0.01)
+        opened_proxy.enter_context(proxy(f"sqlite:///{tmp_path}/tuner.db", port))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    storage = open_patiently(address)
+    thread.join()
+    assert optuna.get_all_study_names(storage) == [] and f"waiting for the storage {address}" in caplog.messages
+    close(storage)
+    opened_proxy.close()
+    monkeypatch.setattr(servers, "OUTAGE_S", 0.1)
+    with pytest.raises(UserError, match="can't be opened"):
+        open_patiently(address)
