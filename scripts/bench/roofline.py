@@ -181,7 +181,8 @@ def utilization(model: Model, batch: Batch, gpu: Gpu, seconds: float) -> float:
 
 def find_gpu(name: str) -> Gpu | None:
     """The GPU of a device's name, such as "NVIDIA GeForce RTX 4090"; None if its data sheet is not in the table."""
-    return next((gpu for gpu in GPUS if gpu.name in name), None)
+    # A laptop's chip of the same name is a smaller one.
+    return None if "Laptop" in name else next((gpu for gpu in GPUS if gpu.name in name), None)
 
 
 def format_parts(gpus: tuple[Gpu, ...] = (RTX_4090, H100)) -> Iterator[str]:
