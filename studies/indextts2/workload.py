@@ -157,9 +157,10 @@ class IndexTTS2(Workload):
         return self._val
 
     def draw_epoch(self, epoch: int, seed: int) -> np.ndarray | None:
-        shares, sizes = [ManifestSpec.parse(spec).share for spec in self.train_manifests], self._train_files.sizes
+        shares = [ManifestSpec.parse(spec).share for spec in self.train_manifests]
         if not any(shares):
             return None
+        sizes = self._train_files.sizes
         if 0 in sizes:
             raise UserError(
                 f"{self.train_manifests[sizes.index(0)]}: none of its utterances fits into the model's position "
