@@ -298,7 +298,9 @@ def test_two_workers_share_a_study_and_none_of_its_trials_runs_twice(
     for what in ("started", "ended", "closed"):
         assert witness.numbers(what) == [0, 1, 2, 3, 4, 5]
     assert set(witness.numbers("validated")) == {0, 1, 2, 3, 4, 5} and not witness.numbers("resumed")
-    assert {number for what, number in witness.seen if what.startswith("latest.pth at step ")} == {0, 1, 2, 3, 4, 5}
+    # Which trials are pruned depends on which ran at the same time; a pruned one may have no checkpoint.
+    saved = {number for what, number in witness.seen if what.startswith("latest.pth at step ")}
+    assert saved >= {trial.number for trial in study.trials if trial.state == TrialState.COMPLETE}
     assert max(at_once) == 2
     # Each trial's sampler has a seed of its own, in whatever process.
     assert len({trial.params["train.d_coef"] for trial in study.trials}) == 6
