@@ -119,8 +119,9 @@ def worker(
 
     from tuner import Runtime, api
     from tuner.study.launch import join_study
+    from tuner.study.storage import open_storage
 
-    joined, spec = join_study(study, storage)
+    joined, spec = join_study(study, open_storage(storage, must_exist=True))
     console = Console()
     with stop_on_signals(console.print, seconds) as stop, temporary_log(Format.plain, logging.WARNING):
         total = spec.trial.num_trials
