@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A cluster of this process's own, with one node of one core; its workers import what this process imports."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    # `Together` lets the first trial train only when a second worker is there.
+    meeting = tmp_path / str(os.getpid())
+    meeting.mkdir()
+    monkeypatch.setenv("MEETING", str(meeting))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=made.address, log_to_driver=False)
     yield made
@@ -35,7 +40,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class Losing:
-    """A display that takes a node away once two trials have been validated, and adds one at the first."""
+    """A display that adds a node when the first trial starts, and takes it away once two trials have been validated."""
 
     def __init__(self, cluster: Any) -> None:
         self.cluster, self.validated = cluster, set[int]()
@@ -47,6 +52,8 @@ class Losing:
 
     def trial_started(self, trial: TrialRecord, resumed: bool) -> Follower:
         (self.resumed if resumed else self.started).append(trial.number)
+        if self.node is None:
+            self.node = self.cluster.add_node(num_cpus=1)
         return Follower(self, trial.number)
 
     def trial_ended(self, trial: TrialRecord) -> None:
@@ -54,9 +61,7 @@ class Losing:
 
     def note(self, number: int) -> None:
         self.validated.add(number)
-        if self.node is None:
-            self.node = self.cluster.add_node(num_cpus=1)
-        elif len(self.validated) == 2 and not self.is_lost:
+        if len(self.validated) == 2 and not self.is_lost:
             self.is_lost = True
             self.cluster.remove_node(self.node, allow_graceful=False)
 
@@ -78,6 +83,7 @@ def test_worker_on_a_node_that_joined_later_is_used_and_its_trial_goes_on_when_i
     cluster: Any, runtime: Runtime, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"train.save_every": 5, "trial.samples": 4000, "full.samples": 8000}
+    changes["study.workload"] = "tests.tuner.study.test_workers:Together"
     display = Losing(cluster)
     study = launch(
         build(**changes, **{"trial.num_trials": 3}),
