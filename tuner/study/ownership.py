@@ -14,16 +14,14 @@ import uuid
 
 import optuna
 
-from trainer.clock import clock
 from tuner.study.optuna_internals import storage_of
 from tuner.study.record import StudyRecord, TrialRecord, write_unopened_trial
 from tuner.study.storage import database_time
 
 BEAT_S = 60.0
-"""Seconds between two signs of life, which are given at steps."""
+"""Seconds between two signs of life, which are given at steps and at the batches of a validation."""
 LOST_AFTER_S = 900.0
-"""Seconds without one after which any machine takes a trial over. Compilation and reading the data give
-none."""
+"""Seconds without one after which any machine takes a trial over. Compilation and reading the data give none."""
 
 log = logging.getLogger(__name__)
 
@@ -68,5 +66,5 @@ def is_abandoned(trial: TrialRecord, now: float) -> bool:
     silent = now - (math.inf if trial.alive is None else trial.alive)
     if trial.state != "running" or trial.host == platform.node() or silent <= LOST_AFTER_S:
         return False
-    log.warning("trial %d has shown no life on %s for %s: it continues here", trial.number, trial.host, clock(silent))
+    log.warning("trial %d shows no life on %s any more: it continues here", trial.number, trial.host)
     return True

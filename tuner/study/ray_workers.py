@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
 
 from trainer.errors import UserError, first_line
 from tuner.study.record import write_unopened_trial
@@ -221,8 +222,10 @@ class RaySupervisor(Supervisor):
     def _handle_death(self, worker: Worker) -> None:
         assert isinstance(worker, RayWorker)
         if worker.trial is not None and not worker.has_exited:
-            # Its node is gone, or its process: another machine need not wait for a sign of life.
-            write_unopened_trial(self.study, worker.trial, alive=0.0)
+            # Its node is gone, or its process: another machine need not wait for a sign of life. It may have ended the
+            # trial just before.
+            with suppress(UpdateFinishedTrialError):
+                write_unopened_trial(self.study, worker.trial, alive=0.0)
         super()._handle_death(worker)
 
     def _warn_of_waiting(self, workers: Sequence[RayWorker]) -> None:

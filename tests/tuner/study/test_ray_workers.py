@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from tuner import launch
-from tuner.study.ray_workers import _check_storage, share_resources
+from tuner.study.ray_workers import RaySupervisor, RayWorker, _check_storage, share_resources
 from tuner.study.record import TrialRecord
 from tuner.study.tracked_run import Runtime
 from tuner.study.worker_process import Job
@@ -118,3 +120,15 @@ def test_several_machines_do_not_share_an_sqlite_file(tmp_path: Path) -> None:
     _check_storage(job, ["10.0.0.1", "10.0.0.1"])
     with pytest.raises(UserError, match="2 machines can't share an SQLite file: use PostgreSQL"):
         _check_storage(job, ["10.0.0.1", "10.0.0.2"])
+
+
+def test_worker_that_dies_right_after_it_ended_its_trial_ends_no_launch(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/tuner.db")
+    study.tell(study.ask(), 1.0)
+    job = Job("toy", {}, tmp_path, "sqlite:///tuner.db", tmp_path, track=False, total=2)
+    others: dict[str, Any] = {"study": study, "stop": lambda: False, "display": None, "on_trial_end": lambda: None}
+    supervisor = RaySupervisor(job, 2, device="cpu", **others)
+    worker = MagicMock(spec=RayWorker, trial=0, has_exited=False)
+    supervisor._workers, supervisor._stopping = [worker], 0.0
+    supervisor._handle_death(worker)
+    assert supervisor._workers == [] and "alive" not in study.trials[0].user_attrs
