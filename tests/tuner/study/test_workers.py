@@ -219,7 +219,7 @@ def test_worker_gives_a_sign_of_life_at_its_steps(monkeypatch: pytest.MonkeyPatc
     ours, theirs = multiprocessing.Pipe()
     pipe = WorkerPipe(theirs)
     assert not any(pipe.should_stop() for _ in range(5))
-    assert ours.recv() == ("alive",) and not ours.poll()
+    assert ours.poll(5) and ours.recv() == ("alive",) and not ours.poll()
     time.sleep(0.06)
     pipe.should_stop()
     assert ours.recv() == ("alive",)
