@@ -159,13 +159,11 @@ def test_pruned_trial_costs_its_samples_and_is_not_chosen(task: Task) -> None:
     assert {choice.configuration for choice in choices} == {BASELINE}
 
 
-def test_confirmation_pays_the_rest_of_the_rung_and_further_seeds_in_full(task: Task) -> None:
-    search = replace(RANDOM, share=60)
-    one, two = (list(Confirmed(search, rung=20, num_seeds=seeds).choices(task)) for seeds in (1, 2))
+def test_confirmation_pays_the_rest_of_the_rung(task: Task) -> None:
+    choices = list(Confirmed(replace(RANDOM, share=60), rung=20).choices(task))
     trial, rung = LENGTH // 60, LENGTH // 20
-    assert [choice.spent for choice in one[:5]] == [0, rung, 2 * rung, 3 * rung, 3 * rung + trial]
-    assert [choice.spent for choice in two[:4]] == [0, 2 * rung, 4 * rung, 6 * rung]
-    assert one[4].contained == two[4].contained == rung
+    assert [choice.spent for choice in choices[:5]] == [0, rung, 2 * rung, 3 * rung, 3 * rung + trial]
+    assert choices[4].contained == rung
 
 
 def test_confirmation_after_decay_contains_the_part_before_it(task: Task) -> None:
@@ -178,15 +176,15 @@ def test_replay_takes_the_last_choice_that_it_can_pay(task: Task) -> None:
     class Costly:
         def choices(self, task: Task) -> Iterator[Choice]:
             yield Choice(0, OTHER)
-            yield Choice(LENGTH // 2, BEST, LENGTH // 4)
-            yield Choice(LENGTH, OTHER)
-            yield Choice(LENGTH * 3 // 4, BEST)
+            yield Choice(LENGTH // 4, BEST, LENGTH // 8)
+            yield Choice(LENGTH // 2, OTHER)
+            yield Choice(LENGTH * 3 // 8, BEST)
 
     regrets, outside = replay(Costly(), task)
     other = task.curves.regret(OTHER)
-    budgets = {1 / 4: other, 1 / 2: 0, 2**-0.125: 0, 1: 0}
+    budgets = {1 / 8: other, 1 / 4: 0, 2**-1.125: 0, 1 / 2: 0}
     assert {budget: regrets[find_compute(budget)] for budget in budgets} == budgets
-    assert outside[find_compute(1 / 2)] == 1 / 4 and outside[find_compute(1)] == 3 / 4
+    assert outside[find_compute(1 / 4)] == 1 / 8 and outside[find_compute(1 / 2)] == 3 / 8
 
 
 def test_corner_needs_no_compute(task: Task) -> None:

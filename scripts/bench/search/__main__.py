@@ -2,17 +2,19 @@
 
     pip install -e '.[bench]'
     python -m scripts.bench.search --correlations
-    python -m scripts.bench.search [--seeds 50] [--only NAME ...] [--json scripts/records/search.json]
+    python -m scripts.bench.search [--seeds 24] [--only NAME ...] [--json scripts/records/search.json]
                                    [--chart scripts/records/search.svg]
 
 scripts.bench.search.record recorded the curves; nothing is trained here. Regret is the share by which the annealed loss
 at full length of the configuration that a strategy would promote (the mean over the recorded training seeds) is above
 the best recorded one. Compute is in full runs: all samples trained by the search, over the full run's; a run that is
 continued is counted once. Each strategy searches each task under `--seeds` seeds, which take the recorded training
-seeds in rotation. Of a strategy's trial lengths the best by mean regret at a quarter of a full run is reported.
+seeds in rotation. Of a strategy's trial lengths the best by mean regret at a quarter of a full run is reported. With
+--only, the record keeps its rows of other strategies.
 """
 
 import argparse
+import json
 import multiprocessing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,7 +109,9 @@ def measure(arguments: argparse.Namespace) -> Record:
         raise UserError(f"--only {' '.join(arguments.only)}: the strategies are {', '.join(CONTENDERS)}")
     curves = {} if arguments.correlations else load_all(arguments)
     correlations = print_correlations(arguments)
-    rows = [] if arguments.correlations else replay_all(arguments, names)
+    kept = read_kept_rows(arguments, names)
+    rows = [] if arguments.correlations else [*kept, *replay_all(arguments, names)]
+    rows.sort(key=lambda row: list(CONTENDERS).index(row["name"]))
     if arguments.chart and rows:
         write_chart(arguments.chart, rows, f"{' and '.join(arguments.tasks)}, {arguments.seeds} seeds each")
     return {
@@ -121,6 +125,16 @@ def measure(arguments: argparse.Namespace) -> Record:
     }
 
 
+def read_kept_rows(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The other strategies' rows of the record. Raises UserError if they were measured under other seeds."""
+    if not (arguments.only and arguments.json and arguments.json.exists()):
+        return []
+    record = json.loads(arguments.json.read_text(encoding="utf-8"))
+    if (record["seeds"], record["tasks"]) != (arguments.seeds, arguments.tasks):
+        raise UserError(f"{arguments.json} has --seeds {record['seeds']} --tasks {' '.join(record['tasks'])}")
+    return [row for row in record["rows"] if row["name"] not in names]
+
+
 def load_all(arguments: argparse.Namespace) -> dict[str, Curves]:
     """Raises UserError where a curve is missing, before anything is replayed."""
     return {task: Curves.load(find_curves(task), fill=arguments.fill) for task in arguments.tasks}
@@ -130,7 +144,7 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--correlations", action="store_true", help="only these, also of unfinished recordings")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--workers", type=int, help="processes. Default: one a core")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only strategies whose names start with NAME")
     parser.add_argument("--fill", action="store_true", help="for trying: missing curves are those of their neighbours")

@@ -40,7 +40,7 @@ def write_chart(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         axes.plot(COMPUTE, [100 * value for value in row["mean"]], style, color=color, lw=width, label=label)
     axes.axhline(100 * GOAL, color="grey", lw=0.8)
     axes.set(xscale="log", yscale="log", xlabel="compute, in full runs", ylabel="mean regret, %", title=title)
-    axes.set_xticks(BUDGETS, ["1/16", "1/8", "1/4", "1/2", "1", "2"])
+    axes.set_xticks(BUDGETS, ["1/32", "1/16", "1/8", "1/4", "1/2"])
     axes.set_xticks([], minor=True)
     low, high = axes.get_ylim()
     ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]

@@ -52,12 +52,10 @@ def vary_length(search: OptunaSearch) -> Variants:
     return {f"1/{share}": replace(search, share=share) for share in SHARES}
 
 
-def vary_rung(search: OptunaSearch, *, num_seeds: int = 1, is_annealed: bool = False) -> Variants:
+def vary_rung(search: OptunaSearch, *, is_annealed: bool = False) -> Variants:
     """All pairs of a trial's length and a longer one of the confirmation."""
     return {
-        f"1/{share}, then 1/{rung}": Confirmed(
-            replace(search, share=share), rung, num_seeds=num_seeds, is_annealed=is_annealed
-        )
+        f"1/{share}, then 1/{rung}": Confirmed(replace(search, share=share), rung, is_annealed=is_annealed)
         for share, rung in product(SHARES, RUNGS)
         if rung < share
     }
@@ -98,7 +96,5 @@ CONTENDERS: dict[str, Variants] = {
     "ours, horizon only in the recommendation": vary_length(RECOMMENDED),
     "ours with Optuna's GP": vary_length(OPTUNA_RECOMMENDED),
     "ours, confirmed": vary_rung(OURS),
-    "ours, confirmed, 2 seeds": vary_rung(OURS, num_seeds=2),
     "ours, confirmed after decay": vary_rung(OURS, is_annealed=True),
-    "ours, confirmed after decay, 2 seeds": vary_rung(OURS, num_seeds=2, is_annealed=True),
 }

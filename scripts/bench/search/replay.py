@@ -16,9 +16,9 @@ from scripts.bench.search.curves import Curves, Floats, find_curves
 from scripts.bench.search.runs import Task
 from scripts.bench.search.strategies import Strategy
 
-COMPUTE = 2 ** np.arange(-6, 1.01, 0.125)
+COMPUTE = 2 ** np.arange(-6, -0.99, 0.125)
 """Full runs' worth of samples at which regrets are compared."""
-BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
+BUDGETS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Those of `COMPUTE` that are shown."""
 JUDGED_AT = 1 / 4
 """The compute at which the best variant is chosen."""

@@ -150,17 +150,12 @@ class OptunaSearch:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A search whose best trials continue from their checkpoints to a longer rung, and run to the same length on other
-    training seeds from step 0; the best mean there is chosen.
-
-    The regret is a mean over the recorded seeds too: the choice sees part of the data that it is judged by.
-    """
+    """A search whose best trials continue from their checkpoints to a longer rung; the lowest loss there is chosen."""
 
     search: OptunaSearch
     rung: int = 20
     """Its length is a full run's over this."""
     num_trials: int = 3
-    num_seeds: int = 1
     is_annealed: bool = False
     """Judged by the loss after a decay to the rung's length, and not by that at the constant rate."""
 
@@ -177,9 +172,8 @@ class Confirmed:
                 yield runs.choose(best[int(np.argmin(values))], task.train_seed)
 
     def _judge(self, runs: Runs, task: Task, configuration: Configuration) -> float:
-        """The mean loss over the seeds at the rung."""
+        """The loss at the rung."""
         length = task.curves.length // self.rung
-        seeds = [(task.train_seed + more) % task.curves.num_seeds for more in range(self.num_seeds)]
         if self.is_annealed:
-            return float(np.mean([runs.anneal(configuration, seed, length) for seed in seeds]))
-        return float(np.mean([runs.train(configuration, seed, length)[-1] for seed in seeds]))
+            return runs.anneal(configuration, task.train_seed, length)
+        return float(runs.train(configuration, task.train_seed, length)[-1])
