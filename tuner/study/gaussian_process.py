@@ -17,7 +17,7 @@ from scipy.stats import qmc
 from tuner.study.coordinates import choose, encode, propose
 from tuner.study.horizon import HorizonModel, is_comparable
 from tuner.study.record import TrialRecord
-from tuner.study.surrogate import matern
+from tuner.study.surrogate import matern, single_threaded
 
 Floats = NDArray[np.float64]
 
@@ -54,6 +54,7 @@ class GaussianProcessSampler(BaseSampler):
         axis = self._asked.setdefault(param_name, len(self._asked))
         return choose(param_distribution, self._sobol(trial.number, axis + 1)[axis])
 
+    @single_threaded
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:

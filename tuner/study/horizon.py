@@ -19,7 +19,7 @@ from scipy.special import ndtr
 
 from tuner.study.coordinates import choose, encode, features, is_inside, log_range
 from tuner.study.record import Recommendation, TrialRecord
-from tuner.study.surrogate import Surrogate, standardized
+from tuner.study.surrogate import Surrogate, single_threaded, standardized
 
 Floats = NDArray[np.float64]
 
@@ -88,6 +88,7 @@ class HorizonModel:
         )
 
 
+@single_threaded
 def recommend(
     space: Mapping[str, BaseDistribution], trials: Sequence[TrialRecord], *, minimized: bool, horizon: float | None
 ) -> Recommendation | None:

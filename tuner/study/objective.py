@@ -8,9 +8,9 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 import optuna
 import torch
@@ -23,12 +23,13 @@ from trainer.config import TrainConfig
 from trainer.errors import first_line
 from trainer.memory import Probe, available_memory
 from trainer.micro_batches import SIZED_BY, MemoryFit, describe_shortage, estimate_fit
-from trainer.tracking import Tracker
+from trainer.tracking import Tracker, aim_run
 from trainer.workload import Workload
 from tuner.spec.setups import NotAChoice, Setup, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study.optuna_internals import frozen
 from tuner.study.peak_memory import PeakMemory
-from tuner.study.record import TrialRecord, trial_name, write_trial
+from tuner.study.record import TrialKeys, TrialRecord, trial_name, write_trial
 from tuner.study.tracked_run import Runtime, code_digest, link_aim, log_file, tracked_train
 from tuner.study.trial_length import is_rising
 
@@ -123,9 +124,12 @@ class Objective:
         with log_file(run_dir):
             setup = _decide_micro_batches(trial, setup, capabilities, self._probes)
 
+        reported = Reported.read(trial)
+
         def on_eval(evaluation: Evaluation) -> None:
-            link_aim(trial, run_dir)
-            self._report(trial, evaluation, setup.config, full_steps)
+            if run_hash := aim_run(run_dir):
+                reported.write(trial, aim_run=run_hash)
+            self._report(trial, reported, evaluation, setup.config, full_steps)
 
         with _record_peak_memory(trial, capabilities):
             result = self._run(trial, params, setup, run_dir, trackers, on_eval)
@@ -135,7 +139,14 @@ class Objective:
             write_trial(trial, samples_per_second=result.samples_per_second)
         return result.metrics[self.spec.study.metric]
 
-    def _report(self, trial: optuna.Trial, evaluation: Evaluation, config: TrainConfig, full_steps: int | None) -> None:
+    def _report(
+        self,
+        trial: optuna.Trial,
+        reported: Reported,
+        evaluation: Evaluation,
+        config: TrainConfig,
+        full_steps: int | None,
+    ) -> None:
         """Report one point of the grid to Optuna, and end a trial that is pruned there or has no finite value."""
         metric, budget = self.spec.study.metric, self.spec.trial.budget
         value = evaluation.metrics[metric]
@@ -147,20 +158,20 @@ class Objective:
                 f"trial.{self.spec.trial.unit} {budget:g}: trial {trial.number} is at step {evaluation.step:,}, and "
                 f"its full run decays from step {config.decay_start:,} on: use a shorter trial or a longer [full]."
             )
-        record = TrialRecord.read(trial)
-        d_is_rising, point = record.d_is_rising, round(min(evaluation.point, budget))
+        point = round(min(evaluation.point, budget))
         # After a crash a run passes some points again.
-        if point not in record.curve:
+        if point not in reported.points:
             trial.report(value, point)
-            d = [*record.d, float(f"{evaluation.d:.6g}")]
-            d_is_rising = config.optimizer == "prodigy" and is_rising(d, config.d0)
-            write_trial(trial, d=d, d_rising=d_is_rising)
+            reported.points.add(point)
+            d = [*reported.values.get("d", []), float(f"{evaluation.d:.6g}")]
+            reported.write(trial, d=d, d_rising=config.optimizer == "prodigy" and is_rising(d, config.d0))
         if full_steps is not None and evaluation.seconds_per_step is not None:
-            hours = evaluation.seconds_per_step * full_steps / 3600
-            write_trial(trial, full_hours=hours, full_length=self.spec.full.length)
+            hours = float(f"{evaluation.seconds_per_step * full_steps / 3600:.4g}")
+            reported.write(trial, full_hours=hours, full_length=self.spec.full.length)
         # The baseline always runs to its end: everything is compared with it. A loss while d rises does not predict
         # that of a long run. At the last point pruning saves nothing.
-        is_spared = record.is_baseline or d_is_rising or evaluation.point >= budget
+        d_is_rising = reported.values.get("d_rising", False)
+        is_spared = reported.values.get("baseline", False) or d_is_rising or evaluation.point >= budget
         if not is_spared and trial.should_prune():
             raise optuna.TrialPruned(f"{metric} {value:.4f} after {evaluation.samples} samples")
 
@@ -192,6 +203,27 @@ class Objective:
             raise Infeasible("memory", f"out of memory: {first_line(error)}") from None
         finally:
             link_aim(trial, run_dir)
+
+
+@dataclass
+class Reported:
+    """What the storage has of a trial that this process trains: each read of it is seven SQL statements, each attribute
+    three."""
+
+    points: set[int]
+    """Of the evaluation grid."""
+    values: TrialKeys
+
+    @classmethod
+    def read(cls, trial: optuna.Trial) -> Reported:
+        stored = frozen(trial)
+        return cls(set(stored.intermediate_values), cast(TrialKeys, dict(stored.user_attrs)))
+
+    def write(self, trial: optuna.Trial, **values: Unpack[TrialKeys]) -> None:
+        """Store the attributes that have changed."""
+        changed = {key: value for key, value in values.items() if self.values.get(key) != value}
+        write_trial(trial, **cast(TrialKeys, changed))
+        self.values.update(cast(TrialKeys, changed))
 
 
 def _count_start(trial: optuna.Trial, run_dir: Path) -> None:

@@ -7,13 +7,15 @@ likelihood (Snoek et al. 2012). Expected improvement is that of Jones et al. 199
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 from scipy.special import ndtr, ndtri
 from scipy.stats import qmc
+from threadpoolctl import threadpool_limits
 
 Floats = NDArray[np.float64]
 
@@ -27,6 +29,14 @@ NOISE = (-5.0, 1.5)
 variance in that of the values."""
 MEAN = 1.0
 """Variance of the mean of all values."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def single_threaded(function: F) -> F:
+    """Decorator: its matrices are small, and BLAS threads that wait for a busy core take ten times the CPU time."""
+    limited: F = threadpool_limits.wrap(limits=1, user_api="blas")(function)
+    return limited
 
 
 class Surrogate:

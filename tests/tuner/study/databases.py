@@ -37,6 +37,13 @@ class Postgres:
     def stop(self) -> None:
         self._server.cleanup()
 
+    def allow_connections(self, number: int) -> None:
+        """Restart it with room for so many; its default is 100."""
+        with psycopg.connect(self._server.get_uri(), autocommit=True) as connection:
+            connection.execute(f"ALTER SYSTEM SET max_connections = {number}")
+        self.stop()
+        self.start()
+
     def create_database(self) -> str:
         """A new database; returns its URL."""
         name = f"d{uuid.uuid4().hex[:8]}"

@@ -8,7 +8,9 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from tuner.study import gaussian_process
 from tuner.study.coordinates import choose, features
 from tuner.study.gaussian_process import GaussianProcessSampler, feasibility
 
@@ -95,6 +97,20 @@ def test_proposals_depend_on_the_seed_and_the_trials_alone() -> None:
     continued.add_trials(first.trials[:7])
     proposed = continued.ask(dict(first.trials[7].distributions))
     assert proposed.params == first.trials[7].params
+
+
+def test_model_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def fit(*args: Any, **keywords: Any) -> Any:
+        threads.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
+        return model(*args, **keywords)
+
+    model = gaussian_process.HorizonModel
+    monkeypatch.setattr(gaussian_process, "HorizonModel", fit)
+    with threadpool_limits(2, "blas"):
+        search(GaussianProcessSampler(0), 4)
+    assert set(threads) == {1}
 
 
 def test_simultaneous_workers_get_different_proposals() -> None:
