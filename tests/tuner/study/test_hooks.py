@@ -160,6 +160,31 @@ def test_command_over_its_time_is_ended_with_its_children(
     assert not is_alive(pid)
 
 
+def test_what_a_command_leaves_running_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a server, which would keep its memory of the GPU."""
+    monkeypatch.setattr(hooks, "GRACE_S", 0.1)
+    run = Run(tmp_path, "sleep 600 & echo $! > {out}/started")
+    run.write("best.pth", "best", 10)
+    run.runner.close()
+    assert run.folders == ["step_000000010"]
+    pid = child_of(run.folder / "samples/step_000000010")
+    for _ in range(1000):  # SIGKILL was sent, and acts a moment later
+        if not is_alive(pid):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it still runs")
+
+
+def test_command_that_fills_the_disk_with_its_log_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hooks, "MAX_LOG_BYTES", 1000)
+    run = Run(tmp_path, "while :; do echo 0123456789; done", timeout=100.0)
+    run.write("best.pth", "best", 10)
+    run.runner.close()
+    assert run.folders == ["step_000000010.failed"] and "(its log has over 1 kB)" in caplog.text
+
+
 def test_stopped_run_ends_its_command_and_runs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "GRACE_S", 0.1)
     run = Run(tmp_path, STUBBORN, stop=lambda: True)
