@@ -21,10 +21,13 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
     are kept, as is its lineage.
 
     Raises:
-        UserError: There are fewer than two, one can't be read, their weights differ in name or shape, or `path` exists.
+        UserError: There are fewer than two, one can't be read, their weights differ in name or shape or are not finite,
+            or `path` exists or is no .pth.
     """
     if len(sources) < 2:
         raise UserError(f"{len(sources)} checkpoint: an average needs at least two.")
+    if path.suffix != ".pth":
+        raise UserError(f"{path}: an average is a .pth file; tuner export writes its weights in other formats.")
     if path.exists():
         raise UserError(f"{path} exists: choose another name.")
     if not path.parent.is_dir():
@@ -43,6 +46,8 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
         for name, so_far in mean.items():
             # Not a sum: the mean of equal weights is exactly these.
             mean[name] = so_far + (others[name].to(so_far.dtype) - so_far) / number
+    if broken := [name for name, tensor in mean.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{broken[0]} is not finite in one of the checkpoints: leave out those of a run that diverged.")
     model = {name: mean[name].to(tensor.dtype) if name in mean else tensor for name, tensor in weights.items()}
     known = ("step", "samples", "identity", "lineage") if "model" in first else ()
     about: dict[str, Any] = {key: first[key] for key in known if key in first}

@@ -94,8 +94,10 @@ class Reporter:
         level, verb = (logging.WARNING, "declines") if event == "declined" else (logging.INFO, "has recovered")
         log.log(level, "[Step %d] the run %s: %s", step, verb, text)
         self.tracker.event(event, text, step=step)
-        if event == "declined" and on_decline != "warn" and not self.run.finished:
-            self.stopped_by_guard = text
+        # It may recover in the validation of the same step, before it has ended.
+        is_stopped = event == "declined" and on_decline != "warn" and not self.run.finished
+        self.stopped_by_guard = text if is_stopped else ""
+        if is_stopped:
             self.tracker.event("stopped_by_guard", text, step=step)
 
     def report_checkpoints(self, names: Sequence[str]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from studies.indextts2.data_scan import BLOCK, DAMAGED, SELF_PAIR, STILL, UNKNOWN, Block, Scan, read_spelling, scan
-from studies.indextts2.manifest import Manifest, open_manifest
+from studies.indextts2.manifest import Manifest, ManifestSpec, open_manifest
+from studies.indextts2.mix import divide
 from studies.indextts2.model import GPTConfig
 from trainer.check import Check, State
 
@@ -26,15 +27,12 @@ class Split:
     """The manifests of a split and what was read of them."""
 
     name: str
-    specs: Sequence[str]
     manifests: Sequence[Manifest]
     numbers: np.ndarray
     """Numbers of the lines that were read, over all manifests."""
     found: Scan
-
-    @property
-    def num_lines(self) -> int:
-        return sum(len(manifest.text_lengths) for manifest in self.manifests)
+    languages: Mapping[str, float]
+    """The share of each in the samples that are drawn, with the shares of the manifests."""
 
     def having(self, flag: int) -> np.ndarray:
         """Positions in `found.lines`."""
@@ -123,8 +121,24 @@ def _read_splits(
     splits = []
     for name, own in blocks.items():
         parts, scans = scans[: len(own)], scans[len(own) :]
-        splits.append(Split(name, specs[name], opened[name], chosen[name], Scan.join(parts)))
+        scans_of = [[part for block, part in zip(own, parts, strict=True) if block.manifest == s] for s in specs[name]]
+        languages = _languages(specs[name], opened[name], scans_of, config)
+        splits.append(Split(name, opened[name], chosen[name], Scan.join(parts), languages))
     return splits
+
+
+def _languages(
+    specs: Sequence[str], manifests: Sequence[Manifest], scans: Sequence[Sequence[Scan]], config: GPTConfig
+) -> dict[str, float]:
+    """The share of each language in the samples that are drawn: by the lines of each manifest, else by its label."""
+    sizes = [int(np.count_nonzero(manifest.fits(config))) for manifest in manifests]
+    found: dict[str, float] = {}
+    parts = divide(sizes, [ManifestSpec.parse(spec).share for spec in specs])
+    for manifest, part, own in zip(manifests, parts, scans, strict=True):
+        counts = sum((scan.languages for scan in own), Counter[str]()) or {manifest.language or "not named": 1}
+        for language, number in counts.items():
+            found[language] = found.get(language, 0.0) + part * number / sum(counts.values())
+    return found
 
 
 def _judge(share: float, tolerated: float = 0.0) -> State:
@@ -195,7 +209,7 @@ def _is_common(char: str) -> bool:
 
 def _check_spelling(splits: Sequence[Split], tokenizer: Path, common: Sequence[str]) -> Check:
     """Hangul that the tokenizer has no piece for: in the texts, and in `common`."""
-    if not any(_base(language) == "ko" for split in splits for language in _languages(split)):
+    if not any(_base(language) == "ko" for split in splits for language in split.languages):
         return Check("hangul", "ok", "no Korean: not checked")
     spelling = read_spelling(tokenizer)
     how = {kind: [char for char in common if spelling.spell(char) == kind] for kind in ("unknown", "bytes")}
@@ -229,7 +243,7 @@ def _check_lengths(splits: Sequence[Split], config: GPTConfig) -> Check:
     for split in splits:
         text = np.concatenate([manifest.text_lengths for manifest in split.manifests])
         codes = np.concatenate([manifest.code_lengths for manifest in split.manifests])
-        left_out = int(np.count_nonzero((text > config.max_text_tokens) | (codes > config.max_mel_tokens)))
+        left_out = len(text) - sum(int(np.count_nonzero(manifest.fits(config))) for manifest in split.manifests)
         share = max(share, left_out / len(text))
         parts.append(
             f"{split.name}: up to {text.max():,} of {config.max_text_tokens:,} text tokens and {codes.max():,} of "
@@ -246,38 +260,23 @@ def _check_codes(splits: Sequence[Split]) -> Check:
     return Check("codes", _judge(share), f"nearly constant, as in silence: {message}", remedy)
 
 
-def _languages(split: Split) -> Counter[str]:
-    """Lines by language: of the lines, else of the manifests' labels."""
-    if split.found.languages:
-        return split.found.languages
-    labels: Counter[str] = Counter()
-    for manifest in split.manifests:
-        labels[manifest.language or "not named"] += len(manifest.text_lengths)
-    return labels
-
-
 def _base(language: str) -> str:
     return language.lower().replace("_", "-").partition("-")[0]
 
 
-def _shares(counts: Counter[str]) -> str:
-    total = counts.total()
-    shown = ", ".join(f"{name} {_percent(count / total)}" for name, count in counts.most_common(4))
+def _shares(counts: Mapping[str, float]) -> str:
+    total, largest = sum(counts.values()), sorted(counts, key=lambda name: -counts[name])[:4]
+    shown = ", ".join(f"{name} {_percent(counts[name] / total)}" for name in largest)
     return shown + (f" and {len(counts) - 4:,} more" if len(counts) > 4 else "")
 
 
 def _check_languages(training: Split, validation: Split) -> Check:
-    found = {split.name: _languages(split) for split in (training, validation)}
-    message = "; ".join(f"{name}: {_shares(counts)}" for name, counts in found.items())
-    missing = found["training"].keys() - found["validation"].keys()
-    new = found["validation"].keys() - found["training"].keys()
+    message = f"the training draws {_shares(training.languages)}; the validation has {_shares(validation.languages)}"
+    missing, new = training.languages.keys() - validation.languages, validation.languages.keys() - training.languages
     labels = {_base(m.language) for split in (training, validation) for m in split.manifests if m.language}
-    named = {_base(name) for split in (training, validation) for name in split.found.languages}
-    if named and labels and labels - named:
+    if wrong := labels - {_base(name) for split in (training, validation) for name in split.languages}:
         remedy = "correct the ::language of the manifest, or the language of its lines"
-        return Check(
-            "languages", "warn", f"{message}; no line has the label {', '.join(sorted(labels - named))}", remedy
-        )
+        return Check("languages", "warn", f"{message}; no line has the label {', '.join(sorted(wrong))}", remedy)
     if new:
         return Check("languages", "warn", message, f"{', '.join(sorted(new))} is validated and not trained")
     if missing:

@@ -22,7 +22,7 @@ import numpy as np
 
 from studies.indextts2.dataset import SampleReader
 from studies.indextts2.manifest import Manifest, open_manifest, sample_paths
-from studies.indextts2.model import GPTConfig
+from studies.indextts2.model import NUM_CONDITION, GPTConfig
 from studies.indextts2.weights import load_tokenizer
 from trainer.errors import DamagedSample
 
@@ -206,7 +206,11 @@ def _judge_text(found: Scan, numbers: np.ndarray, texts: Sequence[np.ndarray], s
 
 
 def _read(record: dict[str, Any], manifest: Manifest, config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
-    read, (text, codes, _, _) = SampleReader(str(record["id"]), str(manifest.path.parent)), sample_paths(record)
+    """Text ids and codes. Of the two files of the prompt, which are 30 times as large, only the size is looked at."""
+    read = SampleReader(str(record["id"]), str(manifest.path.parent))
+    text, codes, condition, emo_vec = sample_paths(record)
+    read.check_size(condition, NUM_CONDITION * config.model_dim)
+    read.check_size(emo_vec, config.model_dim)
     return (
         read.ids(text, record["target_text_len"], config.number_text_tokens, "the vocabulary"),
         read.ids(codes, record["target_code_len"], config.num_codes, "the codebook"),

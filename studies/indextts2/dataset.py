@@ -132,8 +132,7 @@ class PairedUtterances:
 
     def _usable_rows(self, manifest: Manifest) -> np.ndarray | None:
         """Numbers of the lines that fit into the position tables; None where all do."""
-        fits = manifest.text_lengths <= self._config.max_text_tokens
-        fits &= manifest.code_lengths <= self._config.max_mel_tokens
+        fits = manifest.fits(self._config)
         num_left_out = len(fits) - int(np.count_nonzero(fits))
         label = f" ({manifest.language})" if manifest.language else ""
         logger.info(
@@ -188,6 +187,15 @@ class SampleReader:
         if not np.isfinite(values).all():
             self._refuse(path, "has entries that are not finite")
         return values.astype(np.float32, copy=False)
+
+    def check_size(self, path: str, entries: int) -> None:
+        """Refuse a file that is missing or too short for this number of entries, of two bytes at least."""
+        try:
+            size = os.stat(os.path.join(self.folder, path)).st_size
+        except OSError as error:
+            self._refuse(path, f"can't be read: {first_line(error)}")
+        if size < 2 * entries:
+            self._refuse(path, f"has {size} bytes, too few for {entries} entries")
 
     def _load(self, path: str) -> np.ndarray:
         try:

@@ -20,12 +20,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from trainer.errors import DamagedSample, UserError
 from trainer.units import format_bytes
+
+if TYPE_CHECKING:
+    from studies.indextts2.model import GPTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,10 @@ class Manifest:
     """[N] int32."""
     code_lengths: np.ndarray
     """[N] int32."""
+
+    def fits(self, config: GPTConfig) -> np.ndarray:
+        """[N] bool: the lines that are no longer than the model's position tables; training leaves out the others."""
+        return (self.text_lengths <= config.max_text_tokens) & (self.code_lengths <= config.max_mel_tokens)
 
     def record(self, row: int) -> dict[str, Any]:
         """Read one line again. Raises `DamagedSample` where the file has changed since it was indexed."""

@@ -16,6 +16,15 @@ def check_shares(shares: Sequence[float | None]) -> None:
         raise ValueError(f"every manifest has a share, and they sum to {total:g}: they must sum to 1, or omit one")
 
 
+def divide(sizes: Sequence[int], shares: Sequence[float | None]) -> list[float]:
+    """Each manifest's part of the samples that are drawn, in sum 1."""
+    rest = 1 - sum(share or 0.0 for share in shares)
+    num_rest = sum(size for size, share in zip(sizes, shares, strict=True) if share is None)
+    return [
+        rest * size / max(1, num_rest) if share is None else share for size, share in zip(sizes, shares, strict=True)
+    ]
+
+
 def draw_shares(sizes: Sequence[int], shares: Sequence[float | None], epoch: int, seed: int) -> np.ndarray:
     """The samples of an epoch: as many as all manifests have, from each its share.
 
@@ -29,9 +38,7 @@ def draw_shares(sizes: Sequence[int], shares: Sequence[float | None], epoch: int
     Returns:
         [sum(sizes)] int64 indices, manifest by manifest.
     """
-    rest = 1 - sum(share or 0.0 for share in shares)
-    num_rest = sum(size for size, share in zip(sizes, shares, strict=True) if share is None)
-    parts = [rest * size / num_rest if share is None else share for size, share in zip(sizes, shares, strict=True)]
+    parts = divide(sizes, shares)
     # Rounded at the ends, so that the numbers add up.
     ends = np.rint(np.cumsum([0.0, *parts]) / sum(parts) * sum(sizes)).astype(np.int64)
     drawn, first = [np.empty(0, np.int64)], 0

@@ -36,6 +36,8 @@ def judge(folder: Path, change: Callable[[Records, Path], Any] = lambda records,
     write_pieces(folder / "ko.model", ["\u2581", *"가나다라마"])
     records: Records = {"train": [], "val": []}
     random = np.random.default_rng(0)
+    for speaker in range(2):
+        np.save(folder / f"{speaker}.npy", np.zeros((32, 32), np.float16))
     for split, number in (("train", 40), ("val", 10)):
         for index in range(number):
             name = f"{split}{index}"
@@ -98,6 +100,18 @@ def copy(count: int) -> Callable[[Records, Path], None]:
             "fail",
             "1 of 50 lines (2%), such as train3",
         ),
+        (
+            change("val", [3], prompt_condition_path="none.npy"),
+            "validation files",
+            "fail",
+            "10 lines (10%), such as val3",
+        ),
+        (
+            change("val", [3], prompt_emo_vec_path="short.npy"),
+            "validation files",
+            "fail",
+            "10 lines (10%), such as val3",
+        ),
         (rewrite("train", 5, [2, 4, 4], [1, 2, 3]), "unknown tokens", "warn", "(2%), such as train5"),
         (change("val", [0], target_text="가 뷁 뷁 Z"), "hangul", "warn", "without a piece: '뷁' 2;"),
         (
@@ -121,7 +135,7 @@ def copy(count: int) -> Callable[[Records, Path], None]:
         (change("train", range(30), speaker="one"), "speakers", "warn", "training: 3 (one 75%"),
         (change("train", [0], target_text_len=21), "lengths", "warn", "training: up to 21 of 20 text tokens"),
         (change("train", [0], target_text_len=21), "training files", "fail", "1 of 40 lines (2.5%), such as train0"),
-        (change("val", range(10), language="en"), "languages", "warn", "validation: en 100%"),
+        (change("val", range(10), language="en"), "languages", "warn", "the validation has en 100%"),
         (
             lambda records, folder: [line.update(language="en") for lines in records.values() for line in lines],
             "languages",
@@ -137,6 +151,21 @@ def test_fault_is_named_with_the_ids_of_examples(
     found = judge(tmp_path, change)[name]
     assert (found.state, bool(found.remedy)) == (state, state != "ok"), found
     assert message in found.message
+
+
+def test_languages_are_those_that_training_draws(tmp_path: Path) -> None:
+    """By the shares of the manifests, and without the lines that are left out for their length."""
+    judge(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    english = [{**line, "language": "en"} for line in lines[:4]]
+    unnamed = [{key: value for key, value in line.items() if key != "language"} for line in lines[:8]]
+    for name, written in (("en", english), ("zh", unnamed + [{**unnamed[0], "target_text_len": 21}] * 9)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    options = {"gpt": TINY_GPT, "tokenizer": "ko.model", "pack": False, "val_manifests": ["val.jsonl::ko"]}
+    given = {"train_manifests": ["train.jsonl::ko", "en.jsonl::en@0.4", "zh.jsonl::zh"]}
+    work = IndexTTS2.model_validate(options | given, context={"base_dir": tmp_path})
+    (found,) = [check for check in work.check_data(whole=True) if check.name == "languages"]
+    assert found.message.startswith("the training draws ko 50%, en 40%, zh 10%; the validation has ko 100%")
 
 
 def test_syllable_in_bytes_is_told_from_one_without_any_spelling(tmp_path: Path) -> None:

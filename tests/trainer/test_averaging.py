@@ -51,6 +51,7 @@ def test_average_starts_another_run(tmp_path: Path) -> None:
         ({"b": torch.ones(2)}, "2.pth is of another model than .*1.pth: a is in .*1.pth only"),
         ({"a": torch.ones(3)}, r"2.pth is of another model than .*1.pth: a has the shapes \[2\] and \[3\]"),
         ({"a": 1}, "2.pth holds no weights by name"),
+        ({"a": torch.tensor([1.0, torch.nan])}, "a is not finite in one of the checkpoints"),
     ],
 )
 def test_weights_of_another_model_are_refused(tmp_path: Path, weights: dict[str, Any], message: str) -> None:
@@ -66,5 +67,7 @@ def test_nothing_is_replaced_and_one_checkpoint_is_no_average(tmp_path: Path) ->
         average_checkpoints([one], tmp_path / "mean.pth")
     with pytest.raises(UserError, match=r"1\.pth exists: choose another name"):
         average_checkpoints([one, one], one)
+    with pytest.raises(UserError, match=r"mean\.safetensors: an average is a \.pth file"):
+        average_checkpoints([one, one], tmp_path / "mean.safetensors")
     with pytest.raises(UserError, match="no folder"):
         average_checkpoints([one, one], tmp_path / "none" / "mean.pth")

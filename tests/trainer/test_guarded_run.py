@@ -13,6 +13,7 @@ from tests.toy import Toy
 from trainer import TrainConfig, TrainResult, train
 from trainer.checkpoint import Checkpoints, go_back, read_checkpoint, write_checkpoint
 from trainer.evaluation import evaluate as real_evaluate
+from trainer.guard import Guard
 
 
 class Recorder:
@@ -77,6 +78,16 @@ def test_run_goes_back_to_its_best_state_and_repeats_its_steps(tmp_path: Path) -
     assert read_checkpoint(tmp_path / "run" / "latest.pth")["step"] == best
     again, _ = run(tmp_path / "run")
     assert again.metrics == straight.metrics
+
+
+def test_run_that_recovers_at_the_step_of_its_alarm_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log interval ends just before the validation of the same step, which may be the best one."""
+    monkeypatch.setattr(Guard, "add_train", lambda guard, loss: guard._decline("train/loss is ", "high"))
+    losses = iter([3 - 0.1 * i for i in range(99)])
+    monkeypatch.setattr("trainer.loop.evaluate", lambda *a, **k: {**real_evaluate(*a, **k), "val/loss": next(losses)})
+    result, recorder = run(tmp_path, steps=4, log_every=2)
+    assert recorder.events[:3] == [("declined", 2), ("stopped_by_guard", 2), ("recovered", 2)]
+    assert result.finished and result.stopped_by_guard == ""
 
 
 def test_trial_has_no_guard(ruined: None, tmp_path: Path) -> None:

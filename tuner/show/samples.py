@@ -38,7 +38,7 @@ def save_samples(record: StudyRecord, folder: Path) -> list[SampleRow]:
         for samples in all_samples:
             links = {}
             for path in samples.files:
-                name = f"{run.run_dir.name}-{samples.folder.name}-{path.name}"
+                name = _name(f"{run.run_dir.name}-{samples.folder.name}-{path.stem}", path.suffix)
                 if name not in known:
                     known[name] = _upload(record, store, path, name)
                 elif not (stored := folder / known[name]).exists() or stored.stat().st_mtime < path.stat().st_mtime:
@@ -48,6 +48,11 @@ def save_samples(record: StudyRecord, folder: Path) -> list[SampleRow]:
                 links[path.name] = f"/artifacts/{id_of(study)}/{known[name]}"
             rows.append(SampleRow(run.trial, samples.step, links, samples.metrics))
     return rows
+
+
+def _name(stem: str, suffix: str) -> str:
+    """A file's name, cut to the 255 bytes that it may have: a hook may name its files by Hangul sentences."""
+    return stem.encode()[: 255 - len(suffix)].decode(errors="ignore") + suffix
 
 
 def _upload(record: StudyRecord, store: FileSystemArtifactStore, path: Path, name: str) -> str:

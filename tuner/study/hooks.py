@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer.clock import clock
 from trainer.errors import first_line
+from trainer.units import format_bytes
 from tuner.spec.beside import PLACEHOLDER, HooksSection
 from tuner.study.process import run_in_shell
 from tuner.study.samples import Samples, read_samples, samples_dir
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """Seconds that a command gets to end after SIGTERM."""
+MAX_LOG_BYTES = 100_000_000
+"""Of one command's log: a full disk ends the training."""
 CHECKPOINT, LOG = "checkpoint.pth", "hook.log"
 RUNNING, FAILED = ".running", ".failed"
 """Endings of the folders of commands that have not succeeded."""
@@ -62,19 +65,25 @@ class Hook:
         """Run the command on a job, until `stop` at most; None if it failed, which is logged."""
         started = time.monotonic()
         with open(job.folder / LOG, "ab") as output:
+
+            def fills_disk() -> bool:
+                return os.fstat(output.fileno()).st_size > MAX_LOG_BYTES
+
             code = run_in_shell(
                 self._command(job),
                 timeout=self.section.timeout,
                 grace=GRACE_S,
                 cwd=self.base_dir,
                 output=output,
-                stop=stop,
+                stop=lambda: fills_disk() or stop(),
             )
+            is_full = fills_disk()
         if code != 0:
             failed = _give_up(job.folder)
             reason = f"exit code {code}"
             if code is None:
                 reason = "the run stopped" if stop() else f"it took over {clock(self.section.timeout)}"
+                reason = f"its log has over {format_bytes(MAX_LOG_BYTES)}" if is_full else reason
             log.warning("hook: step %s failed (%s): its log is %s", f"{job.step:,}", reason, failed / LOG)
             return None
         (job.folder / CHECKPOINT).unlink(missing_ok=True)

@@ -37,8 +37,8 @@ BACKOFF_S = (1.0, 4.0)
 """Waits between the attempts of one notification."""
 CLOSE_S = 15.0
 """How long the end of a run waits for notifications that are being sent."""
-MAX_TEXT = 1900
-"""Characters. Discord takes 2,000."""
+MAX_TEXT = 1300
+"""Characters. Discord takes 2,000, and ntfy 4,096 bytes: three for each Hangul syllable."""
 
 
 class NotSent(Exception):
@@ -103,9 +103,12 @@ class Command:
         Raises:
             NotSent
         """
-        code = run_in_shell(
-            self.command, env={"TUNER_EVENT": kind, "TUNER_MESSAGE": text}, timeout=TIMEOUT_S, grace=1.0
-        )
+        # A null byte can't be in a variable.
+        env = {"TUNER_EVENT": kind, "TUNER_MESSAGE": text.replace("\0", "")}
+        try:
+            code = run_in_shell(self.command, env=env, timeout=TIMEOUT_S, grace=1.0)
+        except OSError as error:  # no memory for a process
+            raise NotSent(error.strerror or type(error).__name__, final=False) from None
         if code != 0:
             raise NotSent(f"exit code {code}" if code is not None else f"took over {TIMEOUT_S:g} s", final=True)
 
@@ -142,10 +145,15 @@ def find_target(section: NotifySection) -> Webhook | Command | None:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
     except ValueError:
         host = None
-    if not host or parts.scheme not in ("http", "https") or not url.isascii() or not url.isprintable() or " " in url:
-        raise UserError(f"${variable}: it must hold a webhook's address, such as https://hooks.slack.com/services/...")
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    if not host or parts.scheme not in ("http", "https") or "@" in parts.netloc or not is_plain:
+        raise UserError(
+            f"${variable}: it must hold a webhook's address, such as https://hooks.slack.com/services/..., without a "
+            "user name."
+        )
     form = section.form or _guess_form(host)
     if form == "ntfy" and not parts.path.strip("/"):
         raise UserError(

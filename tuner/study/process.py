@@ -29,7 +29,7 @@ def run_in_shell(
 
     Args:
         timeout: Seconds.
-        grace: Seconds between SIGTERM and SIGKILL for a group that has to end.
+        grace: Seconds that the group has to end, after the shell has ended or after SIGTERM; then it gets SIGKILL.
         env: Variables besides this process's. Python is the one that runs this.
         output: Takes stdout and stderr; None discards them.
         stop: Polled; True ends it.
@@ -57,15 +57,15 @@ def run_in_shell(
             time.sleep(POLL_S)
         return process.returncode
     finally:
-        if process.returncode is None:
-            _end_group(process, grace)
+        _end_group(process, grace)
 
 
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End the shell and its children: with SIGTERM, and after `grace` seconds with SIGKILL."""
+    """End the shell, if it runs, and all children that it has left."""
     deadline = time.monotonic() + grace
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)
         while time.monotonic() < deadline:
             # The shell may be gone before its children; the group exists as long as one of them.
             process.poll()

@@ -10,12 +10,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".wav", ".png", ".txt")
 METRICS = "metrics.json"
+MAX_METRICS_BYTES = 1_000_000
 MAX_BYTES = 50_000_000
 """Larger files stay on the disk alone: the dashboard and Aim store copies."""
 
@@ -42,9 +44,10 @@ def read_all_samples(run_dir: Path) -> list[Samples]:
 
 def read_samples(folder: Path) -> Samples:
     """The samples in a folder; files of other kinds, and too large ones, are left out."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()]
-    small = [path for path in files if path.stat().st_size <= MAX_BYTES]
-    return Samples(int(folder.name.removeprefix("step_")), folder, small, _read_metrics(folder / METRICS))
+    # A name that is not UTF-8 can't be stored.
+    named = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.name.isprintable()]
+    files = [path for path in named if path.is_file() and path.stat().st_size <= MAX_BYTES]
+    return Samples(int(folder.name.removeprefix("step_")), folder, files, _read_metrics(folder / METRICS))
 
 
 def _read_metrics(path: Path) -> dict[str, float]:
@@ -52,14 +55,23 @@ def _read_metrics(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_bytes())
-    except ValueError:
+        # Every number as a float: a whole number may be too large for one. A deep nesting is a RecursionError.
+        values = json.loads(path.read_bytes(), parse_int=float) if path.stat().st_size <= MAX_METRICS_BYTES else None
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        log.warning("%s is left out: it must be one JSON object of numbers", path)
+        _warn(path)
         return {}
     return {
-        name: float(value)
+        name: value
         for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, float) and math.isfinite(value) and name.isprintable()
     }
+
+
+@cache
+def _warn(path: Path) -> None:
+    """Once: the study's page reads all samples again after each validation."""
+    log.warning(
+        "%s is left out: it must be one JSON object of numbers, of %s bytes at most", path, f"{MAX_METRICS_BYTES:,}"
+    )

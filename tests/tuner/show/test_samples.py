@@ -43,12 +43,24 @@ def test_files_and_metrics_are_read_and_others_left_out(tmp_path: Path) -> None:
     assert samples.step == 40 and samples.metrics == {"cer": 0.25}
 
 
-def test_metrics_that_are_no_object_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 200_000, '{"a": 1}' + " " * 1_000_000])
+def test_metrics_that_are_no_small_object_are_one_warning(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = leave(tmp_path, 40)
-    for text in ("{", "[1]"):
-        (folder / "metrics.json").write_text(text)
-        assert read_samples(folder).metrics == {}
-    assert caplog.text.count("metrics.json is left out: it must be one JSON object of numbers") == 2
+    (folder / "metrics.json").write_text(text)
+    assert read_samples(folder).metrics == read_samples(folder).metrics == {}
+    assert caplog.text.count("metrics.json is left out: it must be one JSON object of numbers") == 1
+
+
+def test_what_cannot_be_stored_is_left_out(tmp_path: Path) -> None:
+    folder = leave(tmp_path, 40)
+    (folder / "metrics.json").write_text(f'{{"huge": 1{"0" * 400}, "\\ud800": 1, "two\\nlines": 1, "cer": 1}}')
+    Path(os.fsdecode(bytes(folder) + b"/\xff.txt")).touch()
+    (folder / "loop.txt").symlink_to("loop.txt")
+    samples = read_samples(folder)
+    assert samples.metrics == {"cer": 1.0}
+    assert [path.name for path in samples.files] == ["generated.wav", "mel.png", "text.txt"]
 
 
 @pytest.fixture
@@ -82,6 +94,14 @@ def test_note_links_the_files_which_the_dashboard_serves(stored: optuna.Study, t
     status, body = client.request("GET", address)
     assert status == 200 and body.startswith("RIFF")
     clients.close()
+
+
+def test_long_name_of_a_file_is_cut(stored: optuna.Study, tmp_path: Path) -> None:
+    """Such as a sentence in Hangul: three bytes a syllable, and a file's name has 255 at most."""
+    name = 80 * "가" + ".wav"
+    (tmp_path / "full-trial-00001/samples/step_000000040" / name).write_bytes(b"RIFF")
+    StudyPage(stored, tmp_path).update(now=True)
+    assert f"[{name}](/artifacts/" in get_note(stored)
 
 
 def test_samples_of_a_run_that_was_started_anew_replace_the_earlier_ones(stored: optuna.Study, tmp_path: Path) -> None:

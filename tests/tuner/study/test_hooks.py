@@ -104,14 +104,15 @@ def test_one_command_at_a_time_and_of_the_waiting_the_newest(tmp_path: Path) -> 
 
 
 def test_last_state_of_a_step_that_was_sampled_is_not_sampled_again(tmp_path: Path) -> None:
-    run = Run(tmp_path, "true")
+    command = "echo {step} >> ran"
+    run = Run(tmp_path, command)
     run.write("best.pth", "best", 100)
     run.write("step_100.pth", "state", 100)
     run.runner.close()
-    again = Run(tmp_path, "true")
+    again = Run(tmp_path, command)
     again.write("step_100.pth", "state", 100)
     again.runner.close()
-    assert [samples.step for samples in run.found] == [100] and again.found == []
+    assert (tmp_path / "ran").read_text() == "100\n"
 
 
 def test_failed_command_is_a_warning_with_its_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,6 +161,31 @@ def test_command_over_its_time_is_ended_with_its_children(
     assert not is_alive(pid)
 
 
+def test_what_a_command_leaves_running_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a server, which would keep its memory of the GPU."""
+    monkeypatch.setattr(hooks, "GRACE_S", 0.1)
+    run = Run(tmp_path, "sleep 600 & echo $! > {out}/started")
+    run.write("best.pth", "best", 10)
+    run.runner.close()
+    assert run.folders == ["step_000000010"]
+    pid = child_of(run.folder / "samples/step_000000010")
+    for _ in range(1000):  # SIGKILL was sent, and acts a moment later
+        if not is_alive(pid):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it still runs")
+
+
+def test_command_that_fills_the_disk_with_its_log_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hooks, "MAX_LOG_BYTES", 1000)
+    run = Run(tmp_path, "while :; do echo 0123456789; done", timeout=100.0)
+    run.write("best.pth", "best", 10)
+    run.runner.close()
+    assert run.folders == ["step_000000010.failed"] and "(its log has over 1 kB)" in caplog.text
+
+
 def test_stopped_run_ends_its_command_and_runs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "GRACE_S", 0.1)
     run = Run(tmp_path, STUBBORN, stop=lambda: True)
@@ -170,16 +196,18 @@ def test_stopped_run_ends_its_command_and_runs_no_other(tmp_path: Path, monkeypa
     assert run.folders == ["step_000000010.failed"] and not is_alive(pid)
 
 
-def test_run_that_failed_ends_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_failed_ends_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(hooks, "GRACE_S", 0.1)
-    run = Run(tmp_path, STUBBORN)
+    run = Run(tmp_path, STUBBORN, timeout=30.0)
     run.write("best.pth", "best", 10)
     run.started(10)
     try:
         raise ZeroDivisionError
     except ZeroDivisionError:
         run.runner.close()
-    assert run.folders == ["step_000000010.failed"]
+    assert run.folders == ["step_000000010.failed"] and "failed (the run stopped)" in caplog.text
 
 
 def test_leftovers_of_a_killed_process_are_tidied_up(tmp_path: Path) -> None:

@@ -196,6 +196,8 @@ def test_address_is_in_no_log_and_in_no_stored_spec(
         ('url = "$CHAT_URL"', "", "notify.url: the environment variable $CHAT_URL is not set"),
         ('url = "$CHAT_URL"', f"hooks/{SECRET}", "$CHAT_URL: it must hold a webhook's address"),
         ('url = "$CHAT_URL"', f"https://x.org/{SECRET} x", "$CHAT_URL: it must hold a webhook's address"),
+        ('url = "$CHAT_URL"', "https://me:s3cr3t@x.org/", "$CHAT_URL: it must hold a webhook's address"),
+        ('url = "$CHAT_URL"', f"https://x..org/{SECRET}", "$CHAT_URL: it must hold a webhook's address"),
         ('url = "$CHAT_URL"', "https://ntfy.sh/", "$CHAT_URL: the address of an ntfy topic ends with its name"),
         ('url = "$CHAT_URL"\ncommand = "x"', "", "notify: give url or command, not both"),
         ('on = ["faild"]', "", 'notify.on.0 "faild": input should be'),
@@ -231,3 +233,24 @@ def test_command_gets_event_and_message(tmp_path: Path, caplog: pytest.LogCaptur
     event, _, message = (tmp_path / "got").read_text().partition("|")
     assert event == "run_ended" and message.endswith(": at 'the' end")
     assert caplog.messages == ["the notification run_ended was not sent to notify.command: exit code 3"]
+
+
+def test_command_that_cannot_start_or_a_null_byte_ends_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notify, "BACKOFF_S", ())
+    real = notify.run_in_shell
+    calls: list[dict[str, str]] = []
+
+    def run(command: str, *, env: dict[str, str], **rest: Any) -> int | None:
+        calls.append(env)
+        if len(calls) == 1:
+            raise OSError(12, "Cannot allocate memory")
+        return real(command, env=env, **rest)
+
+    monkeypatch.setattr(notify, "run_in_shell", run)
+    with Notifier(NotifySection(command=f'printf "%s" "$TUNER_MESSAGE" > {tmp_path}/got'), "it") as notifier:
+        notifier.send("failed", "no memory")
+        notifier.send("failed", "null \0 byte")
+    assert (tmp_path / "got").read_text().endswith(": null  byte")
+    assert caplog.messages == ["the notification failed was not sent to notify.command: Cannot allocate memory"]
