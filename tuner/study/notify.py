@@ -191,10 +191,11 @@ class Notifier:
     Args:
         subject: The study or run, as messages name it.
         running: False: a user's mistake counts as a failure of the run only after its first figures.
+        goes_back: A run that its guard stops, or that diverges, goes back to its best state (`on_decline`).
     """
 
-    def __init__(self, section: NotifySection, subject: str, *, running: bool = False) -> None:
-        self.subject = subject
+    def __init__(self, section: NotifySection, subject: str, *, running: bool = False, goes_back: bool = False) -> None:
+        self.subject, self._goes_back = subject, goes_back
         self._on, self._target = section.on, find_target(section)
         self._is_running = running
         self._queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
@@ -209,7 +210,9 @@ class Notifier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception) and (self._is_running or not isinstance(error, UserError)):
-            self.send("failed", f"failed: {_describe(error)}")
+            is_caught = self._goes_back and type(error).__name__ == "Diverged"
+            more = "; it goes back to its best state, unless it did before" if is_caught else ""
+            self.send("failed", f"failed: {_describe(error)}{more}")
         if not self._started:
             return
         self._queue.put(None)
@@ -230,7 +233,8 @@ class Notifier:
         self._is_running = True
 
     def event(self, kind: str, text: str, *, step: int) -> None:
-        words = {"declined": "declines, ", "stopped_by_guard": "stopped by its guard, "}
+        stopped = "goes back to its best state" if self._goes_back else "stopped by its guard"
+        words = {"declined": "declines, ", "stopped_by_guard": f"{stopped}, "}
         self.send(kind, f"step {step:,}: {words.get(kind, '')}{text}")
 
     def close(self) -> None:

@@ -86,7 +86,8 @@ def tracked_train(
             trackers = [*trackers, tracker]
         notifier = None
         if full is not None:
-            notifier = stack.enter_context(Notifier(full.notify, f"{experiment}/{run_dir.name}"))
+            goes_back = full.full.on_decline == "finish"
+            notifier = stack.enter_context(Notifier(full.notify, f"{experiment}/{run_dir.name}", goes_back=goes_back))
             trackers = [*trackers, notifier]
             if full.hooks is not None:
                 aim = next((tracker for tracker in trackers if isinstance(tracker, AimTracker)), None)

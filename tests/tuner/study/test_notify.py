@@ -254,3 +254,17 @@ def test_command_that_cannot_start_or_a_null_byte_ends_no_thread(
         notifier.send("failed", "null \0 byte")
     assert (tmp_path / "got").read_text().endswith(": null  byte")
     assert caplog.messages == ["the notification failed was not sent to notify.command: Cannot allocate memory"]
+
+
+def test_run_that_goes_back_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer import Diverged
+
+    sent = []
+    monkeypatch.setattr(Notifier, "send", lambda _, kind, text: sent.append((kind, text)))
+    with pytest.raises(Diverged), Notifier(NotifySection(), "it", running=True, goes_back=True) as notifier:
+        notifier.event("stopped_by_guard", "val/loss rose", step=3)
+        raise Diverged("val/loss was nan")
+    assert sent == [
+        ("stopped_by_guard", "step 3: goes back to its best state, val/loss rose"),
+        ("failed", "failed: Diverged: val/loss was nan; it goes back to its best state, unless it did before"),
+    ]
