@@ -132,9 +132,9 @@ class ReducedLoss:
     """
 
     def __init__(self, model: nn.Module, loss_sums: Callable[[Mapping[str, Tensor]], Sums]) -> None:
-        # The buffers are constants: law 1 leaves no room for statistics over a batch.
+        # Buffers are constants, such as frozen rows: law 1 leaves no room for statistics over a batch.
         self._shared = DistributedDataParallel(
-            _Forward(model, loss_sums), broadcast_buffers=False, gradient_as_bucket_view=True
+            _Forward(model, loss_sums), forward_sync_buffers=False, gradient_as_bucket_view=True
         )
 
     def __call__(self, inputs: Mapping[str, Tensor], *, is_last: bool) -> Sums:
