@@ -76,7 +76,9 @@ def deal(indices: np.ndarray, lengths: np.ndarray, rank: int, count: int) -> np.
     if count == 1:
         return indices
     turn = np.arange(len(indices)) % (2 * count)
-    return indices[np.argsort(-lengths, kind="stable")][np.minimum(turn, 2 * count - 1 - turn) == rank]
+    mine = np.minimum(turn, 2 * count - 1 - turn) == rank
+    part: np.ndarray = indices[np.argsort(-lengths, kind="stable")[mine]]
+    return part
 
 
 def validation_batches(

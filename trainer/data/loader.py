@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from trainer.data.batching import BatchOrder, deal
 from trainer.errors import DamagedSample, UserError
-from trainer.ranks import ALONE, Ranks
+from trainer.ranks import ALONE, Ranks, num_local_ranks
 from trainer.workload import Batch, Dataset, Workload
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,12 @@ def _check_batches(
 
 
 def _reset_signals(_: int) -> None:
-    """A worker inherits its parent's handlers. Only the parent handles Ctrl-C, and then ends its workers."""
+    """A worker inherits its parent's handlers. Only the parent handles Ctrl-C, and then ends its workers.
+
+    torchrun sends its signals to the whole process group, and the parent's last step needs its workers.
+    """
+    if num_local_ranks() > 1:
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
