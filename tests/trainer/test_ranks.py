@@ -20,6 +20,7 @@ import torch
 
 from tests.toy import Toy
 from trainer import TrainConfig
+from trainer.acceleration import detect
 from trainer.checkpoint import read_checkpoint
 from trainer.data.batching import deal
 from trainer.micro_batches import decide_micro_batch_size
@@ -50,8 +51,6 @@ def test_micro_batches_are_of_a_ranks_part(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("trainer.micro_batches.estimate_fit", estimate)
     config = TrainConfig(steps=1, batch_size=9, micro_batch_size="auto", device="cpu")
-    from trainer.acceleration import detect
-
     with pytest.raises(KeyboardInterrupt):
         decide_micro_batch_size(Toy(), config, detect("cpu"), Ranks(count=4))
     assert [(each.batch_size, each.grad_accumulation) for each in seen] == [(3, 2)]
