@@ -17,6 +17,7 @@ from torch import nn
 
 from trainer.config import TrainConfig
 from trainer.errors import UserError
+from trainer.ranks import num_local_ranks, take_gpu
 from trainer.workload import Dataset
 
 log = logging.getLogger(__name__)
@@ -135,9 +136,9 @@ def detect(device: str = "auto") -> Capabilities:
     """Describe the device that `train.device` names.
 
     Raises:
-        UserError: `device` is "cuda", and there is none.
+        UserError: `device` is "cuda", and there is none, or not one for each process of the run.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = max(1, len(os.sched_getaffinity(0)) // num_local_ranks())
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError('train.device "cuda": this machine shows no CUDA device; use "auto" or repair the driver.')
     if device == "cpu" or not torch.cuda.is_available():
@@ -153,6 +154,7 @@ def detect(device: str = "auto") -> Capabilities:
         )
     # Before the first tensor on the device: the allocator reads it once.
     os.environ.update(allocator_settings(os.environ))
+    take_gpu()
     properties = torch.cuda.get_device_properties()
     return Capabilities(
         "cuda",

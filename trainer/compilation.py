@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.config import identity_fields
 from trainer.errors import UserError
+from trainer.ranks import ALONE, Ranks, ReducedLoss
 from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class TrainingLoss:
         required: Raise if the model can't be compiled as one graph; otherwise log a warning and run eagerly.
             Compilation fails before anything is computed, so the numbers are those of an eager run.
         expected_seconds: Rough compilation time, logged beforehand.
+        ranks: The gradients become the mean over them.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class TrainingLoss:
         compile: bool,
         required: bool = False,
         expected_seconds: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._workload, self._model, self._required = workload, model, required
         self._expected_seconds = expected_seconds
@@ -57,12 +60,28 @@ class TrainingLoss:
             # Two lengths that are equal in the first batch by chance must still be two symbols.
             torch.fx.experimental._config.use_duck_shape = False
             self._compiled = torch.compile(self._eager, fullgraph=True, dynamic=True)
+        # Its hooks are outside of the compiled graph.
+        self._reduced = ReducedLoss(model, self._compute) if ranks.count > 1 else None
 
     def _eager(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._workload.loss_sums(self._model, inputs)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sums of `Workload.loss_sums`. Raises UserError if a graph is required and compilation fails."""
+    def __call__(self, inputs: Mapping[str, Tensor], *, is_last: bool = True) -> dict[str, Tensor]:
+        """The sums of `Workload.loss_sums`; zeros without inputs.
+
+        Args:
+            is_last: Of the micro-batches of a step; gradients are reduced over the ranks with that one.
+
+        Raises:
+            UserError: A graph is required and compilation fails.
+        """
+        return self._compute(inputs) if self._reduced is None else self._reduced(inputs, is_last=is_last)
+
+    def _compute(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not inputs:
+            # All samples of this rank are damaged. The other ranks wait for a gradient of each parameter.
+            zeros = [p.sum() * 0 for p in self._model.parameters() if p.requires_grad]
+            return dict.fromkeys(self._workload.loss_weights, torch.stack(zeros).sum())
         ones = {(name, axis) for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape) if size == 1}
         # A last micro-batch of one sample, or all but one of a batch damaged: not worth a graph of its own. If the
         # first batch was such a one, the next one is compiled instead, or all others would run eagerly.

@@ -148,9 +148,11 @@ class TrainConfig(BaseModel):
     @property
     def num_micro_batches(self) -> int:
         """Number of micro-batches in a batch; 1 while it is undecided."""
-        if not isinstance(self.micro_batch_size, int):
-            return 1
-        return math.ceil(self.batch_size / self.micro_batch_size)
+        return self.count_micro_batches(self.batch_size)
+
+    def count_micro_batches(self, num_samples: int) -> int:
+        """Number of micro-batches in a part of a batch."""
+        return math.ceil(num_samples / self.micro_batch_size) if isinstance(self.micro_batch_size, int) else 1
 
     @property
     def num_steps(self) -> int | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainer.metrics import LossMeter
+from trainer.ranks import ALONE, Ranks
 from trainer.workload import Batch, Workload
 
 
@@ -41,11 +42,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @torch.no_grad()
 def evaluate(
-    workload: Workload, model: nn.Module, batches: Iterable[Batch], *, device: torch.device, precision: str
+    workload: Workload,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    precision: str,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Validation metrics by name, dropout off: `val/loss`, ..., and of each part of the set `val/loss/ko`, ....
 
-    Waits for the device at the end only.
+    Waits for the device at the end only. Each rank has a share of the batches, and all have the same result.
     """
     whole = LossMeter(workload.loss_weights)
     parts: dict[str, LossMeter] = {}
@@ -58,7 +65,9 @@ def evaluate(
         if batch.part:
             parts.setdefault(batch.part, LossMeter(workload.loss_weights)).add(sums, batch.counts)
     model.train(training)
-    metrics = {f"val/{name}": value for name, value in whole.read().items()}
-    for part, meter in sorted(parts.items()):
-        metrics |= {f"val/{name}/{part}": value for name, value in meter.read().items()}
+    metrics = {f"val/{name}": value for name, value in whole.read(ranks).items()}
+    # A rank may have no batch of a part.
+    for part in sorted(set[str]().union(*ranks.gather(list(parts)))):
+        meter = parts.get(part, LossMeter(workload.loss_weights))
+        metrics |= {f"val/{name}/{part}": value for name, value in meter.read(ranks).items()}
     return metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from trainer.config import TrainConfig
 from trainer.data.batching import BatchOrder, validation_batches
 from trainer.data.loader import fixed_batches, train_batches
 from trainer.device_monitor import DeviceMonitor
+from trainer.errors import UserError
 from trainer.evaluation import Evaluation, autocast, evaluate
+from trainer.follower import ImportPath, NoCheckpoints, Start
 from trainer.metrics import IntervalMeter
 from trainer.micro_batches import decide_micro_batch_size
 from trainer.optimizers import is_finite, schedule_factor, step_size, update
+from trainer.ranks import ALONE, Ranks
 from trainer.reporting import Diverged as Diverged
 from trainer.reporting import Reporter
 from trainer.run_folder import open_run_folder
@@ -68,6 +71,7 @@ def train(
     resume: str | Path = "auto",
     init: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train, or continue if `run_dir` holds a checkpoint of the same run.
 
@@ -79,6 +83,7 @@ def train(
         resume: "auto", "never" (refuse a directory that holds a run), or a checkpoint's path.
         init: Weights for step 0, from any checkpoint that the workload can read.
         lineage: Where the configuration comes from; stored in every checkpoint.
+        ranks: Share each batch with these processes. This is the first of them, and the others `follow` it.
 
     Raises:
         UserError: The data, the device or the content of `run_dir` does not fit; nothing is lost. With
@@ -87,6 +92,11 @@ def train(
             from before is kept, and the same call continues from there.
     """
     run_dir = Path(run_dir)
+    if ranks.count > config.batch_size:
+        raise UserError(
+            f"train.batch_size {config.batch_size} has no sample for each of the {ranks.count} processes: use at most "
+            f"--nproc-per-node {config.batch_size}."
+        )
     open_run_folder(run_dir)
     trackers = Trackers([] if tracker is None else [tracker])
     with (
@@ -95,10 +105,14 @@ def train(
         Checkpoints(run_dir, keep=config.keep_checkpoints, on_written=trackers.written) as checkpoints,
     ):
         capabilities = detect(config.device)
-        config = decide_micro_batch_size(workload, config, capabilities)
-        run = prepare(workload, config, capabilities.kind, checkpoints, resume=resume, init=init, lineage=lineage)
+        config = decide_micro_batch_size(workload, config, capabilities, ranks)
+        run = prepare(
+            workload, config, capabilities.kind, checkpoints, resume=resume, init=init, lineage=lineage, ranks=ranks
+        )
         acceleration = plan(capabilities, config, run.size(compiled_before=was_compiled(workload, run.model)))
         apply(acceleration)
+        ranks.gather(ImportPath.own())
+        ranks.gather(Start.of(run, acceleration))
         with DeviceMonitor(capabilities.kind) as monitor:
             reporter = Reporter(run, trackers, monitor)
             try:
@@ -120,16 +134,39 @@ def train(
     )
 
 
+def follow(ranks: Ranks, stop: Callable[[], bool] = lambda: False) -> None:
+    """Take part in every `train` of the first rank. Writes and reports nothing.
+
+    Args:
+        stop: Called at every step boundary; True ends the run there on all ranks, with a checkpoint.
+
+    Raises:
+        RankLost: The first rank has ended, or another one.
+    """
+    while True:
+        # Two messages: the second one can be read only where its classes can be imported.
+        paths: list[Any] = ranks.gather(None)
+        paths[0].adopt()
+        starts: list[Any] = ranks.gather(None)
+        start: Start = starts[0]
+        detect(start.config.device)
+        apply(start.acceleration)
+        run = start.build(ranks)
+        with DeviceMonitor(start.acceleration.device) as monitor, suppress(Diverged):
+            reporter = Reporter(run, Trackers([]), monitor)
+            _loop(run, start.acceleration, NoCheckpoints(), reporter, None, stop, lambda: None)
+
+
 def _loop(
     run: Run,
     acceleration: AccelerationPlan,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | NoCheckpoints,
     reporter: Reporter,
     on_eval: Callable[[Evaluation], None] | None,
     stop: Callable[[], bool],
     alive: Callable[[], object],
 ) -> None:
-    config, progress = run.config, run.progress
+    config, progress, ranks = run.config, run.progress, run.ranks
     batches = _train_batches(run, acceleration)
     loss_sums = TrainingLoss(
         run.workload,
@@ -137,12 +174,13 @@ def _loop(
         compile=acceleration.compile,
         required=config.compile == "on",
         expected_seconds=acceleration.compile_seconds,
+        ranks=ranks,
     )
     val_data = run.workload.val_data()
     val_indices = validation_batches(
         val_data.lengths, config.val_samples, seed=config.val_seed, part_of=run.workload.val_part
     )
-    val_batches = fixed_batches(run.workload, val_data, val_indices)
+    val_batches = fixed_batches(run.workload, val_data, val_indices, ranks=ranks)
     meter = IntervalMeter(run.workload.loss_weights)
     meter.start(progress.step)
     first_step = progress.step
@@ -162,7 +200,7 @@ def _loop(
             if on_eval is not None:
                 on_eval(evaluation)
 
-        ends = run.finished or stop() or bool(reporter.stopped_by_guard)
+        ends = run.finished or any(ranks.gather(stop())) or bool(reporter.stopped_by_guard)
         due = config.save_every is not None and progress.step % config.save_every == 0
         if BEST in also or (progress.step != saved_step and (ends or due or also)):
             # The snapshot waits for the device in any case.
@@ -184,8 +222,8 @@ def _loop(
         progress.step += 1
         values = None
         if progress.step % config.log_every == 0 or run.finished or run.is_first_log(progress.step - first_step):
-            values = meter.read()
-        seconds = time.perf_counter() - started
+            values = meter.read(ranks)
+        seconds = ranks.gather(time.perf_counter() - started)[0]
         meter.add_step(seconds, warm_up=warm_up)
         if not warm_up:
             progress.seconds += seconds
@@ -217,7 +255,8 @@ def _train_batches(run: Run, acceleration: AccelerationPlan) -> Iterator[Batch]:
         device=run.device,
         pin_memory=acceleration.pin_memory,
         pad_multiple=acceleration.pad_multiple,
-        num_micro_batches=config.num_micro_batches,
+        num_micro_batches=run.num_micro_batches,
+        ranks=run.ranks,
     )
 
 
@@ -226,24 +265,29 @@ def step(run: Run, loss_sums: TrainingLoss, precision: str, batches: Iterator[Ba
 
     Reads no value on the host.
     """
-    config = run.config
+    config, ranks = run.config, run.ranks
     started = time.perf_counter()
-    group = [next(batches) for _ in range(config.grad_accumulation * config.num_micro_batches)]
+    group = [next(batches) for _ in range(config.grad_accumulation * run.num_micro_batches)]
     meter.data_wait += time.perf_counter() - started
     group = [batch for batch in group if batch.num_samples]
     weights = run.workload.loss_weights
-    totals = {name: sum(batch.counts[name] for batch in group) for name in weights}
+    totals = ranks.sum({name: sum(batch.counts[name] for batch in group) for name in weights})
+    some = any(totals.values())
+    if some and not group:
+        group = [Batch({}, dict.fromkeys(weights, 0), num_samples=0, num_tokens=0, num_slots=0)]
     for batch in group:
         with autocast(run.device, precision):
-            sums = loss_sums(batch.inputs)
-        terms = [weight * sums[name] / totals[name] for name, weight in weights.items() if totals[name]]
+            sums = loss_sums(batch.inputs, is_last=batch is group[-1])
+        # The gradient is the mean over ranks, and their sum is wanted.
+        terms = [weight * ranks.count * sums[name] / totals[name] for name, weight in weights.items() if totals[name]]
         torch.autograd.backward(torch.stack(terms).sum())
         meter.add_batch(sums, batch)
     lr = config.base_lr * schedule_factor(config, run.progress.step)
-    if group:
+    if some:
         norm, skipped = update(run.optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
         meter.add_update(norm, skipped, lr=lr, d=step_size(run.optimizer))
-    run.optimizer.zero_grad()
+    # Reduced gradients are views of the buckets that they are sent in.
+    run.optimizer.zero_grad(set_to_none=ranks.count == 1)
 
 
 def _signalling(batches: Iterable[Batch], alive: Callable[[], object]) -> Iterator[Batch]:
@@ -255,7 +299,7 @@ def _signalling(batches: Iterable[Batch], alive: Callable[[], object]) -> Iterat
 def _evaluate(run: Run, precision: str, batches: Iterable[Batch], point: float) -> tuple[Evaluation, list[str]]:
     """Validate; also returns the names of the best checkpoints to write."""
     progress = run.progress
-    metrics = evaluate(run.workload, run.model, batches, device=run.device, precision=precision)
+    metrics = evaluate(run.workload, run.model, batches, device=run.device, precision=precision, ranks=run.ranks)
     progress.metrics, progress.evaluated, progress.evaluated_step = metrics, point, progress.step
     improved = []
     for metric, name in run.workload.best_checkpoints().items():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainer.clock import clock as clock
 from trainer.device_monitor import GPU_MEMORY, GPU_UTILIZATION
+from trainer.ranks import ALONE, Ranks
 from trainer.units import format_bytes
 from trainer.workload import Batch
 
@@ -39,12 +40,17 @@ class LossMeter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + counts[name]
 
-    def read(self) -> dict[str, float]:
-        """Means so far. Waits for the device once."""
-        if not self._sums:
-            return {}
-        values = torch.stack(list(self._sums.values())).tolist()
-        return compute_means(dict(zip(self._sums, values, strict=True)), self._counts, self.weights)
+    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Means so far, over all ranks. Waits for the device once."""
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        # A rank may have no value of a loss.
+        for their_sums, their_counts in ranks.gather((dict(zip(self._sums, values, strict=True)), self._counts)):
+            for name, value in their_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0) + their_counts[name]
+        return compute_means(sums, counts, self.weights) if sums else {}
 
 
 def log_line(step: int, values: Mapping[str, float], *, time: float) -> str:
@@ -117,11 +123,18 @@ class IntervalMeter:
             "train/data_wait": self.data_wait / self.seconds,
         }
 
-    def read(self) -> dict[str, float]:
-        """The interval's figures by name. Waits for the device: all work launched so far is then finished."""
+    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """The interval's figures by name, of all ranks. Waits for the device: all work launched so far is then
+        finished.
+
+        Raises:
+            UserError: Prodigy's d differs between the ranks.
+        """
         norm, d, lr = self._last
+        ranks.check_equal("Prodigy's d", float(d))
+        self.tokens, self.slots = map(sum, zip(*ranks.gather((self.tokens, self.slots)), strict=True))
         return {
-            **{f"train/{name}": value for name, value in self.losses.read().items()},
+            **{f"train/{name}": value for name, value in self.losses.read(ranks).items()},
             "train/lr": float(d) * lr,
             "train/d": float(d),
             "train/grad_norm": float(norm),

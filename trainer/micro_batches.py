@@ -17,6 +17,7 @@ from trainer.acceleration import Capabilities
 from trainer.config import TrainConfig
 from trainer.errors import UserError, first_line
 from trainer.memory import MemoryEstimate, NoEstimate, Probe, available_memory
+from trainer.ranks import ALONE, Ranks
 from trainer.units import format_bytes
 from trainer.workload import Workload
 
@@ -42,8 +43,13 @@ class MemoryFit:
         return self.needs is None or self.needs <= available
 
 
-def decide_micro_batch_size(workload: Workload, config: TrainConfig, capabilities: Capabilities) -> TrainConfig:
+def decide_micro_batch_size(
+    workload: Workload, config: TrainConfig, capabilities: Capabilities, ranks: Ranks = ALONE
+) -> TrainConfig:
     """Returns the configuration with `micro_batch_size` "auto" decided for a device, and logged; any other unchanged.
+
+    Args:
+        ranks: They share a batch, each on a device of its own.
 
     Raises:
         UserError: The device can't hold one sample at a time.
@@ -51,7 +57,13 @@ def decide_micro_batch_size(workload: Workload, config: TrainConfig, capabilitie
     if config.micro_batch_size != "auto":
         return config
     available = available_memory(capabilities.kind)
-    memory_fit = estimate_fit(workload, config, capabilities, available)
+    one = config
+    if ranks.count > 1:
+        # Reduced gradients stay in memory from step to step, as they do from one accumulated batch to the next.
+        accumulation = max(2, config.grad_accumulation)
+        part = math.ceil(config.batch_size / ranks.count)
+        one = config.model_copy(update={"batch_size": part, "grad_accumulation": accumulation})
+    memory_fit = estimate_fit(workload, one, capabilities, available)
     if not memory_fit.fits(available):
         raise UserError(
             f'train.micro_batch_size "auto": one sample at a time {describe_shortage(memory_fit, available)}: use a '

@@ -19,6 +19,7 @@ from trainer.config import Role, TrainConfig, differences, fields_of_role, ident
 from trainer.errors import UserError
 from trainer.guard import Guard
 from trainer.optimizers import build_optimizer, has_same_rates
+from trainer.ranks import ALONE, Ranks
 from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,38 @@ class Run:
     data_digest: str
     lineage: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
+    ranks: Ranks = ALONE
+    checkpoint: Path | None = None
+    """The one that it continues from."""
+
+    @classmethod
+    def build(
+        cls,
+        workload: Workload,
+        config: TrainConfig,
+        device: str,
+        *,
+        init: Path | None = None,
+        data_digest: str,
+        ranks: Ranks = ALONE,
+    ) -> Run:
+        """A run at step 0. `init`: take the weights of this checkpoint."""
+        torch.manual_seed(config.seed)
+        model = workload.build_model()
+        if init is not None:
+            workload.load_weights(model, init)
+            log.info("weights from %s, new %s optimizer, step 0", init, config.optimizer)
+        if device != "cpu":
+            model.to(device)
+        optimizer = build_optimizer(model, config)
+        # Building the model draws as many numbers as it has weights; dropout starts from the seed again.
+        torch.manual_seed(config.seed)
+        return cls(workload, config, torch.device(device), model, optimizer, data_digest, {}, ranks=ranks)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Number of micro-batches in a rank's part of a batch."""
+        return self.config.count_micro_batches(math.ceil(self.config.batch_size / self.ranks.count))
 
     @property
     def samples(self) -> int:
@@ -260,6 +293,7 @@ def prepare(
     resume: str | Path = "auto",
     init: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Build a run, and continue it if there is a checkpoint.
 
@@ -283,27 +317,13 @@ def prepare(
             checkpoint = Path(resume), read_checkpoint(Path(resume), mmap=True)
             lineage = {**(lineage or {}), "resumed_from": str(resume)}
 
-    torch.manual_seed(config.seed)
-    model = workload.build_model()
-    if init is not None and not checkpoint:
-        workload.load_weights(model, init)
-        log.info("weights from %s, new %s optimizer, step 0", init, config.optimizer)
-    if device != "cpu":
-        model.to(device)
-    run = Run(
-        workload=workload,
-        config=config,
-        device=torch.device(device),
-        model=model,
-        optimizer=build_optimizer(model, config),
-        data_digest=workload.data_digest(),
-        lineage={**(lineage or {}), **({"init": str(init)} if init else {})},
-    )
-    # Building the model draws as many numbers as it has weights; dropout starts from the seed again.
-    torch.manual_seed(config.seed)
+    start = None if checkpoint else init
+    run = Run.build(workload, config, device, init=start, data_digest=workload.data_digest(), ranks=ranks)
+    run.lineage = {**(lineage or {}), **({"init": str(init)} if init else {})}
     if checkpoint:
         path, state = checkpoint
         run.load(state, path)
+        run.checkpoint = path
         run.lineage = {**state["lineage"], **run.lineage}
         if init is not None and state["lineage"].get("init") != str(init):
             raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")

@@ -71,6 +71,16 @@ class BatchOrder:
             epoch, position = epoch + 1, 0
 
 
+def deal(indices: np.ndarray, lengths: np.ndarray, rank: int, count: int) -> np.ndarray:
+    """The part of a batch for one of `count` ranks: dealt by length, there and back, so that tokens are near equal."""
+    if count == 1:
+        return indices
+    turn = np.arange(len(indices)) % (2 * count)
+    mine = np.minimum(turn, 2 * count - 1 - turn) == rank
+    part: np.ndarray = indices[np.argsort(-lengths, kind="stable")[mine]]
+    return part
+
+
 def validation_batches(
     lengths: np.ndarray,
     num_samples: int | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from trainer.data.batching import BatchOrder
+from trainer.data.batching import BatchOrder, deal
 from trainer.errors import DamagedSample, UserError
+from trainer.ranks import ALONE, Ranks, num_local_ranks
 from trainer.workload import Batch, Dataset, Workload
 
 log = logging.getLogger(__name__)
@@ -98,11 +100,13 @@ class DamageCount:
 
 
 class _EndlessOrder(Sampler[np.ndarray]):
-    def __init__(self, order: BatchOrder, start: tuple[int, int], num_micro_batches: int) -> None:
+    def __init__(self, order: BatchOrder, start: tuple[int, int], num_micro_batches: int, ranks: Ranks) -> None:
         self.order, self.start, self.num_micro_batches = order, start, num_micro_batches
+        self.rank, self.num_ranks = ranks.number, ranks.count
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for indices in self.order.from_position(*self.start):
+        for batch in self.order.from_position(*self.start):
+            indices = deal(batch, self.order.lengths[batch], self.rank, self.num_ranks)
             yield from split_batch(indices, self.order.lengths[indices], self.num_micro_batches)
 
 
@@ -127,11 +131,13 @@ def train_batches(
     pin_memory: bool = False,
     pad_multiple: int = 1,
     num_micro_batches: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Batch]:
     """Batches without end from `start` = (epoch, position) on; the same ones whatever `num_workers`.
 
     Args:
         num_micro_batches: Each batch is yielded as this number of micro-batches, one after the other.
+        ranks: Each of them gets its own part of each batch.
 
     Raises:
         UserError: At once, if the data has not one length per sample. With the first batch, if `loss_weights` does
@@ -139,7 +145,7 @@ def train_batches(
     """
     loader = DataLoader(
         BatchReader(workload, data, pad_multiple),
-        sampler=_EndlessOrder(order, start, num_micro_batches),
+        sampler=_EndlessOrder(order, start, num_micro_batches, ranks),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -165,17 +171,24 @@ def _check_batches(
 
 
 def _reset_signals(_: int) -> None:
-    """A worker inherits its parent's handlers. Only the parent handles Ctrl-C, and then ends its workers."""
+    """A worker inherits its parent's handlers. Only the parent handles Ctrl-C, and then ends its workers.
+
+    torchrun sends its signals to the whole process group, and the parent's last step needs its workers.
+    """
+    if num_local_ranks() > 1:
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def fixed_batches(workload: Workload, data: Dataset, batches: Sequence[np.ndarray]) -> list[Batch]:
-    """Read the batches of the validation set into host memory, once for all evaluations."""
+def fixed_batches(
+    workload: Workload, data: Dataset, batches: Sequence[np.ndarray], *, ranks: Ranks = ALONE
+) -> list[Batch]:
+    """Read the batches of the validation set into host memory, once for all evaluations. Each rank has its share."""
     reader = BatchReader(workload, data)
     damage = DamageCount(sum(map(len, batches)))
     fixed: list[Batch] = []
-    for indices in batches:
+    for indices in batches[ranks.number :: ranks.count]:
         batch = reader[indices]
         damage.add(len(indices), batch.damaged)
         if batch.num_samples:

@@ -7,6 +7,7 @@ Heavy imports are inside the commands: `--help` stays fast.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib.metadata import version as version_of
 from io import TextIOWrapper
@@ -41,11 +42,16 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
     """The options before a command."""
+    if context.obj is not None:
+        from tuner.cli.ranks import check_command
+
+        check_command(context.invoked_subcommand)
 
 
 # In the order of the help.
@@ -76,7 +82,12 @@ def main() -> None:
             # A terminal without UTF-8 must not end a run, for example at a path in Korean.
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+            from tuner.cli.ranks import run_on_ranks  # imports torch
+
+            run_on_ranks(app)
+        else:
+            app()
     except (UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
         print(f"tuner: {error}", file=sys.stderr)
         sys.exit(2)

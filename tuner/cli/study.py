@@ -205,6 +205,7 @@ def dashboard(
 
 
 def promote(
+    context: typer.Context,
     study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
     trial: Annotated[int | None, typer.Option(min=0, help=r"The trial to promote. \[default: the best]")] = None,
     confirm: Annotated[
@@ -229,7 +230,7 @@ def promote(
     track: Track = True,
     log_format: LogFormat = Format.auto,
 ) -> None:
-    """Start or continue the full run, with the best trial's settings.
+    """Start or continue the full run, with the best trial's settings. On several GPUs: torchrun -m tuner promote.
 
     Example: tuner promote indextts2-ko --confirm 3
     """
@@ -244,6 +245,7 @@ def promote(
     from rich.console import Console
 
     from tuner import Runtime, api
+    from tuner.cli.ranks import ranks_of
     from tuner.doctor.data import check_paths
     from tuner.doctor.quick import report_checks, run_quick_checks
     from tuner.show.json_events import confirmation_ended
@@ -253,6 +255,9 @@ def promote(
     from tuner.study.record import read_spec
     from tuner.study.storage import load_study, open_storage, storage_url
 
+    ranks = ranks_of(context)
+    if confirm is not None and ranks.count > 1:
+        raise UserError("--confirm trains on one GPU: confirm without torchrun, then promote the winner with it.")
     report_checks(run_quick_checks(run_root, study=study, storage=storage_url(storage)))
     show_log(log_format)
     opened = load_study(study, open_storage(storage, must_exist=True))
@@ -261,7 +266,7 @@ def promote(
     report_checks(check_paths(spec.build_workload()))
     console = Console(stderr=log_format == Format.json)
     with stop_on_signals(console.print) as stop, user_errors():
-        runtime, confirmation = Runtime(run_root, track, stop), None
+        runtime, confirmation = Runtime(run_root, track, stop, ranks=ranks), None
         if confirm is not None:
             follow = partial(follow_run, log_format=log_format)
             try:

@@ -26,6 +26,7 @@ from tuner.cli.terminal import (
 
 
 def train(
+    context: typer.Context,
     spec: Spec,
     override: Overrides = None,
     resume: Annotated[str, typer.Option(help="Checkpoint to continue from: auto, never, or a path.")] = "auto",
@@ -42,12 +43,14 @@ def train(
     from rich.console import Console
 
     from trainer.checkpoint import BEST
+    from tuner.cli.ranks import ranks_of
     from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.spec.overrides import parse_overrides
     from tuner.spec.setups import full_setup
     from tuner.spec.study_toml import StudySpec
     from tuner.study.tracked_run import Runtime, tracked_train
 
+    ranks = ranks_of(context)
     show_log(log_format)
     report = Console(stderr=log_format == Format.json).print
     study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
@@ -55,7 +58,7 @@ def train(
     name = study_spec.study.name
     title = f"{name}, full run without a study"
     with stop_on_signals(report) as stop, user_errors(), follow_run(title, log_format) as run:
-        runtime = Runtime(run_root, track, stop)
+        runtime = Runtime(run_root, track, stop, ranks=ranks)
         result = tracked_train(
             full_setup(study_spec, {}),
             run_dir.resolve() if run_dir else runtime.run_dir(name, "train"),

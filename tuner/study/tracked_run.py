@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 
 from trainer import Evaluation, TrainResult, UserError, train
+from trainer.ranks import ALONE, Ranks
 from trainer.run_folder import LOG, open_run_folder
 from trainer.trackers import installed_trackers
 from trainer.tracking import AimTracker, Tracker, Trackers, aim_run
@@ -48,6 +49,8 @@ class Runtime:
     """Called at every step boundary; True ends the run there with a checkpoint."""
     alive: Callable[[], object] = lambda: None
     """Called at every batch of a validation, which may take long."""
+    ranks: Ranks = ALONE
+    """The processes that share each batch of a run."""
 
     def run_dir(self, study: str, name: str) -> Path:
         return (self.run_root / study / name).resolve()
@@ -107,6 +110,7 @@ def tracked_train(
             resume=resume,
             init=init,
             lineage={**lineage, WORKLOAD: describe_workload(setup.workload)},
+            ranks=runtime.ranks,
         )
         if notifier is not None and result.finished:
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
