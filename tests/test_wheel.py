@@ -35,6 +35,6 @@ def test_wheel_is_complete_and_writes_a_study(tmp_path: Path) -> None:
     packed = {path.relative_to(unpacked) for p in PACKAGES for path in (unpacked / p).rglob("*") if path.is_file()}
     assert packed == ours
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
-    command = [sys.executable, "-P", "-m", "tuner.cli", "new", "mine"]
+    command = [sys.executable, "-P", "-m", "tuner", "new", "mine"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == sorted(FILES)

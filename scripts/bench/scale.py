@@ -181,7 +181,7 @@ def in_new_process(function: Callable[[str], list[float]], url: str) -> list[flo
 
 def time_status(url: str, *options: str) -> float:
     started = time.perf_counter()
-    command = [sys.executable, "-m", "tuner.cli", "status", "toy", "--storage", url, *options]
+    command = [sys.executable, "-m", "tuner", "status", "toy", "--storage", url, *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 

@@ -37,7 +37,7 @@ def test_browser_without_the_token_is_shown_the_way_in(serve: Serve, page: Page)
 
 
 def test_address_that_the_command_prints_opens_the_list_of_studies(url: str, page: Page) -> None:
-    command = [sys.executable, "-m", "tuner.cli", "dashboard", "--port", "0", "--storage", url]
+    command = [sys.executable, "-m", "tuner", "dashboard", "--port", "0", "--storage", url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

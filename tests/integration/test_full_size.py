@@ -67,7 +67,7 @@ torch.save({{key: torch.randn(shape).mul_(0.02) for key, shape in shapes}}, {str
 def tuner(folder: Path, *arguments: str) -> float:
     """Run a command; returns its peak of memory of its own in GB (mapped files are the system's to drop)."""
     started, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, "-m", "tuner.cli", *arguments], cwd=folder)
+    process = subprocess.Popen([sys.executable, "-m", "tuner", *arguments], cwd=folder)
     while process.poll() is None:
         try:
             memory = Path(f"/proc/{process.pid}/status").read_text()

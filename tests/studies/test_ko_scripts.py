@@ -49,7 +49,7 @@ def folder(tmp_path: Path, tokenizers: tuple[Path, Path]) -> Path:  # noqa: F811
     for name, path in zip(("base.model", "ko.model"), tokenizers, strict=True):
         shutil.copy(path, tmp_path / name)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/tuner").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tuner.cli "$@"\n')
+    (tmp_path / "bin/tuner").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tuner "$@"\n')
     (tmp_path / "bin/tuner").chmod(0o755)
     return tmp_path
 

@@ -109,7 +109,7 @@ def training(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     spec = '[study]\nname = "toy"\nworkload = "tests.toy:Toy"\n[train]\nsave_every = 20\nlog_every = 10\n'
     spec += "[trial]\nsamples = 100\nevaluations = 1\n"
     (folder / "study.toml").write_text(spec + "[full]\nsteps = 1_000_000\n")
-    command = [*TORCHRUN, *options, "-m", "tuner.cli", "train", "study.toml", "--no-track", "--run-dir", "run"]
+    command = [*TORCHRUN, *options, "-m", "tuner", "train", "study.toml", "--no-track", "--run-dir", "run"]
     with open(folder / "output", "w") as file:
         run = subprocess.Popen(command, cwd=folder, env=environment(), stdout=file, stderr=file, text=True)
         try:

@@ -85,7 +85,7 @@ LONG = TOML.replace("samples = 160\nevaluations = 4", "samples = 200_000\nevalua
 
 
 def started(tmp_path: Path, text: str, *, stdout: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tuner.cli", "launch", str(write(tmp_path, text)), "--no-track", "--trials", "1"]
+    command = [sys.executable, "-m", "tuner", "launch", str(write(tmp_path, text)), "--no-track", "--trials", "1"]
     root = str(Path(__file__).parents[2])
     storage = f"sqlite:///{tmp_path}/tuner.db"
     environment = {**os.environ, "TUNER_STORAGE": storage, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
@@ -107,7 +107,7 @@ def test_launch_into_a_closed_pipe_stops_with_a_checkpoint(tmp_path: Path) -> No
 
 
 def test_closed_standard_output_does_not_stop_training(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m tuner.cli train {write(tmp_path)} --no-track --run-dir {tmp_path}/run >&-"
+    command = f"{sys.executable} -m tuner train {write(tmp_path)} --no-track --run-dir {tmp_path}/run >&-"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, shell=True, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
@@ -156,7 +156,7 @@ def test_terminal_without_utf_8_gets_escapes(
 def test_watching_ends_with_ctrl_c_and_code_0(tmp_path: Path) -> None:
     open_study(build(), f"sqlite:///{tmp_path}/tuner.db")
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "tuner.cli", "status", "toy", "--watch", "--interval", "0.2"]
+    command = [sys.executable, "-m", "tuner", "status", "toy", "--watch", "--interval", "0.2"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
     with subprocess.Popen(
         [*command, "--storage", f"sqlite:///{tmp_path}/tuner.db"], stdout=theirs, stderr=theirs, env=environment

@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -27,7 +27,6 @@ from trainer.tracking import Tracker, aim_run
 from trainer.workload import Workload
 from tuner.spec.setups import NotAChoice, Setup, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
-from tuner.study.optuna_internals import frozen
 from tuner.study.peak_memory import PeakMemory
 from tuner.study.record import TrialKeys, TrialRecord, trial_name, write_trial
 from tuner.study.tracked_run import Runtime, code_digest, link_aim, log_file, tracked_train
@@ -124,7 +123,7 @@ class Objective:
         with log_file(run_dir):
             setup = _decide_micro_batches(trial, setup, capabilities, self._probes)
 
-        reported = Reported.read(trial)
+        reported = Reported(TrialRecord.read(trial))
 
         def on_eval(evaluation: Evaluation) -> None:
             if run_hash := aim_run(run_dir):
@@ -163,15 +162,15 @@ class Objective:
         if point not in reported.points:
             trial.report(value, point)
             reported.points.add(point)
-            d = [*reported.values.get("d", []), float(f"{evaluation.d:.6g}")]
-            reported.write(trial, d=d, d_rising=config.optimizer == "prodigy" and is_rising(d, config.d0))
+            reported.d.append(float(f"{evaluation.d:.6g}"))
+            reported.d_is_rising = config.optimizer == "prodigy" and is_rising(reported.d, config.d0)
+            reported.write(trial, d=list(reported.d), d_rising=reported.d_is_rising)
         if full_steps is not None and evaluation.seconds_per_step is not None:
             hours = float(f"{evaluation.seconds_per_step * full_steps / 3600:.4g}")
             reported.write(trial, full_hours=hours, full_length=self.spec.full.length)
         # The baseline always runs to its end: everything is compared with it. A loss while d rises does not predict
         # that of a long run. At the last point pruning saves nothing.
-        d_is_rising = reported.values.get("d_rising", False)
-        is_spared = reported.values.get("baseline", False) or d_is_rising or evaluation.point >= budget
+        is_spared = reported.is_baseline or reported.d_is_rising or evaluation.point >= budget
         if not is_spared and trial.should_prune():
             raise optuna.TrialPruned(f"{metric} {value:.4f} after {evaluation.samples} samples")
 
@@ -205,25 +204,19 @@ class Objective:
             link_aim(trial, run_dir)
 
 
-@dataclass
 class Reported:
-    """What the storage has of a trial that this process trains: each read of it is seven SQL statements, each attribute
-    three."""
+    """What this process has stored of a trial. Each read of it would be seven SQL statements, each attribute three."""
 
-    points: set[int]
-    """Of the evaluation grid."""
-    values: TrialKeys
-
-    @classmethod
-    def read(cls, trial: optuna.Trial) -> Reported:
-        stored = frozen(trial)
-        return cls(set(stored.intermediate_values), cast(TrialKeys, dict(stored.user_attrs)))
+    def __init__(self, record: TrialRecord) -> None:
+        self.points, self.d, self.d_is_rising = set(record.curve), list(record.d), record.d_is_rising
+        self.is_baseline = record.is_baseline
+        self._written: TrialKeys = {}
 
     def write(self, trial: optuna.Trial, **values: Unpack[TrialKeys]) -> None:
         """Store the attributes that have changed."""
-        changed = {key: value for key, value in values.items() if self.values.get(key) != value}
-        write_trial(trial, **cast(TrialKeys, changed))
-        self.values.update(cast(TrialKeys, changed))
+        changed = cast(TrialKeys, {key: value for key, value in values.items() if self._written.get(key) != value})
+        write_trial(trial, **changed)
+        self._written.update(changed)
 
 
 def _count_start(trial: optuna.Trial, run_dir: Path) -> None:

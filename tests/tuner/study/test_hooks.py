@@ -258,7 +258,7 @@ def test_signal_stops_the_run_and_its_command(tmp_path: Path) -> None:
         TOML.replace("samples = 480", "samples = 8_000_000\neval_every = 800")
         + f"[hooks]\ncommand = '''{STUBBORN.partition('; ')[2]} # {{checkpoint}}'''\n",
     )
-    command = [sys.executable, "-m", "tuner.cli", "train", str(spec), "--no-track", "--run-root", str(tmp_path)]
+    command = [sys.executable, "-m", "tuner", "train", str(spec), "--no-track", "--run-root", str(tmp_path)]
     root = str(Path(__file__).parents[3])
     with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}) as process:
         while not (started := list(tmp_path.rglob("started"))):

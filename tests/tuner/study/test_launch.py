@@ -274,7 +274,7 @@ def test_killed_launch_resumes(tmp_path: Path, runtime: Runtime, url: str, how: 
     endless = TOML.replace("samples = 160", "samples = 4_000_000").replace("samples = 480", "samples = 8_000_000")
     endless = endless.replace("log_every = 5", "save_every = 5")
     spec = write(tmp_path, endless)
-    command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--trials", "2"]
+    command = [sys.executable, "-m", "tuner", "launch", str(spec), "--storage", url, "--no-track", "--trials", "2"]
     command += ["--run-root", str(runtime.run_root)]
     run_dir = runtime.run_dir("toy", "trial-00000")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

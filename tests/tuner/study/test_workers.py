@@ -358,7 +358,7 @@ def test_ctrl_c_stops_all_workers_with_a_checkpoint(tmp_path: Path, url: str) ->
         tmp_path,
         TOML.replace("samples = 160", "samples = 4_000_000", 1).replace("samples = 480", "samples = 8_000_000"),
     )
-    command = [sys.executable, "-m", "tuner.cli", "launch", str(spec), "--storage", url, "--no-track", "--workers", "2"]
+    command = [sys.executable, "-m", "tuner", "launch", str(spec), "--storage", url, "--no-track", "--workers", "2"]
     command += ["--run-root", str(tmp_path / "runs")]
     logs = [tmp_path / f"runs/toy/trial-0000{number}/train.log" for number in (0, 1)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

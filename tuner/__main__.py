@@ -1,4 +1,4 @@
-"""`python -m tuner.cli`, for a `tuner` that is not in PATH."""
+"""`python -m tuner`, for a `tuner` that is not in PATH."""
 
 from tuner.cli import main
 
