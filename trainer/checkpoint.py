@@ -45,6 +45,7 @@ from trainer.run_folder import (
     step_file,
     step_of,
 )
+from trainer.state_form import check_form, read_state
 from trainer.units import format_bytes
 
 __all__ = [
@@ -94,7 +95,7 @@ def find_state(
         on_unreadable: Called with a state that the disk refused to read, which is skipped too.
 
     Raises:
-        UserError: There are checkpoints, and none of them can be read.
+        UserError: There are checkpoints, and none of them can be read; or one is of another program.
     """
     candidates = [path for path in (*list_steps(run_dir)[::-1], run_dir / LATEST, run_dir / STABLE) if path.exists()]
     newest = None
@@ -110,6 +111,7 @@ def find_state(
                 on_unreadable(path)
             log.warning("%s", error)
             continue
+        check_form(found[1], path)
         if fits(found[1]):
             if newest:
                 log.warning(
@@ -131,7 +133,7 @@ def go_back(run_dir: Path, name: str) -> None:
         UserError: It is missing or damaged.
     """
     path = run_dir / name
-    target = run_dir / step_file(read_checkpoint(path, mmap=True)["step"])
+    target = run_dir / step_file(read_state(path)["step"])
     for alias in (target, run_dir / LATEST):
         link_checkpoint(path, alias)
     for later in list_steps(run_dir)[list_steps(run_dir).index(target) + 1 :]:
