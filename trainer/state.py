@@ -14,7 +14,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from trainer.acceleration import RunSize
-from trainer.checkpoint import Checkpoints, read_checkpoint, snapshot
+from trainer.checkpoint import Checkpoints, snapshot
+from trainer.checkpoint_file import UnreadableFile
 from trainer.config import Role, TrainConfig, differences, fields_of_role, identity_fields
 from trainer.errors import UserError, first_line
 from trainer.guard import Guard
@@ -249,8 +250,11 @@ def _best_on_disk(run_dir: Path, workload: Workload, best: Mapping[str, float]) 
     for metric, name in workload.best_checkpoints().items():
         if metric in best and (run_dir / name).is_file():
             try:
-                on_disk = read_checkpoint(run_dir / name, mmap=True).get("metrics", {})
+                on_disk = read_state(run_dir / name).get("metrics", {})
                 kept[metric] = min(best[metric], on_disk.get(metric, math.inf))
+            except UnreadableFile as error:
+                log.warning("%s It is kept until a validation is better.", error)
+                kept[metric] = best[metric]
             except UserError as error:
                 log.warning("%s", error)
     return kept

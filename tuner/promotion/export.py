@@ -187,9 +187,12 @@ def _format(name: str | None, path: Path) -> WeightsFormat:
     for format in get_args(WeightsFormat):
         if format == (name or path.suffix.removeprefix(".") or "pth"):
             return format  # type: ignore[no-any-return]
-    if name is None:
+    if name is None and is_folder(path):
         return "pth"
-    raise UserError(f"--format {name}: use {' or '.join(get_args(WeightsFormat))}.")
+    known = " or ".join(get_args(WeightsFormat))
+    if name is None:
+        raise UserError(f"{path}: weights are written as {known}: name it so, or give --format too.")
+    raise UserError(f"--format {name}: use {known}.")
 
 
 def _check_target(path: Path, *, force: bool) -> None:
