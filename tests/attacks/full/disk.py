@@ -22,7 +22,7 @@ from tests.attacks.test_packed_bytes import Samples, is_equal, opened
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints, find_state, read_checkpoint
 from trainer.export import write_weights
-from tuner.study.sqlite import open_sqlite
+from tuner.study.storage import open_storage
 from tuner.study.tracked_run import log_file
 
 Scenario = tuple[Callable[[Path], None], Callable[[Path], None], Callable[[Path], bool]]
@@ -32,7 +32,9 @@ Scenario = tuple[Callable[[Path], None], Callable[[Path], None], Callable[[Path]
 def refuse_disk(job: Job) -> Result:
     """The stage: in a process of its own, since the calls are replaced when it starts."""
     shim = job.folder / "shim.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", shim, Path(__file__).with_name("shim.c"), "-ldl"], check=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-O1", "-o", shim, Path(__file__).with_name("shim.c"), "-ldl"], check=True
+    )
     command = [sys.executable, "-W", "ignore", "-m", "tests.attacks.full.disk", job.folder, str(job.size)]
     command.append(str(job.end - time.monotonic()))
     ended = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(shim)}, capture_output=True, text=True)
@@ -58,7 +60,9 @@ def save(step: int) -> Callable[[Path], None]:
 def has_state(folder: Path) -> bool:
     found = find_state(folder)
     whole = [read_checkpoint(path) for path in folder.glob("*.pth")]
-    return found is not None and all(bool((each["model"]["weight"] == each["step"]).all()) for each in [found[1], *whole])
+    return found is not None and all(
+        bool((each["model"]["weight"] == each["step"]).all()) for each in [found[1], *whole]
+    )
 
 
 def export(value: float) -> Callable[[Path], None]:
@@ -74,7 +78,7 @@ def pack(folder: Path) -> None:
 def tell(folder: Path) -> None:
     import optuna
 
-    storage = open_sqlite(f"sqlite:///{folder}/s.db", folder / "s.db", must_exist=False)
+    storage = open_storage(f"sqlite:///{folder}/s.db")
     study = optuna.create_study(study_name="toy", storage=storage, load_if_exists=True)
     for _ in range(3):
         trial = study.ask()

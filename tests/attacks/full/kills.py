@@ -92,9 +92,7 @@ def kill_launch(job: Job) -> Result:
 
     def start(name: str) -> int:
         runtime = Runtime(job.folder / name, track=False)
-        return fork(
-            lambda: launch(spec, storage=url(name), runtime=runtime, num_workers=2), job.folder / f"{name}.log"
-        )
+        return fork(lambda: launch(spec, storage=url(name), runtime=runtime, num_workers=2), job.folder / f"{name}.log")
 
     result.check(join(start("reference")) == 0, "the reference failed")
     expected = values("reference")
