@@ -19,6 +19,7 @@ from trainer import Diverged, TrainConfig, TrainResult, UserError, checkpoint, t
 from trainer.checkpoint import Checkpoints, list_steps, read_checkpoint, write_checkpoint
 from trainer.optimizers import build_optimizer, is_finite
 from trainer.run_folder import step_of
+from tuner.study.tracked_run import _LogFile, log_file
 
 OVERFLOW, NAN = 1e38, float("nan")
 
@@ -245,6 +246,17 @@ def test_state_that_the_disk_refuses_to_read_for_a_moment_is_never_deleted(
     assert "step_000000030.pth can't be read (Input/output error)" in caplog.text
     assert newest.read_bytes() == content
     assert run(Toy(), tmp_path, steps=30).step == 30
+
+
+def test_log_that_can_not_be_written_at_its_end_does_not_end_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with log_file(tmp_path):
+        handler = next(each for each in logging.getLogger().handlers if isinstance(each, _LogFile))
+        handler.stream.close()
+        handler.stream = open("/dev/full", "w")  # noqa: SIM115
+        handler.stream.write("a line")
+    assert capfd.readouterr().err.count("train.log can't be written (No space left on device)") == 1
 
 
 def refuse_to_read(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
