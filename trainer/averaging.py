@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import UserError
 from trainer.export import write_weights
+from trainer.state_form import check_form, weights_in
 
 
 def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
@@ -33,7 +34,9 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
     first = read_checkpoint(sources[0], mmap=True)
-    weights = _weights(first, sources[0])
+    if "lineage" in first:
+        check_form(first, sources[0])
+    weights = weights_in(first, sources[0])
     if any(".lora_A." in name for name in weights):
         raise UserError(
             f"{sources[0]} holds LoRA adapters, and the product of two means is not the mean of the products: export "
@@ -41,7 +44,7 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
         )
     mean = {name: tensor.to(_wide(tensor)) for name, tensor in weights.items() if tensor.is_floating_point()}
     for number, source in enumerate(sources[1:], 2):
-        others = _weights(read_checkpoint(source, mmap=True), source)
+        others = weights_in(read_checkpoint(source, mmap=True), source)
         _check_like(weights, others, sources[0], source)
         for name, so_far in mean.items():
             # Not a sum: the mean of equal weights is exactly these.
@@ -54,13 +57,6 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
     if "lineage" in about:
         about["lineage"] = {**about["lineage"], "averaged": [str(source.resolve()) for source in sources]}
     write_weights({"model": model, **about}, path)
-
-
-def _weights(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
-    weights = state.get("model", state)
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(f"{source} holds no weights by name: name a checkpoint of a run, or a state dict.")
-    return dict(weights)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

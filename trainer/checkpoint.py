@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from trainer.run_folder import (
     step_file,
     step_of,
 )
+from trainer.state_form import check_form, read_state
 from trainer.units import format_bytes
 
 __all__ = [
@@ -78,6 +79,10 @@ KEPT_SHARE = 1 / 3
 """Share of the free host memory that may be kept for snapshots of a GPU's state."""
 RETRY_S, MAX_RETRY_S = 2.0, 60.0
 """Seconds until a failed write is tried again: doubled each time, up to the second number."""
+UNREADABLE = ".unreadable"
+"""Suffix of a state that the disk refused to read when the run went back to an earlier one."""
+POLL_S = 0.5
+"""Seconds in which a stop ends the waiting."""
 GIVE_UP_S = 600.0
 """A run ends once no checkpoint could be written for this many seconds."""
 
@@ -94,7 +99,7 @@ def find_state(
         on_unreadable: Called with a state that the disk refused to read, which is skipped too.
 
     Raises:
-        UserError: There are checkpoints, and none of them can be read.
+        UserError: There are checkpoints, and none of them can be read; or one is of another program.
     """
     candidates = [path for path in (*list_steps(run_dir)[::-1], run_dir / LATEST, run_dir / STABLE) if path.exists()]
     newest = None
@@ -110,6 +115,7 @@ def find_state(
                 on_unreadable(path)
             log.warning("%s", error)
             continue
+        check_form(found[1], path)
         if fits(found[1]):
             if newest:
                 log.warning(
@@ -131,11 +137,26 @@ def go_back(run_dir: Path, name: str) -> None:
         UserError: It is missing or damaged.
     """
     path = run_dir / name
-    target = run_dir / step_file(read_checkpoint(path, mmap=True)["step"])
+    target = run_dir / step_file(read_state(path)["step"])
     for alias in (target, run_dir / LATEST):
         link_checkpoint(path, alias)
     for later in list_steps(run_dir)[list_steps(run_dir).index(target) + 1 :]:
-        delete(later)
+        if _is_refused(later):
+            # Under its own name it would be the newest state once the disk reads it again.
+            later.rename(later.with_name(later.name + UNREADABLE))
+            log.warning("%s could not be read, and is kept as %s%s", later, later.name, UNREADABLE)
+        else:
+            delete(later)
+
+
+def _is_refused(path: Path) -> bool:
+    try:
+        read_checkpoint(path, mmap=True)
+    except UnreadableFile:
+        return True
+    except UserError:
+        pass
+    return False
 
 
 class Checkpoints:
@@ -148,12 +169,18 @@ class Checkpoints:
         keep: Number of states to keep.
         on_written: Called with path, kind ("best", "milestone" or "state") and step once a file is whole, before a
             later one may replace or delete it.
+        stop: Whether training, which waits for a write that the disk refuses, should stop.
     """
 
     def __init__(
-        self, run_dir: Path, *, keep: int, on_written: Callable[[Path, str, int], None] = lambda path, kind, step: None
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        on_written: Callable[[Path, str, int], None] = lambda path, kind, step: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.run_dir, self.keep, self._on_written = run_dir, keep, on_written
+        self.run_dir, self.keep, self._on_written, self._stop = run_dir, keep, on_written, stop
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
         self._closing = threading.Event()
@@ -259,7 +286,7 @@ class Checkpoints:
             self._wait()
         if size > psutil.virtual_memory().available / 2:
             log.info("training waits while %s are written: no memory for a snapshot", format_bytes(size))
-            self._write(state, write)
+            self._write(state, write, self._stop)
         else:
             self._pending.append(self._writer.submit(self._write, snapshot(state), write))
 
@@ -279,11 +306,19 @@ class Checkpoints:
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []
+        while wait(pending, POLL_S).not_done:
+            if self._refused_since is not None and self._stop():
+                self._closing.set()
         for future in pending:
             future.result()
 
-    def _write(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-        """Write, and try again while the disk refuses: its shortage may be over soon."""
+    def _write(
+        self,
+        state: dict[str, Any],
+        write: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Write, and try again while the disk refuses: its shortage may be over soon. A stop ends that."""
         delay = RETRY_S
         while True:
             try:
@@ -299,9 +334,12 @@ class Checkpoints:
                 if self._refused_since is None:
                     self._refused_since = now
                     log.warning("%s It is tried again for %.0f minutes; only then the run ends.", error, GIVE_UP_S / 60)
-                if self._closing.is_set() or now - self._refused_since >= GIVE_UP_S:
+                limit = self._refused_since + GIVE_UP_S
+                end = min(now + delay, limit)
+                while not (self._closing.is_set() or stop()) and time.monotonic() < end:
+                    self._closing.wait(min(delay, POLL_S))
+                if time.monotonic() < end or now >= limit:
                     raise error from None
-                self._closing.wait(delay)
                 delay = min(2 * delay, MAX_RETRY_S)
             else:
                 if self._refused_since is not None:

@@ -68,7 +68,7 @@ class TrainConfig(BaseModel):
     beta2: NonNegativeFloat = 0.999
     use_bias_correction: bool = False
     safeguard_warmup: bool = False
-    slice_p: PositiveInt = 1
+    slice_p: Annotated[PositiveInt, Field(le=2**20)] = 1
     """Prodigy keeps its statistics on every slice_p-th entry: 11 saves 7 bytes a parameter."""
     lr_factors: dict[str, PositiveFloat] = {}
     """Prefix of parameters' names -> factor on their learning rate, and so on their weight decay; of several prefixes

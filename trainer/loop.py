@@ -102,7 +102,7 @@ def train(
     with (
         closing(trackers),
         lock_folder(run_dir),
-        Checkpoints(run_dir, keep=config.keep_checkpoints, on_written=trackers.written) as checkpoints,
+        Checkpoints(run_dir, keep=config.keep_checkpoints, on_written=trackers.written, stop=stop) as checkpoints,
     ):
         capabilities = detect(config.device)
         config = decide_micro_batch_size(workload, config, capabilities, ranks)

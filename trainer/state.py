@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
-from torch import nn
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from torch import Tensor, nn
 
 from trainer.acceleration import RunSize
-from trainer.checkpoint import Checkpoints, read_checkpoint, snapshot
+from trainer.checkpoint import Checkpoints, snapshot
+from trainer.checkpoint_file import UnreadableFile
 from trainer.config import Role, TrainConfig, differences, fields_of_role, identity_fields
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.guard import Guard
 from trainer.optimizers import build_optimizer, has_same_rates
 from trainer.ranks import ALONE, Ranks
+from trainer.state_form import describe, find_odd_optimizer, load_model, read_state
 from trainer.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -52,8 +54,7 @@ class Progress:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], **defaults: Any) -> Progress:
         """The progress in a checkpoint; `defaults` are for what an older one lacks."""
-        guard = Guard.from_state(state["guard"]) if "guard" in state else Guard()
-        return cls(**{**defaults, **state, "guard": guard})
+        return TypeAdapter(cls).validate_python({**defaults, **state})
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Run:
                 f"{source} is a checkpoint of {optimizer_type} and this run uses {self.config.optimizer}: "
                 f"continue with --set train.optimizer={optimizer_type}, {remedy}."
             )
-        if "progress" not in state:
+        if not state.keys() >= {"progress", "identity", "random", "config", "lineage"}:
             raise UserError(
                 f"{source} is of another trainer and can't be continued: take its weights, --init {source}."
             )
@@ -230,22 +231,27 @@ class Run:
             )
         if changed:
             raise UserError(f"{source} is of another run ({'; '.join(changed)}): use another run directory, {remedy}.")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{source} does not fit the model ({reason}): use another run directory.") from error
+        if odd := find_odd_optimizer(state["optimizer"], self.optimizer):
+            raise UserError(f"{source} has another optimizer's state ({odd}): use another run directory, {remedy}.")
+        load_model(self.model, state, source, ": use another run directory.")
         # A second copy of the whole state may not fit into memory: it is mapped, and copied tensor by tensor.
         on_cpu = self.device.type == "cpu"
         self.optimizer.load_state_dict(snapshot(state["optimizer"]) if on_cpu else state["optimizer"])
-        # Older checkpoints have no warm-up: all their steps were timed.
-        self.progress = Progress.from_state(state["progress"], timed_steps=state["step"])
+        try:
+            # Older checkpoints have no warm-up: all their steps were timed.
+            self.progress = Progress.from_state(state["progress"], timed_steps=state["step"])
+            self._set_random(state["random"])
+        except (ValidationError, RuntimeError, TypeError, KeyError) as error:
+            reason = describe(error) if isinstance(error, ValidationError) else first_line(error)
+            raise UserError(f"{source} can't be continued ({reason}): use another run directory, {remedy}.") from error
         if state["config"]["eval_unit"] != self.config.eval_unit:
             # A trial on a grid of seconds continues as a full run on a grid of samples.
             self.progress.evaluated = self.measure_progress()
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+
+    def _set_random(self, states: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
@@ -277,8 +283,11 @@ def _best_on_disk(run_dir: Path, workload: Workload, best: Mapping[str, float]) 
     for metric, name in workload.best_checkpoints().items():
         if metric in best and (run_dir / name).is_file():
             try:
-                on_disk = read_checkpoint(run_dir / name, mmap=True).get("metrics", {})
+                on_disk = read_state(run_dir / name).get("metrics", {})
                 kept[metric] = min(best[metric], on_disk.get(metric, math.inf))
+            except UnreadableFile as error:
+                log.warning("%s It is kept until a validation is better.", error)
+                kept[metric] = best[metric]
             except UserError as error:
                 log.warning("%s", error)
     return kept
@@ -314,7 +323,7 @@ def prepare(
         elif checkpoint:
             raise UserError(f"{checkpoints.run_dir} holds a run of its own: choose another run directory for {resume}.")
         else:
-            checkpoint = Path(resume), read_checkpoint(Path(resume), mmap=True)
+            checkpoint = Path(resume), read_state(Path(resume))
             lineage = {**(lineage or {}), "resumed_from": str(resume)}
 
     start = None if checkpoint else init

@@ -175,9 +175,8 @@ class BackgroundTracker(ABC):
             self._close(run)
         # No failure of a tracker (a locked repository, a full disk, no network) may end a run of days.
         except Exception as error:
-            log.warning(
-                "%s stopped tracking (%s: %s); training continues without it", self.NAME, type(error).__name__, error
-            )
+            kind, reason = type(error).__name__, first_line(error)
+            log.warning("%s stopped tracking (%s: %s); training continues without it", self.NAME, kind, reason)
 
 
 class AimTracker(BackgroundTracker):
@@ -290,8 +289,12 @@ def _reopen_run(repo: Path, run_hash: str) -> Any | None:
 
 
 def _new_run(repo: Path, run_hash: str | None = None) -> Any:
+    from aim.sdk.repo import Repo
     from aim.sdk.run import Run
 
+    if (repo / ".aim").is_dir() and not (repo / ".aim" / "VERSION").exists():
+        # A process ended while it made the repository; Aim would refuse it as one of an old version.
+        Repo.from_path(str(repo), init=True)
     return Run(
         run_hash,
         repo=str(repo),

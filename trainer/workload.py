@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from trainer.check import Check
 from trainer.checkpoint import read_checkpoint
-from trainer.errors import UserError
 from trainer.export import WeightsFormat, WriteFile, write_weights
+from trainer.state_form import load_model
 
 
 def resolve_path(path: Path, info: ValidationInfo) -> Path:
@@ -124,12 +124,7 @@ class Workload(BaseModel, ABC):
         Raises:
             UserError: The checkpoint can't be read or is of another model.
         """
-        state = read_checkpoint(path, mmap=True)
-        try:
-            model.load_state_dict(state.get("model", state))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path} does not fit the model: {reason}") from error
+        load_model(model, read_checkpoint(path, mmap=True), path)
 
     def export_weights(self, state: Mapping[str, Tensor], path: Path, *, format: WeightsFormat = "pth") -> None:
         """Write the weights of a checkpoint for use elsewhere (`tuner export`). Override it to write the

@@ -32,6 +32,8 @@ def new(folder: Path) -> str:
             f"{folder}: the folder's name becomes the study's: use letters, digits, '.', '_' and '-', and begin with "
             "a letter or a digit."
         )
+    if name.endswith(".full"):
+        raise UserError(f"{folder}: the ending .full is that of a study's full runs: choose another name.")
     try:
         folder.mkdir(parents=True)
     except FileExistsError:

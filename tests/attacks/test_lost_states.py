@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +19,7 @@ from trainer import Diverged, TrainConfig, TrainResult, UserError, checkpoint, t
 from trainer.checkpoint import Checkpoints, list_steps, read_checkpoint, write_checkpoint
 from trainer.optimizers import build_optimizer, is_finite
 from trainer.run_folder import step_of
+from tuner.study.tracked_run import _LogFile, log_file
 
 OVERFLOW, NAN = 1e38, float("nan")
 
@@ -244,3 +246,72 @@ def test_state_that_the_disk_refuses_to_read_for_a_moment_is_never_deleted(
     assert "step_000000030.pth can't be read (Input/output error)" in caplog.text
     assert newest.read_bytes() == content
     assert run(Toy(), tmp_path, steps=30).step == 30
+
+
+def test_log_that_can_not_be_written_at_its_end_does_not_end_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with log_file(tmp_path):
+        handler = next(each for each in logging.getLogger().handlers if isinstance(each, _LogFile))
+        handler.stream.close()
+        handler.stream = open("/dev/full", "w")  # noqa: SIM115
+        handler.stream.write("a line")
+    assert capfd.readouterr().err.count("train.log can't be written (No space left on device)") == 1
+
+
+def refuse_to_read(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    real = open
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name in names:
+            raise OSError(5, "Input/output error")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("trainer.checkpoint_file.open", refuse, raising=False)
+
+
+def test_run_that_goes_back_keeps_a_state_that_the_disk_refused_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(Toy(), tmp_path, steps=30, save_every=10, keep_checkpoints=3)
+    content = (tmp_path / "step_000000030.pth").read_bytes()
+    with monkeypatch.context() as patch:
+        refuse_to_read(patch, "step_000000030.pth")
+        checkpoint.go_back(tmp_path, "step_000000010.pth")
+    assert [step_of(path) for path in list_steps(tmp_path)] == [10]
+    assert (tmp_path / "step_000000030.pth.unreadable").read_bytes() == content
+    assert "step_000000030.pth could not be read, and is kept as step_000000030.pth.unreadable" in caplog.text
+
+
+def test_best_weights_that_the_disk_refused_to_read_are_replaced_by_better_ones_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(Toy(), tmp_path, steps=30, save_every=10, eval_every=80)
+    best = tmp_path / "best_token_model.pth"
+    state = read_checkpoint(tmp_path / "latest.pth")
+    state["progress"]["best"]["val/token_loss"] = 0.0
+    write_checkpoint(state, tmp_path / "step_000000030.pth")
+    content = best.read_bytes()
+    with monkeypatch.context() as patch:
+        refuse_to_read(patch, best.name)
+        run(Toy(), tmp_path, steps=60, save_every=10, eval_every=80)
+    assert best.read_bytes() == content
+    assert "best_token_model.pth can't be read (Input/output error)" in caplog.text
+
+
+def test_stop_ends_the_tries_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for the write where memory has no room for another snapshot."""
+
+    def refuse(state: Any, path: Path) -> None:
+        stopped.append(True)
+        raise UserError(f"{path} could not be written (No space left on device).")
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(checkpoint, "write_checkpoint", refuse)
+    monkeypatch.setattr(checkpoint, "POLL_S", 0.01)
+    monkeypatch.setattr(checkpoint, "GIVE_UP_S", 5.0)
+    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=1))
+    config = TrainConfig(steps=5000, save_every=1, log_every=1000, precision="fp32", device="cpu")
+    with pytest.raises(UserError, match="No space left"):
+        train(Toy(), config, run_dir=tmp_path, stop=lambda: bool(stopped))
+    assert len(stopped) == 1, "no second try"

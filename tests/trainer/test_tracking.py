@@ -108,6 +108,12 @@ def test_missing_aim_run_is_named_by_the_new_one(tmp_path: Path) -> None:
     assert series(run, "loss", subset="train") == [(1, 1.0)]
 
 
+def test_repository_that_a_killed_process_has_half_made_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "repo" / ".aim" / "locks").mkdir(parents=True)
+    write_one(tracker(tmp_path))
+    assert aim_run(tmp_path / "run") in runs(tmp_path / "repo")
+
+
 def test_aim_run_open_elsewhere_is_named_by_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,7 +156,7 @@ def test_printed_aim_command_can_be_pasted() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("too many open files")
+        raise OSError("too many open files\n[SQL: INSERT]")
 
     monkeypatch.setattr("aim.sdk.run.Run.__init__", refuse)
     yield

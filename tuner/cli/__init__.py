@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 REMEDIES = {
+    errno.ELOOP: "remove that symbolic link, or name another path",
     errno.ENAMETOOLONG: "use shorter names",
     errno.ENOSPC: "free some space on that disk, then run this again",
     errno.EDQUOT: "free some space within your quota, then run this again",
@@ -86,15 +87,25 @@ def main() -> None:
             from tuner.cli.ranks import run_on_ranks  # imports torch
 
             run_on_ranks(app)
-        else:
-            app()
-    except (UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
-        print(f"tuner: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        print(f"tuner: {error}: {REMEDIES[error.errno]}.", file=sys.stderr)
-        sys.exit(2)
+        # Typer would draw a box around its own errors.
+        sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:
         sys.exit(STOPPED)
+    except Exception as error:
+        if (line := _explain(error)) is None:
+            raise
+        print(f"tuner: {line}" if line else "", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(error: Exception) -> str | None:
+    """A mistake of the user in one line; None for a defect."""
+    if isinstance(error, UserError | PermissionError | NotADirectoryError | FileExistsError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error}: {REMEDIES[error.errno]}." if error.errno in REMEDIES else None
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return f"{error}: remove that link, or name another path."
+    if hasattr(error, "format_message"):  # of typer, whose base class is private
+        return f"{' '.join(error.format_message().split())} {' '.join([*sys.argv[1:2], '--help'])} lists what there is."
+    return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from typing import NoReturn
 
 import typer
 
@@ -16,18 +18,18 @@ COMMANDS = ("promote", "train")
 """Those that share their training."""
 
 
-def run_on_ranks(app: typer.Typer) -> None:
-    """Run the command on the first rank, and follow it on the others, which print errors only."""
+def run_on_ranks(app: typer.Typer) -> NoReturn:
+    """Run the command on the first rank, and follow it on the others, which print errors only; exits."""
     with join() as ranks:
         if ranks.is_first:
-            app(obj=ranks)
-            return
+            sys.exit(app(obj=ranks, standalone_mode=False))
         logging.disable(logging.WARNING)
         try:
             with stop_on_signals(lambda text: None) as stop, user_errors():
                 follow(ranks, stop)
         except RankLost:
-            return  # the first rank has ended, or tells of another one
+            pass  # the first rank has ended, or tells of another one
+        sys.exit()
 
 
 def check_command(command: str | None) -> None:

@@ -63,6 +63,8 @@ def doctor(
     """
     if gpu_memory is not None and not math.isfinite(gpu_memory):
         raise UserError(f"--gpu-memory {gpu_memory}: give the card's memory in GB, such as 25.3.")
+    if spec is not None and not spec.is_file():
+        raise UserError(f"{spec}: no such study spec; give the path of a study.toml.")
     if data and spec is None:
         raise UserError("--data judges the data of a study: name its study.toml.")
     from rich.console import Console

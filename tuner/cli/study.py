@@ -248,6 +248,8 @@ def promote(
     from tuner.cli.ranks import ranks_of
     from tuner.doctor.data import check_paths
     from tuner.doctor.quick import report_checks, run_quick_checks
+    from tuner.promotion.length import LengthRequest
+    from tuner.promotion.promote import check_before_confirmation
     from tuner.show.json_events import confirmation_ended
     from tuner.show.table import confirmation_table
     from tuner.study.notify import find_target
@@ -263,6 +265,8 @@ def promote(
     opened = load_study(study, open_storage(storage, must_exist=True))
     spec = read_spec(opened)
     find_target(spec.notify)
+    if confirm is not None:
+        check_before_confirmation(opened, LengthRequest(steps), fresh=fresh)
     report_checks(check_paths(spec.build_workload()))
     console = Console(stderr=log_format == Format.json)
     with stop_on_signals(console.print) as stop, user_errors():

@@ -55,6 +55,8 @@ STOPPED = 130
 """Exit code of a stopped run, which can be continued."""
 DECLINED = 3
 """Exit code of a run that its guard has stopped."""
+LONGEST_TIMEOUT = 8
+"""Characters of a timeout: more seconds than that are no time that the operating system can wait."""
 
 
 def parse_duration(text: str) -> float:
@@ -66,6 +68,8 @@ def parse_duration(text: str) -> float:
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not text.strip() or match is None:
         raise UserError(f"--timeout {text}: write it as 8h, 30m, 90s or 1h30m.")
+    if len(text) > LONGEST_TIMEOUT:
+        raise UserError(f"--timeout {text[:20]}...: leave it out for a launch without an end.")
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return hours * 3600 + minutes * 60 + seconds
 

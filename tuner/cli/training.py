@@ -42,7 +42,7 @@ def train(
     """
     from rich.console import Console
 
-    from trainer.checkpoint import BEST
+    from trainer.checkpoint import BEST, holds_state, read_checkpoint
     from tuner.cli.ranks import ranks_of
     from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.spec.overrides import parse_overrides
@@ -56,12 +56,15 @@ def train(
     study_spec = StudySpec.load(spec, parse_overrides(override), search=False)
     report_checks(run_spec_checks(study_spec, run_dir or run_root))
     name = study_spec.study.name
+    folder = run_dir.resolve() if run_dir else Runtime(run_root).run_dir(name, "train")
+    if init and not holds_state(folder):
+        read_checkpoint(init, mmap=True)  # before anything is written
     title = f"{name}, full run without a study"
     with stop_on_signals(report) as stop, user_errors(), follow_run(title, log_format) as run:
         runtime = Runtime(run_root, track, stop, ranks=ranks)
         result = tracked_train(
             full_setup(study_spec, {}),
-            run_dir.resolve() if run_dir else runtime.run_dir(name, "train"),
+            folder,
             runtime,
             experiment=name,
             lineage={"spec": str(spec.resolve()), "overrides": override or []},

@@ -167,6 +167,6 @@ def _disk(spec: StudySpec, setup: Setup, estimate: MemoryEstimate, run_root: Pat
         milestones=num_milestones * estimate.weights,
         # The kept trials, the baseline and the running one; latest.pth is a link to the newest.
         num_trials=min(KEEP_TRIALS + 2, spec.trial.num_trials),
-        # Two more: best.pth and stable.pth.
-        num_full=config.keep_checkpoints + 1 + (config.decay_start is not None),
+        # Three more: best.pth, stable.pth and the newest good state.
+        num_full=config.keep_checkpoints + 2 + (config.decay_start is not None),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from trainer.acceleration import RunSize, apply, detect, plan
@@ -21,7 +22,8 @@ from trainer.data.loader import BatchReader, DamageCount
 from trainer.errors import UserError
 from trainer.evaluation import evaluate
 from trainer.workload import Batch, Dataset, Workload
-from tuner.promotion.export import build_workload, find_checkpoint, read_state
+from tuner.promotion.export import build_workload, find_checkpoint, read_run
+from tuner.spec.mistakes import explain
 from tuner.spec.setups import Setup, full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.samples import read_samples, samples_dir
@@ -78,10 +80,14 @@ def evaluate_all(run_dir: Path, *, samples: int | None = None, by: str = "val/lo
         UserError: There is no checkpoint of a run, the data can't be read, or no checkpoint has the metric `by`.
     """
     source = find_checkpoint(run_dir)
-    state = read_state(source)
-    train = {**state["identity"]["train"], "steps": 1}
-    train = {key: value for key, value in train.items() if key in TrainConfig.model_fields}
-    config = TrainConfig.model_validate(train)
+    state = read_run(source)
+    train = {**state.get("identity", {"train": {}})["train"], "steps": 1}
+    try:
+        config = TrainConfig.model_validate({key: train[key] for key in train if key in TrainConfig.model_fields})
+    except ValidationError as error:
+        raise UserError(
+            f"{source}: {explain(error, TrainConfig, prefix='train').rstrip('.')}: name another run."
+        ) from None
     if samples is not None:
         config = config.model_copy(update={"val_samples": samples})
     setup = Setup(build_workload(state["lineage"], source), config)

@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from trainer.checkpoint import LATEST, is_checkpoint, milestone_file, read_checkpoint, step_file
+from trainer.checkpoint import LATEST, is_checkpoint, milestone_file, step_file
 from trainer.errors import UserError, first_line
 from trainer.export import WeightsFormat, WriteFile
+from trainer.state_form import read_state, weights_in
 from trainer.units import format_bytes
 from trainer.workload import Workload
 from tuner.spec.mistakes import explain
@@ -63,11 +64,11 @@ def export(
     _check_target(path, force=force)
     workload = StudySpec.load(spec, search=False).build_workload() if spec else None
     source = find_checkpoint(run_dir, checkpoint, workload)
-    state = read_state(source)
+    state = read_run(source)
     if workload is None:
         workload = build_workload(state["lineage"], source)
         if (preferred := find_checkpoint(run_dir, checkpoint, workload)) != source:
-            source, state = preferred, read_state(preferred)
+            source, state = preferred, read_run(preferred)
     into_folder = is_folder(path)
     if into_folder:
         files = {**workload.export_files(state["model"], format=chosen), README: _write_readme(state, source)}
@@ -138,16 +139,16 @@ def describe(state: Mapping[str, Any], source: Path, files: Mapping[str, str]) -
     )
 
 
-def read_state(source: Path) -> dict[str, Any]:
-    """A checkpoint that the trainer wrote, its tensors mapped from the file.
+def read_run(source: Path) -> dict[str, Any]:
+    """A checkpoint of a run: `read_state`, and it has weights and a lineage.
 
     Raises:
         UserError: It can't be read, or another program wrote it.
     """
-    state = read_checkpoint(source, mmap=True)
-    if not isinstance(state.get("model"), Mapping) or not isinstance(state.get("lineage"), Mapping):
+    state = read_state(source)
+    if not state.keys() >= {"model", "lineage"}:
         raise UserError(f"{source} is no checkpoint of a run: name one that the trainer wrote.")
-    return state
+    return {**state, "model": weights_in(state, source)}
 
 
 def find_checkpoint(run_dir: Path, name: str | None = None, workload: Workload | None = None) -> Path:
@@ -186,9 +187,12 @@ def _format(name: str | None, path: Path) -> WeightsFormat:
     for format in get_args(WeightsFormat):
         if format == (name or path.suffix.removeprefix(".") or "pth"):
             return format  # type: ignore[no-any-return]
-    if name is None:
+    if name is None and is_folder(path):
         return "pth"
-    raise UserError(f"--format {name}: use {' or '.join(get_args(WeightsFormat))}.")
+    known = " or ".join(get_args(WeightsFormat))
+    if name is None:
+        raise UserError(f"{path}: weights are written as {known}: name it so, or give --format too.")
+    raise UserError(f"--format {name}: use {known}.")
 
 
 def _check_target(path: Path, *, force: bool) -> None:
@@ -221,7 +225,11 @@ def build_workload(lineage: Mapping[str, Any], source: Path) -> Workload:
     """
     remedy = "name the study.toml with --spec"
     record = lineage.get(WORKLOAD)
-    if not isinstance(record, Mapping) or not record.keys() >= {"class", "folder", "options"}:
+    if not (
+        isinstance(record, Mapping)
+        and "options" in record
+        and all(isinstance(record.get(key), str) for key in ("class", "folder"))
+    ):
         raise UserError(f"{source} does not name the workload that made it (an earlier version wrote it): {remedy}.")
     try:
         cls = load_workload_class(record["class"], Path(record["folder"]))

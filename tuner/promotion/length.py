@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError
-from trainer.checkpoint import BEST, STABLE, find_state, read_checkpoint
+from trainer.checkpoint import BEST, STABLE, find_state
 from trainer.state import follows_schedule, read_config
+from trainer.state_form import read_state
 from tuner.spec.setups import Setup, full_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.record import FullRunRecord
@@ -160,7 +161,7 @@ def _change_steps(
 def _best_step(run_dir: Path) -> int | None:
     """Step of `best.pth`; None if it is missing or damaged, and then the log gives the reason."""
     try:
-        step: int = read_checkpoint(run_dir / BEST, mmap=True)["step"]
+        step: int = read_state(run_dir / BEST)["step"]
     except UserError as error:
         log.warning("the run can't go back to its best state, and finishes from its last one: %s", error)
         return None
@@ -170,7 +171,7 @@ def _best_step(run_dir: Path) -> int | None:
 def _check_stable(steps: int, run_dir: Path, step: int) -> None:
     stable = run_dir / STABLE
     try:
-        problem = None if read_checkpoint(stable, mmap=True)["step"] == step else f"it is not of step {step:,}"
+        problem = None if read_state(stable)["step"] == step else f"it is not of step {step:,}"
     except UserError as error:
         problem = str(error).rstrip(".")
     if problem:

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from trainer import UserError, Workload
-from trainer.checkpoint import LATEST, link_checkpoint, read_checkpoint
+from trainer.checkpoint import LATEST, link_checkpoint
+from trainer.state_form import read_state
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 def read_step(origin: Path, run_dir: Path) -> int | None:
     """Step of the newest checkpoint in `origin`; None if none is whole, and then the log gives the reason."""
     try:
-        step: int = read_checkpoint(origin / LATEST, mmap=True)["step"]
+        step: int = read_state(origin / LATEST)["step"]
     except UserError as error:
         log.warning("%s can't continue from %s: %s", run_dir.name, origin.name, error)
         return None

@@ -12,11 +12,11 @@ from trainer import Diverged, Evaluation, TrainResult, UserError
 from trainer.checkpoint import holds_state
 from trainer.tracking import Tracker
 from tuner.promotion.full_run import FullRun
-from tuner.promotion.length import FINISH, NO_REQUEST, LengthRequest
+from tuner.promotion.length import FINISH, NO_REQUEST, LengthRequest, decide_length
 from tuner.study.confirmation import Confirmation
 from tuner.study.edges import describe_edges
 from tuner.study.recommendation import describe_recommendation
-from tuner.study.record import StudyRecord, TrialRecord, trial_name
+from tuner.study.record import StudyRecord, TrialRecord, read_spec, trial_name
 from tuner.study.tracked_run import Runtime, tracked_train
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,21 @@ def promote(
             if not (result.stopped_by_guard and finishes):
                 return result
         length = FINISH
+
+
+def check_before_confirmation(study: optuna.Study, length: LengthRequest, *, fresh: bool) -> None:
+    """Raises UserError where the full run after a confirmation would be refused, whichever trial wins."""
+    record = StudyRecord.read(study)
+    started = record.promotions[-1] if record.promotions else None
+    if fresh and started and holds_state(Path(started["run_dir"])):
+        raise UserError(
+            f"--fresh: the full run of trial {started['trial']} was started in {started['run_dir']}: leave it out, or "
+            "remove that folder."
+        )
+    if length.steps and started is None and record.favourites:
+        decide_length(
+            read_spec(study), record.favourites[0].params, length, last=None, origin=0, run_dir=Path("not begun")
+        )
 
 
 def _train(

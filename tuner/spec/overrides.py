@@ -22,6 +22,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
+    except (ValueError, RecursionError):
+        raise UserError(f"--set {key}: the value has too many digits or brackets: give a shorter one.") from None
 
 
 def parse_overrides(texts: Sequence[str] | None) -> dict[str, Any]:

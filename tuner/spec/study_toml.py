@@ -187,7 +187,7 @@ class StudySpec(Section):
             raise UserError(f"{path}: can't be read as UTF-8 text ({error}).") from None
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
             raise UserError(f"{path}: not valid TOML: {error}.") from error
         if "tries" in values:
             raise UserError(f"{path}: unknown key tries; write its entries as [[search.try]].")
@@ -362,6 +362,9 @@ class StudySpec(Section):
             else [getattr(self.baseline, name)]
             for name in ("batch_size", "grad_accumulation")
         ]
+        every, largest = self.full.eval_every, max(steps[0]) * max(steps[1])
+        if every is not None and every < largest:
+            raise UserError(f"full.eval_every {every}: a step may take {largest} samples; use at least {largest}.")
         samples, is_searched = self.trial.samples, max(map(len, steps)) > 1
         if samples and is_searched and (reason := find_unevenness(samples, self.trial.evaluations, *steps)) is not None:
             raise UserError(f"trial.{reason}.")

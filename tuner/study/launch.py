@@ -230,6 +230,8 @@ def _compare_choices(study: optuna.Study, spec: StudySpec) -> list[str]:
         before = stored.get(name)
         if isinstance(before, CategoricalDistribution) and distribution != before:
             changed.append(f"search.{name}: its trials are stored with the list of choices {list(before.choices)}")
+        elif before is not None and type(before) is not type(distribution):
+            changed.append(f"search.{name}: its trials are stored with numbers alone")
     return changed
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import sqlalchemy
 from filelock import FileLock
@@ -94,6 +96,8 @@ def open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
         raise UserError(f"storage {url}: no such database; launch a study first, or give --storage.")
     if path.is_dir():
         raise UserError(f"storage {url}: {path} is a folder: name a file in it, such as {url.rstrip('/')}/tuner.db.")
+    if must_exist and not os.access(path.parent, os.W_OK):
+        return _open_to_read(url, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # As SQLAlchemy does: the working directory may change.
     path = path.absolute()
@@ -104,6 +108,17 @@ def open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
         _use_wal(storage)
     _explain_failures(storage, url, path)
     _refuse_other_files(storage, url, path)
+    return storage
+
+
+def _open_to_read(url: str, path: Path) -> RDBStorage:
+    """A file in a folder that can't be written to: SQLite can make no lock and no log there. What writes later is
+    refused in one line."""
+    # Without a log beside it nobody writes: then it can be read without locks.
+    lonely = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
+    source = f"file:{quote(str(path.absolute()))}?mode=ro{lonely}"
+    storage = RDBStorage(url, engine_kwargs={"creator": lambda: sqlite3.connect(source, uri=True, timeout=PATIENCE_S)})
+    _explain_failures(storage, url, path)
     return storage
 
 

@@ -180,9 +180,19 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if isinstance(error, OSError):
+            self._report(error)
+        else:
             super().handleError(record)
-        elif not self.has_failed:
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # of lines that were not written yet
+            self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        if not self.has_failed:
             self.has_failed = True
             print(
                 f"{self.baseFilename} can't be written ({error.strerror}): lines of the log are lost.", file=sys.stderr

@@ -1,0 +1,1 @@
+"""The attacks in full, with their figures: `python -m tests.attacks.full --help`."""
