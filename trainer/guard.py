@@ -7,10 +7,10 @@ decline, and a noisy curve needs a larger rise than a quiet one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 GuardEvent = Literal["declined", "recovered"]
 
@@ -81,14 +81,6 @@ class Guard:
     """Validations since then."""
     declined: str = ""
     """Why the run is declining; empty while it is not. Only a new best validation clears it."""
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Guard:
-        """The guard that `to_state` stored."""
-        return cls(**{**state, "train": Series(**state["train"]), "validation": Series(**state["validation"])})
-
-    def to_state(self) -> dict[str, Any]:
-        return asdict(self)
 
     def add_train(self, loss: float) -> GuardEvent | None:
         """Add the training loss of a log interval; one that is not finite is left out."""

@@ -6,9 +6,11 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from trainer.guard import Guard
 
@@ -97,6 +99,6 @@ def test_guard_continues_from_its_state(sign: int) -> None:
     for value in values:
         guard.add_train(value)
         guard.add_validation(value)
-    again = Guard.from_state(json.loads(json.dumps(guard.to_state())))
+    again = TypeAdapter(Guard).validate_python(json.loads(json.dumps(asdict(guard))))
     assert again == guard and again.declined == ""
     assert [again.add_validation(value) for value in [sign * 2 + 1.0] * 3] == [None, "declined", None]
