@@ -362,7 +362,7 @@ class StudySpec(Section):
             else [getattr(self.baseline, name)]
             for name in ("batch_size", "grad_accumulation")
         ]
-        every, largest = self.full.eval_every, max(steps[0]) * max(steps[1])
+        every, largest = self.full.eval_every, steps[0][-1] * steps[1][-1]
         if every is not None and every < largest:
             raise UserError(f"full.eval_every {every}: a step may take {largest} samples; use at least {largest}.")
         samples, is_searched = self.trial.samples, max(map(len, steps)) > 1
