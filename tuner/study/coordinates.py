@@ -48,7 +48,8 @@ def features(distribution: BaseDistribution, value: Any) -> list[float]:
 
 
 def is_ordered(distribution: CategoricalDistribution) -> bool:
-    return all(isinstance(c, int | float) and not isinstance(c, bool) for c in distribution.choices)
+    # bool is a type of its own here, unlike for isinstance.
+    return {*map(type, distribution.choices)} <= {int, float}
 
 
 def ordered(distribution: CategoricalDistribution) -> list[Any]:
