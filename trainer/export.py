@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from trainer.units import format_bytes
 WeightsFormat = Literal["pth", "safetensors"]
 WriteFile = Callable[[Path], None]
 """Writes a file to a path. Raises UserError or OSError where the path can't be written."""
+FOREIGN = (".onnx", ".gguf", ".h5", ".npz", ".tflite")
+"""Endings of other formats."""
 
 
 def write_weights(content: Mapping[str, Any], path: Path, *, format: WeightsFormat = "pth") -> None:
@@ -28,8 +30,12 @@ def write_weights(content: Mapping[str, Any], path: Path, *, format: WeightsForm
         content: A state dict; for "pth" also a nested one, such as {"model": ...}.
 
     Raises:
-        UserError: The disk is full or can't be written to, or the package safetensors is missing.
+        UserError: The disk is full or can't be written to, the package safetensors is missing, or the name ends as
+            that of another format.
     """
+    if path.suffix in FOREIGN:
+        known = " or ".join(get_args(WeightsFormat))
+        raise UserError(f"{path}: weights are written as {known}: name it so.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if format == "safetensors":

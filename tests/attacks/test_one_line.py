@@ -39,7 +39,6 @@ class Kinds(Toy):
         ("launch study.toml --set full.eval_every=15", "full.eval_every 15: a step may take 16 samples"),
         ("train study.toml --init none.pth", "checkpoint none.pth does not exist"),
         ("train study.toml --init study.toml", "checkpoint study.toml is damaged, or holds code"),
-        ("export runs --to a.onnx", "a.onnx: weights are written as pth or safetensors"),
         ("new x.full", "x.full: the ending .full"),
         ("doctor none.toml", "none.toml: no such study spec"),
         ("train nested.toml", "nested.toml: not valid TOML"),

@@ -22,7 +22,7 @@ def run_on_ranks(app: typer.Typer) -> NoReturn:
     """Run the command on the first rank, and follow it on the others, which print errors only; exits."""
     with join() as ranks:
         if ranks.is_first:
-            sys.exit(app(obj=ranks, standalone_mode=False))
+            sys.exit(app(obj=ranks, standalone_mode=False) or 0)
         logging.disable(logging.WARNING)
         try:
             with stop_on_signals(lambda text: None) as stop, user_errors():

@@ -187,12 +187,9 @@ def _format(name: str | None, path: Path) -> WeightsFormat:
     for format in get_args(WeightsFormat):
         if format == (name or path.suffix.removeprefix(".") or "pth"):
             return format  # type: ignore[no-any-return]
-    if name is None and is_folder(path):
-        return "pth"
-    known = " or ".join(get_args(WeightsFormat))
     if name is None:
-        raise UserError(f"{path}: weights are written as {known}: name it so, or give --format too.")
-    raise UserError(f"--format {name}: use {known}.")
+        return "pth"
+    raise UserError(f"--format {name}: use {' or '.join(get_args(WeightsFormat))}.")
 
 
 def _check_target(path: Path, *, force: bool) -> None:

@@ -203,6 +203,7 @@ def record(key: str, value: Any) -> Callable[[Path], None]:
             "choose from best, best_token, latest, step_000000005",
         ),
         (None, ["it", "--to", "out.pth", "--checkpoint", "7"], "no checkpoint 7"),
+        (None, ["it", "--to", "out.onnx"], "out.onnx: weights are written as pth or safetensors: name it so"),
         (None, ["it", "--to", "out.pth", "--format", "onnx"], "--format onnx: use pth or safetensors"),
         (None, ["it", "--to", "none/out.pth"], "there is no folder none"),
         (None, ["it", "--to", "it"], "it is a run directory"),
