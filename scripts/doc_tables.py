@@ -23,7 +23,6 @@ Record = dict[str, Any]
 BUDGETS = ("1/32", "1/16", "1/8", "1/4", "1/2")
 """Compute of a search, in full runs, as its record has them."""
 QUARTER = BUDGETS.index("1/4")
-NOT_RECORDED = "Not measured yet."
 NOT_ON_A_GPU = "Not run on a GPU yet."
 
 
@@ -109,9 +108,6 @@ def format_end_to_end(record: Record) -> Iterator[str]:
 
 
 def format_search(record: Record) -> Iterator[str]:
-    if not record:
-        yield NOT_RECORDED
-        return
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     yield "![mean regret over compute](../scripts/records/search.svg)"
     yield ""
@@ -138,9 +134,6 @@ def format_regret(row: Record) -> str:
 
 
 def format_correlations(record: Record) -> Iterator[str]:
-    if not record:
-        yield NOT_RECORDED
-        return
     tasks = record["correlations"]
     heads = (f"{task}: all | best third | regret of the lowest" for task in tasks)
     yield f"| loss at a share of the full length | {' | '.join(heads)} |"
@@ -201,7 +194,7 @@ def format_bench(record: Record) -> Iterator[str]:
 def format_headline(search: Record, training: Record, end_to_end: Record, *records: Record) -> Iterator[str]:
     """The README's six figures."""
     epyc, xeon, bench, loader, memory = records
-    regrets = {row["name"]: format_regret(row) for row in search.get("rows", ())}
+    regrets = {row["name"]: format_regret(row) for row in search["rows"]}
     seconds = {
         name: f"{row['end_to_end']['seconds']:.0f}" for name, row in end_to_end["sizes"]["demo"]["contenders"].items()
     }
@@ -254,8 +247,6 @@ def format_headline(search: Record, training: Record, end_to_end: Record, *recor
             "measured peak on a CPU",
         ),
     ):
-        if name == "search" and not search:
-            continue
         yield f"| [{name}](docs/{page}) | {figure} | {reference} |"
 
 
@@ -330,9 +321,9 @@ TABLES: dict[str, tuple[Callable[..., Iterator[str]], list[str]]] = {
 
 
 def read_record(name: str) -> Record:
-    """An empty record if the search or the GPU is not measured yet."""
+    """An empty record if the GPU is not measured yet."""
     path = RECORDS / f"{name}.json"
-    if name in ("search", "gpu_check") and not path.exists():
+    if name == "gpu_check" and not path.exists():
         return {}
     record: Record = json.loads(path.read_text(encoding="utf-8"))
     return record
