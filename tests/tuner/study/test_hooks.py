@@ -73,6 +73,18 @@ def test_command_gets_checkpoint_step_folder_study_and_trial(tmp_path: Path) -> 
     assert sorted(path.name for path in samples.folder.iterdir()) == ["hook.log", "seen.txt"]
 
 
+def test_command_of_a_rank_does_not_join_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MY_RANK", "3")
+    run = Run(tmp_path, "env > {out}/env.txt")
+    run.write("best.pth", "best", 1)
+    run.runner.close()
+    seen = dict(line.split("=", 1) for line in (run.found[0].folder / "env.txt").read_text().splitlines() if "=" in line)
+    assert not seen.keys() & set(names) and seen["MY_RANK"] == "3"
+
+
 def test_events_are_new_bests_milestones_and_the_last_state(tmp_path: Path) -> None:
     written = [("best_other.pth", "best", 10), ("best.pth", "best", 20), ("step_30.pth", "state", 30)]
     written += [("kept.pth", "milestone", 40), ("step_100.pth", "state", 100)]
