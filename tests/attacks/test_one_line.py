@@ -46,8 +46,8 @@ class Kinds(Toy):
         ("train digits.toml", "digits.toml: not valid TOML"),
         ("launch", "Missing argument"),
         ("launch study.toml --workers none", "Invalid value for '--workers'"),
-        ("lunch study.toml", "No such command 'lunch': python -m tuner --help lists"),
-        ("launch study.toml --wrokers 2", "No such option: --wrokers: python -m tuner launch --help lists"),
+        ("lunch study.toml", "tuner --help lists"),
+        ("launch study.toml --wrokers 2", "tuner launch --help lists"),
     ],
 )
 def test_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, run_command: Command, command: str, words: str) -> None:

@@ -110,6 +110,7 @@ def _explain(error: Exception) -> str | None:
     if hasattr(error, "format_message"):  # of typer, whose base class is private
         context = getattr(error, "ctx", None)
         text, command = " ".join(error.format_message().split()), context.command_path if context else "tuner"
+        text += "" if text[-1:] in ("", ".", "?") else "."
         # Without a command the help was printed.
-        return text and f"{text.rstrip('.')}: {command} --help lists what there is."
+        return text and f"{text} {command} --help lists what there is."
     return None
