@@ -105,6 +105,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     for name, value in whole["model"].items():
         torch.testing.assert_close(parts["model"][name], value, rtol=1e-4, atol=1e-6)
 
+    assert found["interface"] == "lo"
     assert re.fullmatch(r"Prodigy's d differs between the processes .*", found["drifting"])
     assert "another process of this run has ended" in torch.load(tmp_path / "follower.pt", weights_only=True)
 
