@@ -83,7 +83,7 @@ def main() -> None:
             # A terminal without UTF-8 must not end a run, for example at a path in Korean.
             stream.reconfigure(errors="backslashreplace")
     try:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
             from tuner.cli.ranks import run_on_ranks  # imports torch
 
             run_on_ranks(app)
