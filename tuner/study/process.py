@@ -69,7 +69,8 @@ def run_in_shell(
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
     """End the shell, if it runs, and all children that it has left."""
     deadline = time.monotonic() + grace
-    with suppress(ProcessLookupError):
+    # None is left, or those of another user alone, as of sudo.
+    with suppress(ProcessLookupError, PermissionError):
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)
         while time.monotonic() < deadline:

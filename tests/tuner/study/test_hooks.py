@@ -20,6 +20,7 @@ from tuner import Runtime, StudySpec, launch, promote
 from tuner.spec.beside import HooksSection
 from tuner.study import hooks
 from tuner.study.hooks import Hook, HookRunner
+from tuner.study.process import run_in_shell
 from tuner.study.samples import Samples
 
 
@@ -186,6 +187,14 @@ def test_what_a_command_leaves_running_is_ended(tmp_path: Path, monkeypatch: pyt
             return
         time.sleep(0.01)
     raise AssertionError("it still runs")
+
+
+def test_what_another_user_runs_on_does_not_fail_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(group: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("tuner.study.process.os.killpg", refuse)
+    assert run_in_shell("exit 7", timeout=60.0, grace=10.0) == 7
 
 
 def test_command_that_fills_the_disk_with_its_log_is_ended(
