@@ -88,7 +88,7 @@ def main() -> None:
 
             run_on_ranks(app)
         # Typer would draw a box around its own errors.
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
         sys.exit(STOPPED)
     except Exception as error:
