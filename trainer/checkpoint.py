@@ -235,7 +235,7 @@ class Checkpoints:
             log.warning("going back to %s: the states after it led to the divergence", good)
             try:
                 go_back(self.run_dir, good.name)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 log.warning("%s", error)
 
     def save(self, state: dict[str, Any], *, also: Sequence[str] = (), is_last: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -113,6 +114,7 @@ def train(
         apply(acceleration)
         ranks.gather(ImportPath.own())
         ranks.gather(Start.of(run, acceleration))
+        ranks.gather(None)  # all have built it; NCCL waits for ten minutes only, and its errors have no line
         with DeviceMonitor(capabilities.kind) as monitor:
             reporter = Reporter(run, trackers, monitor)
             try:
@@ -148,13 +150,18 @@ def follow(ranks: Ranks, stop: Callable[[], bool] = lambda: False) -> None:
         paths: list[Any] = ranks.gather(None)
         paths[0].adopt()
         starts: list[Any] = ranks.gather(None)
-        start: Start = starts[0]
-        detect(start.config.device)
-        apply(start.acceleration)
-        run = start.build(ranks)
-        with DeviceMonitor(start.acceleration.device) as monitor, suppress(Diverged):
-            reporter = Reporter(run, Trackers([]), monitor)
-            _loop(run, start.acceleration, NoCheckpoints(), reporter, None, stop, lambda: None)
+        _take_part(starts[0], ranks, stop)
+        gc.collect()  # its model is in cycles, and the next run needs the memory
+
+
+def _take_part(start: Start, ranks: Ranks, stop: Callable[[], bool]) -> None:
+    detect(start.config.device)
+    apply(start.acceleration)
+    run = start.build(ranks)
+    ranks.gather(None)
+    with DeviceMonitor(start.acceleration.device) as monitor, suppress(Diverged):
+        reporter = Reporter(run, Trackers([]), monitor)
+        _loop(run, start.acceleration, NoCheckpoints(), reporter, None, stop, lambda: None)
 
 
 def _loop(

@@ -9,6 +9,7 @@ and decide the same.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -100,6 +101,9 @@ def join() -> Iterator[Ranks]:
     store, number, count = next(rendezvous("env://"))
     # torchrun keeps its store when it restarts the processes, and in it the addresses of those that are gone.
     store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if count == num_local_ranks() and any(name == "lo" for _, name in socket.if_nameindex()):
+        # Messages are pickles, and the machine's name may be that of an address which others reach.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:

@@ -79,15 +79,19 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def weights_in(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+def weights_in(state: Mapping[str, Any], source: Path, *, extra: bool = False) -> dict[str, Tensor]:
     """The weights of a checkpoint of a run, or of a bare state dict.
+
+    Args:
+        extra: Allow what modules keep besides tensors (`get_extra_state`).
 
     Raises:
         UserError: It has none.
     """
     weights = state.get("model", state)
     if not isinstance(weights, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+        isinstance(key, str) and (isinstance(value, Tensor) or (extra and key.endswith("_extra_state")))
+        for key, value in weights.items()
     ):
         raise UserError(f"{source} holds no weights by name: name a checkpoint of a run, or a state dict.")
     return dict(weights)
@@ -100,7 +104,7 @@ def load_model(model: nn.Module, state: Mapping[str, Any], source: Path, remedy:
         UserError: It has none, or those of another model.
     """
     try:
-        model.load_state_dict(weights_in(state, source))
+        model.load_state_dict(weights_in(state, source, extra=True))
     except RuntimeError as error:
         raise UserError(f"{source} does not fit the model ({' '.join(str(error).split())}){remedy}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from tests.commands import Command
@@ -45,8 +46,8 @@ class Kinds(Toy):
         ("train digits.toml", "digits.toml: not valid TOML"),
         ("launch", "Missing argument"),
         ("launch study.toml --workers none", "Invalid value for '--workers'"),
-        ("lunch study.toml", "No such command 'lunch'"),
-        ("launch study.toml --wrokers 2", "No such option: --wrokers"),
+        ("lunch study.toml", "tuner --help lists"),
+        ("launch study.toml --wrokers 2", "tuner launch --help lists"),
     ],
 )
 def test_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, run_command: Command, command: str, words: str) -> None:
@@ -104,3 +105,20 @@ def test_status_reads_a_database_in_a_folder_that_is_read_only(
     ended = run_command("status", "toy", "--storage", f"sqlite:///{folder}/tuner.db")
     assert ended.returncode == 0 and "toy" in ended.stdout, ended.stderr
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if not path.name.endswith("-shm")}
+
+
+def test_database_that_is_read_without_locks_is_left_once_another_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = finished_study(tmp_path)
+    study._storage.remove_session()
+    study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite.os, "access", lambda path, mode: Path(path) != tmp_path)
+        reader = sqlite.open_sqlite(url, tmp_path / "tuner.db", must_exist=True)
+    assert len(reader.get_all_studies()) == 2
+    writer = optuna.create_study(study_name="other", storage=sqlite.open_sqlite(url, tmp_path / "tuner.db", True))
+    with pytest.raises(UserError, match="another process writes to it since"):
+        reader.get_all_studies()
+    assert len(writer._storage.get_all_studies()) == 3

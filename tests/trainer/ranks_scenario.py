@@ -99,7 +99,7 @@ def main(folder: Path) -> None:
             except RankLost as error:
                 torch.save(str(error), folder / "follower.pt")
             return
-        found = run_cases(folder, ranks)
+        found = {**run_cases(folder, ranks), "interface": os.environ["GLOO_SOCKET_IFNAME"]}
         continue_on_other_ranks(folder, ranks)
         listened: list[Evaluation] = []
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import pickle
 import threading
 from pathlib import Path
@@ -173,3 +174,19 @@ def test_run_goes_back_to_its_stable_state_alone(tmp_path: Path, caplog: pytest.
     write_checkpoint(state(15), tmp_path / "stable.pth")
     found = find_state(tmp_path, lambda state: state["step"] < 30)
     assert found is not None and found[1]["step"] == 15 and "going back to step 15" in caplog.text
+
+
+def test_divergence_is_not_hidden_by_a_disk_that_refuses_to_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state(step))
+        checkpoints.confirm(2)
+        checkpoints._wait()
+        monkeypatch.setattr("trainer.checkpoint.delete", refuse)
+        checkpoints.return_to_good()
+    assert "Input/output error" in caplog.text

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,10 @@ from trainer import TrainConfig
 from trainer.acceleration import detect
 from trainer.checkpoint import read_checkpoint
 from trainer.data.batching import deal
+from trainer.loop import follow
 from trainer.micro_batches import decide_micro_batch_size
-from trainer.ranks import Ranks
+from trainer.ranks import RankLost, Ranks
+from trainer.state import Run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROOT = Path(__file__).parents[2]
@@ -56,6 +60,33 @@ def test_micro_batches_are_of_a_ranks_part(monkeypatch: pytest.MonkeyPatch) -> N
     assert [(each.batch_size, each.grad_accumulation) for each in seen] == [(3, 2)]
 
 
+def test_a_follower_gives_up_a_run_before_it_builds_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[weakref.ref[Any]] = []
+
+    class Begin:
+        config, acceleration = TrainConfig(steps=1, device="cpu"), SimpleNamespace(device="cpu")
+
+        def adopt(self) -> None: ...
+
+        def build(self, ranks: Ranks) -> Run:
+            assert not any(before() for before in built), "two runs in the memory of one device"
+            run = Run.build(Toy(), self.config, "cpu", data_digest="")
+            run.lineage = {"cycle": run}
+            built.append(weakref.ref(run))
+            return run
+
+    class Scripted(Ranks):
+        def gather(self, value: Any) -> Any:
+            if len(built) == 3:
+                raise RankLost("the end")
+            return [Begin()]
+
+    for name in ("apply", "_loop"):
+        monkeypatch.setattr(f"trainer.loop.{name}", lambda *_: None)
+    with pytest.raises(RankLost):
+        follow(Scripted(1, 2))
+
+
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     command = [*TORCHRUN, "-m", "tests.trainer.ranks_scenario", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT_S)
@@ -74,6 +105,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     for name, value in whole["model"].items():
         torch.testing.assert_close(parts["model"][name], value, rtol=1e-4, atol=1e-6)
 
+    assert found["interface"] == "lo"
     assert re.fullmatch(r"Prodigy's d differs between the processes .*", found["drifting"])
     assert "another process of this run has ended" in torch.load(tmp_path / "follower.pt", weights_only=True)
 

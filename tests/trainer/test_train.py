@@ -14,7 +14,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from tests.toy import Toy
+from tests.toy import Toy, ToyModel
 from trainer import Diverged, Evaluation, TrainConfig, UserError, train
 from trainer.checkpoint import lock_folder, read_checkpoint
 from trainer.tracking import Trackers
@@ -365,3 +365,21 @@ def test_loader_workers_change_nothing(tmp_path: Path) -> None:
         train(Toy(), config(steps=12, num_workers=workers), run_dir=tmp_path / str(workers))
     one, other = (read_checkpoint(tmp_path / name / "latest.pth") for name in ("0", "2"))
     assert states_equal(one["model"], other["model"])
+
+
+class Versioned(ToyModel):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
+class VersionedToy(Toy):
+    def build_model(self) -> Versioned:
+        return Versioned(self.width, self.dropout)
+
+
+def test_run_of_a_module_with_a_state_of_its_own_is_continued(tmp_path: Path) -> None:
+    assert not train(VersionedToy(), config(steps=5), run_dir=tmp_path, stop=stop_after(3)).finished
+    assert train(VersionedToy(), config(steps=5), run_dir=tmp_path).finished

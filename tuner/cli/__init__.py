@@ -83,7 +83,7 @@ def main() -> None:
             # A terminal without UTF-8 must not end a run, for example at a path in Korean.
             stream.reconfigure(errors="backslashreplace")
     try:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
             from tuner.cli.ranks import run_on_ranks  # imports torch
 
             run_on_ranks(app)
@@ -94,12 +94,13 @@ def main() -> None:
     except Exception as error:
         if (line := _explain(error)) is None:
             raise
-        print(f"tuner: {line}" if line else "", file=sys.stderr)
+        if line:
+            print(f"tuner: {line}", file=sys.stderr)
         sys.exit(2)
 
 
 def _explain(error: Exception) -> str | None:
-    """A mistake of the user in one line; None for a defect."""
+    """A mistake of the user in one line, "" if it was printed; None for a defect."""
     if isinstance(error, UserError | PermissionError | NotADirectoryError | FileExistsError):
         return str(error)
     if isinstance(error, OSError):
@@ -107,5 +108,9 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return f"{error}: remove that link, or name another path."
     if hasattr(error, "format_message"):  # of typer, whose base class is private
-        return f"{' '.join(error.format_message().split())} {' '.join([*sys.argv[1:2], '--help'])} lists what there is."
+        context = getattr(error, "ctx", None)
+        text, command = " ".join(error.format_message().split()), context.command_path if context else "tuner"
+        text += "" if text[-1:] in ("", ".", "?") else "."
+        # Without a command the help was printed.
+        return text and f"{text} {command} --help lists what there is."
     return None

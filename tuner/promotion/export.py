@@ -148,7 +148,7 @@ def read_run(source: Path) -> dict[str, Any]:
     state = read_state(source)
     if not state.keys() >= {"model", "lineage"}:
         raise UserError(f"{source} is no checkpoint of a run: name one that the trainer wrote.")
-    return {**state, "model": weights_in(state, source)}
+    return {**state, "model": weights_in(state, source, extra=True)}
 
 
 def find_checkpoint(run_dir: Path, name: str | None = None, workload: Workload | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO
 
 POLL_S = 0.05
+OF_TORCHRUN = re.compile(r"TORCHELASTIC_.+|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)")
+"""Variables of a process that torchrun has started. A command that had them would join its run, or wait for it."""
 
 
 def run_in_shell(
@@ -36,11 +39,14 @@ def run_in_shell(
 
     Returns None if it was ended, by `timeout` or by `stop`.
     """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    own = dict(os.environ)
+    if "TORCHELASTIC_RUN_ID" in own:
+        own = {name: value for name, value in own.items() if not OF_TORCHRUN.fullmatch(name)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", os.defpath)])
     process = subprocess.Popen(
         ["/bin/sh", "-c", command],
         cwd=cwd,
-        env={**os.environ, "PATH": path, **(env or {})},
+        env={**own, "PATH": path, **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=output or subprocess.DEVNULL,
         stderr=subprocess.STDOUT if output else subprocess.DEVNULL,
@@ -63,7 +69,8 @@ def run_in_shell(
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
     """End the shell, if it runs, and all children that it has left."""
     deadline = time.monotonic() + grace
-    with suppress(ProcessLookupError):
+    # None is left, or those of another user alone, as of sudo.
+    with suppress(ProcessLookupError, PermissionError):
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)
         while time.monotonic() < deadline:

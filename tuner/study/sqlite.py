@@ -115,10 +115,18 @@ def _open_to_read(url: str, path: Path) -> RDBStorage:
     """A file in a folder that can't be written to: SQLite can make no lock and no log there. What writes later is
     refused in one line."""
     # Without a log beside it nobody writes: then it can be read without locks.
-    lonely = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-    source = f"file:{quote(str(path.absolute()))}?mode=ro{lonely}"
+    path = path.absolute()
+    wal = path.with_name(path.name + "-wal")
+    is_alone = not wal.exists()
+    source = f"file:{quote(str(path))}?mode=ro{'&immutable=1' if is_alone else ''}"
     storage = RDBStorage(url, engine_kwargs={"creator": lambda: sqlite3.connect(source, uri=True, timeout=PATIENCE_S)})
     _explain_failures(storage, url, path)
+
+    def check(*_: Any) -> None:
+        if is_alone and wal.exists():
+            raise StorageFailure(f"storage {url}: another process writes to it since: run this again.")
+
+    event.listen(storage.engine, "before_cursor_execute", check)
     return storage
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.tuner.studies_for_tests import build
 from trainer import Diverged, UserError
 from trainer.checkpoint import read_checkpoint
 from trainer.evaluation import evaluate as real_evaluate
+from trainer.state import prepare as real_prepare
 from tuner import launch, promote
 from tuner.cli import main
 from tuner.show.status import status
@@ -55,10 +57,20 @@ def read_run(study: optuna.Study) -> FullRunRecord:
 
 
 def test_finish_goes_back_to_the_best_state_and_lets_the_rate_fall(
-    runtime: Runtime, tmp_path: Path, losses: list[float]
+    runtime: Runtime, tmp_path: Path, losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = begin(runtime, tmp_path, on_decline="finish")
     losses += decline()
+    models: list[weakref.ref[Any]] = []
+
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        assert not any(model() for model in models), "two runs in the memory of one device"
+        run = real_prepare(*args, **kwargs)
+        vars(run.model)["cycle"] = run.model  # as compilation makes one
+        models.append(weakref.ref(run.model))
+        return run
+
+    monkeypatch.setattr("trainer.loop.prepare", prepare)
     result = promote(study, runtime=runtime)
     # From step 20 on every 10 steps: the best at 120, the decline at 140; a fifth of 120 steps is the decay.
     run = read_run(study)

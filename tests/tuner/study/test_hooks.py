@@ -20,6 +20,7 @@ from tuner import Runtime, StudySpec, launch, promote
 from tuner.spec.beside import HooksSection
 from tuner.study import hooks
 from tuner.study.hooks import Hook, HookRunner
+from tuner.study.process import run_in_shell
 from tuner.study.samples import Samples
 
 
@@ -71,6 +72,18 @@ def test_command_gets_checkpoint_step_folder_study_and_trial(tmp_path: Path) -> 
     assert (samples.folder / "seen.txt").read_text() == "best.pth at 40"
     assert (samples.folder / "hook.log").read_text() == f"40 toy 7 home\n{tmp_path}\n"
     assert sorted(path.name for path in samples.folder.iterdir()) == ["hook.log", "seen.txt"]
+
+
+def test_command_of_a_rank_does_not_join_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MY_RANK", "3")
+    run = Run(tmp_path, "env > {out}/env.txt")
+    run.write("best.pth", "best", 1)
+    run.runner.close()
+    lines = (run.found[0].folder / "env.txt").read_text().splitlines()
+    assert not {line.partition("=")[0] for line in lines} & set(names) and "MY_RANK=3" in lines
 
 
 def test_events_are_new_bests_milestones_and_the_last_state(tmp_path: Path) -> None:
@@ -174,6 +187,14 @@ def test_what_a_command_leaves_running_is_ended(tmp_path: Path, monkeypatch: pyt
             return
         time.sleep(0.01)
     raise AssertionError("it still runs")
+
+
+def test_what_another_user_runs_on_does_not_fail_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(group: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("tuner.study.process.os.killpg", refuse)
+    assert run_in_shell("exit 7", timeout=60.0, grace=10.0) == 7
 
 
 def test_command_that_fills_the_disk_with_its_log_is_ended(
