@@ -115,4 +115,5 @@ def test_compilation_is_announced_with_its_length(
     with caplog.at_level(logging.WARNING, "trainer"):
         train(Toy(dropout=0.0), TrainConfig(steps=2, batch_size=4, compile="on"), run_dir=tmp_path)
     # Ten seconds, and seven tenths for each of the toy's five tensors.
-    assert caplog.messages == ["compiling forward and loss: about 14 s of silence"]
+    # On a busy machine there may be warnings of that, too.
+    assert "compiling forward and loss: about 14 s of silence" in caplog.messages
