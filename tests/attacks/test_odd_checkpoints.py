@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -82,7 +83,7 @@ def uses(folder: Path) -> Mapping[str, Callable[[Path], object]]:
 @pytest.mark.parametrize("times", [40, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_odd_checkpoint_is_one_line(whole: Path, tmp_path: Path, times: int) -> None:
     state = read_checkpoint(whole / "latest.pth")
-    attempts = [(path, odd, use) for path in paths(state) for odd in ODD for use in uses(whole)]
+    attempts = [*itertools.product(paths(state), ODD, uses(whole))]
     for number, (path, odd, use) in enumerate(random.Random(0).sample(attempts, min(times, len(attempts)))):
         folder = tmp_path / str(number)
         folder.mkdir()

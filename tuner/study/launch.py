@@ -109,7 +109,7 @@ def run_trials(
     on_change: Callable[[], None] = lambda: None,
 ) -> bool:
     """Claim trials and run them one after the other; True if none was left to claim, False if stopped."""
-    objective = Objective(spec, runtime)
+    objective, is_frozen = Objective(spec, runtime), False
     try:
         while not runtime.stop():
             with ExitStack() as claim:
@@ -123,10 +123,11 @@ def run_trials(
                 release_memory()
                 _check_name(claimed.owner)
             on_change()
-            if not gc.get_freeze_count():
+            if not is_frozen:
                 # Objects that outlive a trial, modules above all, are permanent: later collections, which free the
                 # memory of trials, need not walk them. That saves tenths of a second each.
                 gc.freeze()
+                is_frozen = True
     finally:
         gc.unfreeze()
     return False
