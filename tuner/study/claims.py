@@ -50,7 +50,12 @@ def claim_trial(study: optuna.Study, spec: StudySpec, runtime: Runtime, total: i
         record, now = StudyRecord.read(study), database_time(optuna_internals.storage_of(study))
         for trial in record.trials:
             if _is_free(trial, study_dir, now):
-                claim.enter_context(lock_folder(study_dir / trial_name(trial.number), CLAIM))
+                held = claim.enter_context(ExitStack())
+                held.enter_context(lock_folder(study_dir / trial_name(trial.number), CLAIM))
+                if StudyRecord.read(study).trials[trial.number].is_finished:
+                    # Its process has ended it since the trials were read.
+                    held.close()
+                    continue
                 owner = Owner(study, trial.number)
                 return Claim(optuna_internals.open_trial(study, trial.number), True, owner)
         if not needs_more_trials(record, spec, total):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +177,20 @@ def test_another_machines_trial_is_not_shown_as_interrupted(claim_on: ClaimOn) -
     trial, _ = claim_on("alpha")
     (other,) = StudyRecord.read(trial.study).trials
     assert other.state == "running" and not other.is_interrupted
+
+
+def test_trial_that_ends_while_the_trials_are_looked_at_is_not_taken(
+    claim_on: ClaimOn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With 64 workers a machine looks at their trials for long.
+    monkeypatch.setattr(claims, "lock_folder", lambda *_: nullcontext())
+    first, _ = claim_on("here")
+
+    def end_first(*_: object) -> bool:
+        if first.storage.get_trial(first._trial_id).state == TrialState.RUNNING:
+            first.study.tell(first, 1.0)
+        return False
+
+    monkeypatch.setattr(claims, "is_locked", end_first)
+    second, resumed = claim_on("here")
+    assert (second.number, resumed) == (1, False)
