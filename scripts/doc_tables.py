@@ -16,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "scripts" / "records"
-PAGES = [ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/search.md"]
+DOCS = ("benchmarks", "search", "scale", "operations")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.S)
 Record = dict[str, Any]
 
@@ -250,6 +251,44 @@ def format_headline(search: Record, training: Record, end_to_end: Record, *recor
         yield f"| [{name}](docs/{page}) | {figure} | {reference} |"
 
 
+def format_attacks(record: Record) -> Iterator[str]:
+    yield f"`{record['command']}`: {record['device']}."
+    yield ""
+    yield "| attack | attempts | failures | seconds |"
+    yield "|---|---:|---:|---:|"
+    for name, row in record["stages"].items():
+        yield f"| {name.replace('_', ' ')} | {row['attempts']:,} | {row['num_failures']} | {row['seconds']:,.0f} |"
+
+
+def format_workers(record: Record) -> Iterator[str]:
+    yield format_source(record, f"{record['reports']} reports a trial, one every {record['period_s']:g} s")
+    yield ""
+    yield "| storage | workers | a report, ms | 95% of them, ms | between two trials, s |"
+    yield "|---|---:|---:|---:|---:|"
+    for kind, rows in record["workers"].items():
+        for row in rows:
+            report, gap = row["report_s"], row["gap_s"]
+            yield (
+                f"| {kind} | {row['workers']} | {1e3 * report['median']:.0f} | {1e3 * report['p95']:.0f} "
+                f"| {gap['median']:.2f} |"
+            )
+
+
+def format_trials(record: Record) -> Iterator[str]:
+    columns = {
+        "first_ask_s": "first ask",
+        "ask_s": "next ask",
+        "page_s": "page's update",
+        "dashboard_s": "dashboard's page",
+        "status_s": "`tuner status`",
+    }
+    yield f"| storage | trials | {' | '.join(f'{title}, s' for title in columns.values())} |"
+    yield "|---|---:|" + "---:|" * len(columns)
+    for kind, rows in record["trials"].items():
+        for row in rows:
+            yield f"| {kind} | {row['trials']:,} | {' | '.join(f'{row[key]:.2f}' for key in columns)} |"
+
+
 TABLES: dict[str, tuple[Callable[..., Iterator[str]], list[str]]] = {
     "headline": (
         format_headline,
@@ -275,6 +314,9 @@ TABLES: dict[str, tuple[Callable[..., Iterator[str]], list[str]]] = {
     "gpu_bench": (format_gpu_bench, ["gpu_check"]),
     "search": (format_search, ["search"]),
     "correlations": (format_correlations, ["search"]),
+    "attacks": (format_attacks, ["attacks"]),
+    "scale_workers": (format_workers, ["scale"]),
+    "scale_trials": (format_trials, ["scale"]),
 }
 """By name: what formats a table, and the records that it reads."""
 

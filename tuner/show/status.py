@@ -16,7 +16,7 @@ from rich.text import Text
 from trainer.errors import UserError
 from tuner.show.json_events import to_json
 from tuner.show.sparklines import curves_table
-from tuner.show.table import describe_state, trial_table
+from tuner.show.table import LAST, describe_state, trial_table
 from tuner.study.edges import describe_edges
 from tuner.study.recommendation import describe_recommendation
 from tuner.study.record import State, StudyRecord, TrialRecord, is_launched
@@ -116,12 +116,14 @@ def print_status(record: StudyRecord) -> None:
 
 
 def status_parts(
-    record: StudyRecord, *, last: int = 1000, width: int = WIDE, ascii_only: bool = False
+    record: StudyRecord, *, last: int = LAST, width: int = WIDE, ascii_only: bool = False
 ) -> list[RenderableType]:
-    """The output of `tuner status STUDY`, with the `last` trials, for a screen of `width` columns."""
+    """The output of `tuner status STUDY`, with about `last` trials, for a screen of `width` columns."""
     parts: list[RenderableType] = [trial_table(record, last=last, full_length=width >= WIDE)]
     curves = curves_table(record, last=last, ascii_only=ascii_only)
     parts += [curves] if curves else []
+    if len(record.trials) > last:
+        parts.append(Text(f"{len(record.trials):,} trials: --json has all of them"))
     if (length := judge_trial_length(record)) is not None:
         parts.append(Text(str(length)))
     parts += map(Text, filter(None, (describe_recommendation(record), *describe_edges(record))))

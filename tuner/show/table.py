@@ -18,6 +18,8 @@ from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 if TYPE_CHECKING:
     from tuner.promotion.evaluate import CheckpointMetrics
 
+LAST = 100
+"""Trials in a table: it would be slow to draw, and read by nobody, with thousands."""
 FULL_LENGTH_HEADINGS = ("full samples", "epochs")
 CONFIRMATION_HEADINGS = ("trial", "parameters", "mean", "min to max", "over the baseline", "remarks")
 
@@ -55,15 +57,25 @@ def build_table(title: str) -> Table:
     )
 
 
+def list_shown(record: StudyRecord, last: int) -> list[TrialRecord]:
+    """About `last` trials: the baseline, the best and the recommended one, and the latest."""
+    if len(record.trials) <= last:
+        return record.trials
+    named = [trial.number for trial in (record.baseline, record.best, record.recommended) if trial is not None]
+    others = [trial.number for trial in record.trials if trial.number not in named]
+    shown = {*named, *others[-max(1, last - len(set(named))) :]}
+    return [trial for trial in record.trials if trial.number in shown]
+
+
 def trial_table(
     record: StudyRecord,
     title: str | None = None,
-    last: int = 1000,
+    last: int = LAST,
     samples: Mapping[int, int] | None = None,
     *,
     full_length: bool = False,
 ) -> Table:
-    """The `last` trials of a study.
+    """The trials of a study that `list_shown` gives.
 
     The projected hours of the full run have a column if any are known. Only the states break into two lines where 80
     columns are too few.
@@ -77,14 +89,15 @@ def trial_table(
     is_timed = any(hours.values())
     live = samples if samples and record.unit == "samples" else {}
     table = build_table(title or f"study {record.name}")
-    table.caption = "\n".join(_remarks(record)) or None
+    trials = list_shown(record, last)
+    table.caption = "\n".join(_remarks(record, trials)) or None
     full_run = ["full run"] * is_timed + list(FULL_LENGTH_HEADINGS) * full_length
     for heading in ("trial", *map(short_name, names), record.unit, "loss", *full_run, "state", "time"):
         if heading == "state":
             table.add_column(heading, min_width=len("interrupted"))
         else:
             table.add_column(heading, justify="right", no_wrap=True)
-    for trial in record.trials[-last:]:
+    for trial in trials:
         seen = max(live.get(trial.number, 0), *trial.curve, 0)
         state = "interrupted" if trial.is_interrupted else trial.state
         words = [state, *trial_marks(record, trial)] + ["d rising"] * trial.ended_with_d_rising
@@ -102,12 +115,12 @@ def trial_table(
     return table
 
 
-def _remarks(record: StudyRecord) -> list[str]:
+def _remarks(record: StudyRecord, shown: Sequence[TrialRecord]) -> list[str]:
     """Sentences below the table of trials."""
     remarks = []
     if record.pareto_front:
         remarks.append("* no other trial is better in both loss and the full run's hours")
-    if rising := [trial for trial in record.trials if trial.ended_with_d_rising]:
+    if rising := [trial for trial in shown if trial.ended_with_d_rising]:
         default = record.spec["train"].get("d_coef", 1.0)
         numbers = (f"{t.number} (d_coef {format_value(t.params.get('train.d_coef', default))})" for t in rising)
         remarks.append(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from scripts.bench.common import describe_command, describe_device
+from scripts.bench.common import describe_device
 from tests.attacks.full.common import Job, Result
 
 STAGES: dict[str, tuple[str, int, int]] = {
@@ -53,7 +53,7 @@ def run(name: str, size: int, limit: float) -> Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file, after each stage")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, and keep those of other stages")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--size", type=int, help="attempts of each stage, in place of all")
     parser.add_argument("--limit", type=float, default=7200, help="seconds of each stage")
@@ -61,20 +61,30 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    record: dict[str, Any] = {"command": describe_command(), "device": describe_device(), "stages": {}}
+    failed = False
     for name in options.only:
         started = time.monotonic()
         result = run(name, options.size or STAGES[name][1], options.limit)
         seconds = round(time.monotonic() - started, 1)
-        record["stages"][name] = {**vars(result), "num_failures": len(result.failures), "seconds": seconds}
+        failed |= bool(result.failures)
         print(f"{name}: {len(result.failures)} failures in {result.attempts:,} attempts, {seconds} s", flush=True)
         for failure in result.failures[:10]:
             print(f"  {failure}")
         for key, value in result.figures.items():
             print(f"  {key}: {value}")
         if options.json:
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(any(stage["failures"] for stage in record["stages"].values()))
+            write_stage(options.json, name, {**vars(result), "num_failures": len(result.failures), "seconds": seconds})
+    sys.exit(failed)
+
+
+def write_stage(path: Path, name: str, figures: dict[str, Any]) -> None:
+    """Write the figures of a stage, and keep those of the others."""
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+    stages[name] = figures
+    ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
+    command = f"python -m tests.attacks.full --json {path}"
+    record = {"command": command, "device": describe_device(), "stages": ordered}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def test_trials_share_one_scale_and_one_axis(study: optuna.Study) -> None:
     assert lines(study)[0] == "val/loss over samples: ▁ is 3.0000, █ 5.0000"
     assert "samples 40 to 160" in lines(study)[1]
     assert lines(study)[3:] == ["0 █▇▅▃ 3.5000", "1 ▇▅▃▁ 3.0000", "2 █ 5.0000"]
-    assert lines(study, last=1)[3:] == ["2 █ 5.0000"]
+    add_trial(study, [4.0])
+    assert [line[0] for line in lines(study, last=3)[3:]] == ["0", "1", "3"], "the baseline, the best and the latest"
     assert lines(study, ascii_only=True)[3] == "0 #*=- 3.5000"
 
 

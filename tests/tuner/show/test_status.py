@@ -21,7 +21,7 @@ from tuner import launch, open_study
 from tuner.show.live import StudyDisplay
 from tuner.show.note import escape, study_note
 from tuner.show.status import status, status_parts
-from tuner.show.table import trial_table
+from tuner.show.table import list_shown, trial_table
 from tuner.study.storage import open_storage
 from tuner.study.tracked_run import Runtime
 
@@ -38,6 +38,17 @@ def study(tmp_path: Path) -> optuna.Study:
     add_trial(study, [4.3] * 4)
     add_trial(study, [4.0], full_hours=1.0, d_rising=True, infeasible="out of memory")
     return study
+
+
+def test_thousands_of_trials_are_not_drawn(study: optuna.Study) -> None:
+    record = read(study)
+    assert [trial.number for trial in list_shown(record, 7)] == list(range(7))
+    assert [trial.number for trial in list_shown(record, 4)] == [0, 4, 5, 6], "the baseline, the best and the latest"
+    console = Console(file=io.StringIO(), width=120)
+    for part in status_parts(record, last=4):
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    assert "7 trials: --json has all of them" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
