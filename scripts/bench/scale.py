@@ -1,7 +1,7 @@
 """How the storage and the study scale: many workers at once, and many trials.
 
     pip install -e '.[dev]'
-    python -m scripts.bench.scale [--reports 20] [--sizes 1000 10000] [--json scripts/records/scale.json]
+    python -m scripts.bench.scale [--parts workers trials] [--sizes 1000 10000] [--json scripts/records/scale.json]
 
 Workers: N processes of this machine run the tuner's own loop over trials (claim, ask, report, prune, tell) on one
 study. Only the training is simulated: it sleeps one second before each report, and validates at once. The cost of a
@@ -261,30 +261,43 @@ def serve_proxy(url: str, ready: Any, over: Any) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Record:
-    workers: dict[str, list[Record]] = {kind: [] for kind in arguments.storages}
-    trials: dict[str, list[Record]] = {kind: [] for kind in arguments.storages if kind != "proxy"}
+    """The parts asked for; the others are those of the record that is there."""
+    path, parts = arguments.json, {"workers": measure_all_workers, "trials": measure_all_trials}
+    found = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     with open_urls(dict.fromkeys(arguments.storages)) as new_url:
-        for kind in arguments.storages:
-            for num_workers in WORKERS[kind]:
-                workers[kind].append(row := measure_workers(new_url(kind), num_workers, arguments.reports))
-                report, gap = row["report_s"], row["gap_s"]
-                print(
-                    f"{kind}, {num_workers} workers: a report {1e3 * report['median']:.1f} ms (95%: "
-                    f"{1e3 * report['p95']:.1f}), a gap {gap['median']:.2f} s",
-                    flush=True,
-                )
-        for kind in trials:
-            for size in arguments.sizes:
-                trials[kind].append(row := measure_trials(new_url(kind), size))
-                print(f"{kind}, {size} trials:", ", ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
+        measured = {part: parts[part](arguments, new_url) for part in arguments.parts}
     shared = {"goals": GOALS, "reports": arguments.reports, "period_s": PERIOD_S}
-    return shared | {"workers": workers, "trials": trials}
+    return shared | {part: measured.get(part) or found.get(part, {}) for part in parts}
+
+
+def measure_all_workers(arguments: argparse.Namespace, new_url: Callable[[str], str]) -> dict[str, list[Record]]:
+    rows: dict[str, list[Record]] = {kind: [] for kind in arguments.storages}
+    for kind, found in rows.items():
+        for num_workers in WORKERS[kind]:
+            found.append(row := measure_workers(new_url(kind), num_workers, arguments.reports))
+            report, gap = row["report_s"], row["gap_s"]
+            print(
+                f"{kind}, {num_workers} workers: a report {1e3 * report['median']:.1f} ms (95%: "
+                f"{1e3 * report['p95']:.1f}), a gap {gap['median']:.2f} s",
+                flush=True,
+            )
+    return rows
+
+
+def measure_all_trials(arguments: argparse.Namespace, new_url: Callable[[str], str]) -> dict[str, list[Record]]:
+    rows: dict[str, list[Record]] = {kind: [] for kind in arguments.storages if kind != "proxy"}
+    for kind, found in rows.items():
+        for size in arguments.sizes:
+            found.append(row := measure_trials(new_url(kind), size))
+            print(f"{kind}, {size} trials:", ", ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
+    return rows
 
 
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--reports", type=int, default=20, help="of each trial")
     parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 10_000], help="trials of the large studies")
+    parser.add_argument("--parts", nargs="+", choices=["workers", "trials"], default=["workers", "trials"])
     parser.add_argument("--storages", nargs="+", choices=list(WORKERS), default=list(WORKERS))
     run_benchmark(parser, measure, packages=("optuna", "optuna-dashboard", "sqlalchemy"))
 

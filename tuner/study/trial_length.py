@@ -51,12 +51,12 @@ def judge_trial_length(record: StudyRecord) -> TrialLength | None:
         return None
     at_end = [trial.curve[points[-1]] for trial in trials]
     orders = [rank_correlation([trial.curve[point] for trial in trials], at_end) >= SETTLED for point in points]
-    rests = [all(not rises(trial.d[place:]) for trial in trials) for place in range(len(points))]
+    rest = max(find_rest(trial.d) for trial in trials)
     return TrialLength(
         unit=record.unit,
         length=points[-1],
         num_trials=len(trials),
-        d_rests=None if any(trial.d_is_rising for trial in trials) else points[rests.index(True)],
+        d_rests=None if any(trial.d_is_rising for trial in trials) else points[rest],
         settled=find_settled(points, orders),
     )
 
@@ -73,9 +73,10 @@ def is_rising(d: Sequence[float], d0: float) -> bool:
     return len(d) < 2 or d[-1] > RISING * d[-2] or d[-1] <= RISING * d0
 
 
-def rises(d: Sequence[float]) -> bool:
-    """Whether d grows anywhere between these evaluations."""
-    return any(later > RISING * earlier for earlier, later in pairwise(d))
+def find_rest(d: Sequence[float]) -> int:
+    """The evaluation from which on d does not grow any more, counted from 0."""
+    rises = [place for place, (earlier, later) in enumerate(pairwise(d), start=1) if later > RISING * earlier]
+    return rises[-1] if rises else 0
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

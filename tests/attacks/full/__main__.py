@@ -32,7 +32,7 @@ STAGES: dict[str, tuple[str, int, int]] = {
     "damage_stores": ("files", 2000, 40),
     "damage_arrays": ("files", 2000, 100),
     "hostile_files": ("files", 30, 3),
-    "lost_gradients": ("numbers", 5, 5),
+    "lost_gradients": ("numbers", 6, 6),
     "crowd_database": ("service", 16, 2),
     "lock_database": ("service", 300, 2),
     "strangers": ("service", 2000, 60),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.tuner.show.made_studies import add_trial, new_study, read
-from tuner.study.trial_length import TrialLength, judge_trial_length
+from tuner.study.trial_length import TrialLength, find_rest, judge_trial_length
 
 END = [1.0, 2.0, 3.0, 4.0, 5.0]
 RESTING = [0.1, 0.2, 0.2, 0.2]
@@ -57,3 +57,8 @@ def test_few_trials_prove_nothing() -> None:
 def test_optimizer_without_d_is_judged_by_the_order() -> None:
     length = judge([END] * 4, [])
     assert length is not None and length.settled == 40
+
+
+def test_d_rests_after_its_last_rise() -> None:
+    assert find_rest([1.0, 2.0, 2.0, 3.0, 3.0]) == 3
+    assert find_rest([1.0, 1.005]) == find_rest([]) == 0
