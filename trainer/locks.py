@@ -1,4 +1,4 @@
-"""Locks of run directories. Imports no torch, so that viewing a study does not wait for it."""
+"""Locks of run directories and other files. Imports no torch, so that viewing a study does not wait for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from trainer.clock import clock
 from trainer.errors import UserError
+
+TURN_TIMEOUT_S = 600
 
 
 @contextmanager
@@ -45,3 +48,24 @@ def is_locked(folder: Path, name: str = ".lock") -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for the lock of a file that each process holds for a moment.
+
+    Raises:
+        UserError: Another process has held it for ten minutes.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=TURN_TIMEOUT_S)
+    except Timeout:
+        raise UserError(
+            f"{path} has been held by another process for {clock(TURN_TIMEOUT_S)}, which seems to hang: end that one "
+            f"(fuser {path} names it), then run this again."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from filelock import FileLock, Timeout
 
-from trainer.clock import clock
-from trainer.errors import UserError
-from trainer.locks import is_locked, lock_folder
+from trainer.locks import is_locked, lock_folder, one_at_a_time
 from tuner.spec.setups import baseline_params, try_params
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
@@ -22,7 +19,7 @@ from tuner.study.record import CLAIM, StudyRecord, TrialRecord, create_trial, tr
 from tuner.study.storage import database_time
 from tuner.study.tracked_run import Runtime
 
-CLAIMS, CLAIMS_TIMEOUT_S = ".claims", 600
+CLAIMS = ".claims"
 
 
 class Claim(NamedTuple):
@@ -46,7 +43,7 @@ def claim_trial(study: optuna.Study, spec: StudySpec, runtime: Runtime, total: i
     study_dir = runtime.run_dir(study.study_name, "")
     study_dir.mkdir(parents=True, exist_ok=True)
     # One process at a time, so that no two take the same interrupted trial.
-    with _one_at_a_time(study_dir / CLAIMS):
+    with one_at_a_time(study_dir / CLAIMS):
         record, now = StudyRecord.read(study), database_time(optuna_internals.storage_of(study))
         for trial in record.trials:
             if _is_free(trial, study_dir, now):
@@ -73,22 +70,6 @@ def claim_trial(study: optuna.Study, spec: StudySpec, runtime: Runtime, total: i
         write_unopened_trial(study, number, run_dir=str(run_dir))
         owner = Owner(study, number)
         return Claim(optuna_internals.open_trial(study, number), False, owner)
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=CLAIMS_TIMEOUT_S)
-    except Timeout:
-        raise UserError(
-            f"{path} has been held by another process for {clock(CLAIMS_TIMEOUT_S)}, which seems to hang: end that one "
-            f"(fuser {path} names it), then run this again."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_free(trial: TrialRecord, study_dir: Path, now: float) -> bool:

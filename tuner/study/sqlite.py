@@ -12,19 +12,18 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy
-from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import event
 
 from trainer.clock import clock
 from trainer.errors import UserError
+from trainer.locks import one_at_a_time
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = 60
 BUSY_TIMEOUT_S = 600
 """Seconds that a statement waits for a locked SQLite file."""
 PATIENCE_S = 20.0
@@ -102,7 +101,7 @@ def open_sqlite(url: str, path: Path, must_exist: bool) -> RDBStorage:
     # As SQLAlchemy does: the working directory may change.
     path = path.absolute()
     # Optuna creates its schema table by table, so two processes must not do it at once.
-    with FileLock(path.with_name(path.name + ".lock"), timeout=OPEN_TIMEOUT_S):
+    with one_at_a_time(path.with_name(path.name + ".lock")):
         connect_args = {"timeout": PATIENCE_S, "factory": _PatientConnection}
         storage = RDBStorage(url, engine_kwargs={"connect_args": connect_args})
         _use_wal(storage)
