@@ -98,10 +98,15 @@ class StudyInSpace:
 
     Optuna's samplers leave a parameter out whose distribution has changed. A trial with a value that is none of the
     choices is left out.
+
+    Args:
+        known: Keeps the finished trials for later, in the space, by id: thousands take half a second.
     """
 
-    def __init__(self, study: optuna.Study, space: Mapping[str, BaseDistribution]) -> None:
-        self._study, self._space = study, space
+    def __init__(
+        self, study: optuna.Study, space: Mapping[str, BaseDistribution], known: dict[int, FrozenTrial | None]
+    ) -> None:
+        self._study, self._space, self._known = study, space, known
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -114,8 +119,17 @@ class StudyInSpace:
         return self._get_trials(deepcopy, states)
 
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
-        trials = self._study._get_trials(deepcopy, states, use_cache)
-        return [self._convert(trial) for trial in trials if all(map(self._is_choice, trial.params.items()))]
+        trials = map(self._find, self._study._get_trials(False, states, use_cache))
+        found = [trial for trial in trials if trial is not None]
+        return copy.deepcopy(found) if deepcopy else found
+
+    def _find(self, trial: FrozenTrial) -> FrozenTrial | None:
+        if trial._trial_id in self._known:
+            return self._known[trial._trial_id]
+        converted = self._convert(trial) if all(map(self._is_choice, trial.params.items())) else None
+        if trial.state.is_finished():
+            self._known[trial._trial_id] = converted
+        return converted
 
     def _is_choice(self, param: tuple[str, Any]) -> bool:
         distribution = self._space.get(param[0])

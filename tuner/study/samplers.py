@@ -104,9 +104,10 @@ class SpecSampler(BaseSampler):
     def __init__(self, spec: StudySpec) -> None:
         self._sampler, self._spec = build_sampler(spec.sampler, spec.study.seed, horizon(spec)), spec
         self._space = search_space(spec)
+        self._known: dict[int, FrozenTrial | None] = {}
 
     def _view(self, study: optuna.Study) -> optuna.Study:
-        return cast(optuna.Study, StudyInSpace(study, self._space))
+        return cast(optuna.Study, StudyInSpace(study, self._space, self._known))
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         inferred = self._sampler.infer_relative_search_space(self._view(study), trial)

@@ -21,6 +21,7 @@ from tuner.spec.setups import NotAChoice, count_val_samples, horizon, search_spa
 from tuner.spec.study_toml import Choice, StudySpec
 from tuner.study import gaussian_process
 from tuner.study.launch import open_study
+from tuner.study.optuna_internals import StudyInSpace
 from tuner.study.record import StudyRecord
 from tuner.study.samplers import build_sampler
 from tuner.study.tracked_run import Runtime
@@ -204,3 +205,17 @@ def test_launch_continues_with_more_batch_sizes(runtime: Runtime, url: str) -> N
     assert study.trials[2].params == {"train.batch_size": 4, "train.d_coef": 1.0}
     with pytest.raises(UserError, match="4 is missing"):
         launch(build(**narrow), storage=url, runtime=runtime, num_trials=4)
+
+
+def test_ended_trials_are_brought_into_the_space_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted: list[int] = []
+    convert = StudyInSpace._convert
+
+    def count(view: StudyInSpace, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+        converted.extend([trial.number] * trial.state.is_finished())
+        return convert(view, trial)
+
+    monkeypatch.setattr(StudyInSpace, "_convert", count)
+    wide = build(**WIDE)
+    run(open_study(wide, url), wide, 6)
+    assert sorted(converted) == list(range(5))
