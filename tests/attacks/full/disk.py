@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tests.attacks.test_packed_bytes import Samples, is_equal, opened
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints, find_state, read_checkpoint
 from trainer.export import write_weights
+from trainer.tracking import AimTracker, aim_run
 from tuner.study.storage import open_storage
 from tuner.study.tracked_run import log_file
 
@@ -99,13 +101,47 @@ def write_log(folder: Path) -> None:
             logging.getLogger("trainer").warning("line %d", number)
 
 
+def track(folder: Path, patience: float = 10.0) -> None:
+    AimTracker.PATIENCE_S = patience
+    tracker = AimTracker(folder, run_dir=folder / "run", experiment="toy", params={})
+    for step in range(5):
+        tracker.track({"train/loss": 1.0}, step=step, samples=step)
+    tracker.close()
+
+
+def copy_tracked(folder: Path) -> None:
+    """A repository with one run; Aim takes seconds to make it."""
+    made = folder.parent / "tracked"
+    if not made.exists():
+        (made / "run").mkdir(parents=True)
+        track(made, 60.0)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    (folder / "run").rename(folder / "first")
+    (folder / "run").mkdir()
+
+
+def has_first_run(folder: Path) -> bool:
+    def read() -> None:
+        import aim
+        from aim.storage.context import Context
+
+        run = aim.Repo(str(folder)).get_run(aim_run(folder / "first"))
+        metric = run.get_metric("loss", Context({"subset": "train"}))
+        assert len(metric.values.sparse_numpy()[0]) == 5
+
+    return join(fork(read, folder.parent / "again")) == 0
+
+
 SCENARIOS: dict[str, Scenario] = {
     "checkpoint": (save(1), save(2), has_state),
     "export": (export(1.0), export(2.0), lambda folder: read_checkpoint(folder / "a.pth")["a"].unique().numel() == 1),
     "store": (lambda folder: None, pack, lambda folder: fork_pack(folder)),
     "database": (tell, tell, has_trials),
+    "aim": (copy_tracked, track, has_first_run),
     "log": (write_log, write_log, lambda folder: "line 4" in (folder / "train.log").read_text()),
 }
+EVERY = {"aim": 8}
+"""Which calls fail, where each attempt takes seconds."""
 
 
 def fork_pack(folder: Path) -> bool:
@@ -118,7 +154,7 @@ def main(folder: Path, size: int, seconds: float) -> None:
     result, end = Result(), time.monotonic() + seconds
     for name, (before, write, is_whole) in SCENARIOS.items():
         for code in (errno.ENOSPC, errno.EIO):
-            for number in range(1, size + 1):
+            for number in range(1, size + 1, EVERY.get(name, 1)):
                 place, output = folder / f"{name}-{code}-{number}", folder / "output"
                 place.mkdir()
                 join(fork(lambda p=place, b=before: b(p), output))
