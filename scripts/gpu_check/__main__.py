@@ -2,7 +2,7 @@
 
     python -m scripts.gpu_check --out FOLDER --limit 570              # all stages, from the repository's root
     python -m scripts.gpu_check --out FOLDER --only ceilings table    # some of them
-    python -m scripts.gpu_check --out FOLDER --tiny                   # all of them on a CPU, in a minute
+    python -m scripts.gpu_check --out FOLDER --tiny                   # all of them on a CPU, in two minutes
 
 After each stage FOLDER has its figures in STAGE.json, its output in STAGE.log, all figures in gpu_check.json, and
 a page in report.md: what held, what missed which goal, and where the time went. What is cut off loses one stage only.
