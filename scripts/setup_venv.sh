@@ -16,8 +16,7 @@ checksum=$(cat "${files[@]}" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$checksum" ]; then
     echo "installing prodigy-tuner[$1] into .venv (once, a few minutes)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # Python compiles what it imports. pip would compile everything, for a minute or more.
-    .venv/bin/python -m pip install --no-compile -qq --disable-pip-version-check "${options[@]}" --editable ".[$1]"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "${options[@]}" --editable ".[$1]"
     echo "$checksum" >"$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
