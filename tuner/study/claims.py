@@ -62,7 +62,7 @@ def claim_trial(study: optuna.Study, spec: StudySpec, runtime: Runtime, total: i
             # A person enqueued it, through Optuna.
             number = optuna_internals.pop_waiting_trial(study)
         if number is None:
-            number = _create_trial(study, spec)
+            number = _create_trial(study, spec, record.trials)
         else:
             write_unopened_trial(study, number, host=platform.node())
         run_dir = study_dir / trial_name(number)
@@ -80,12 +80,11 @@ def _is_free(trial: TrialRecord, study_dir: Path, now: float) -> bool:
     return is_ours and not is_locked(trial.run_dir or run_dir, CLAIM) and not is_locked(run_dir, CLAIM)
 
 
-def _create_trial(study: optuna.Study, spec: StudySpec) -> int:
+def _create_trial(study: optuna.Study, spec: StudySpec, trials: Sequence[TrialRecord]) -> int:
     """Create a trial that belongs to this machine, and return its number.
 
     The first one is the baseline, the next ones are the entries of [[search.try]].
     """
-    trials = StudyRecord.read(study).trials
     if not _has_baseline(trials):
         number = create_trial(study, baseline_params(spec), host=platform.node(), baseline=True)
         if _has_baseline(StudyRecord.read(study).trials[:number]):

@@ -314,16 +314,17 @@ def _run_trial(study: optuna.Study, objective: Objective, claim: Claim, display:
         frozen = study.tell(trial, value)
     if display:
         display.trial_ended(TrialRecord.read(frozen))
-    _store_recommendation(study, objective.spec)
-    _delete_checkpoints(StudyRecord.read(study), objective.runtime)
+    _delete_checkpoints(_store_recommendation(study, objective.spec), objective.runtime)
     return True
 
 
-def _store_recommendation(study: optuna.Study, spec: StudySpec) -> None:
+def _store_recommendation(study: optuna.Study, spec: StudySpec) -> StudyRecord:
+    """Store the setting to promote, if it has changed, and return the study with it."""
     record = StudyRecord.read(study)
     recommendation = recommend(search_space(spec), record.trials, minimized=record.minimized, horizon=horizon(spec))
     if recommendation != record.recommendation:
         write_study(study, recommendation=recommendation)
+    return replace(record, recommendation=recommendation)
 
 
 def _delete_checkpoints(record: StudyRecord, runtime: Runtime) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any
 
 import optuna
 import torch
@@ -23,12 +23,12 @@ from trainer.config import TrainConfig
 from trainer.errors import first_line
 from trainer.memory import Probe, available_memory
 from trainer.micro_batches import SIZED_BY, MemoryFit, describe_shortage, estimate_fit
-from trainer.tracking import Tracker, aim_run
+from trainer.tracking import Tracker
 from trainer.workload import Workload
 from tuner.spec.setups import NotAChoice, Setup, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.peak_memory import PeakMemory
-from tuner.study.record import TrialKeys, TrialRecord, trial_name, write_trial
+from tuner.study.record import TrialRecord, trial_name, write_trial
 from tuner.study.tracked_run import Runtime, code_digest, link_aim, log_file, tracked_train
 from tuner.study.trial_length import is_rising
 
@@ -126,8 +126,7 @@ class Objective:
         reported = Reported(TrialRecord.read(trial))
 
         def on_eval(evaluation: Evaluation) -> None:
-            if run_hash := aim_run(run_dir):
-                reported.write(trial, aim_run=run_hash)
+            link_aim(trial, run_dir)
             self._report(trial, reported, evaluation, setup.config, full_steps)
 
         with _record_peak_memory(trial, capabilities):
@@ -164,10 +163,10 @@ class Objective:
             reported.points.add(point)
             reported.d.append(float(f"{evaluation.d:.6g}"))
             reported.d_is_rising = config.optimizer == "prodigy" and is_rising(reported.d, config.d0)
-            reported.write(trial, d=list(reported.d), d_rising=reported.d_is_rising)
+            write_trial(trial, d=list(reported.d), d_rising=reported.d_is_rising)
         if full_steps is not None and evaluation.seconds_per_step is not None:
             hours = float(f"{evaluation.seconds_per_step * full_steps / 3600:.4g}")
-            reported.write(trial, full_hours=hours, full_length=self.spec.full.length)
+            write_trial(trial, full_hours=hours, full_length=self.spec.full.length)
         # The baseline always runs to its end: everything is compared with it. A loss while d rises does not predict
         # that of a long run. At the last point pruning saves nothing.
         is_spared = reported.is_baseline or reported.d_is_rising or evaluation.point >= budget
@@ -205,18 +204,11 @@ class Objective:
 
 
 class Reported:
-    """What this process has stored of a trial. Each read of it would be seven SQL statements, each attribute three."""
+    """What a trial has reported."""
 
     def __init__(self, record: TrialRecord) -> None:
         self.points, self.d, self.d_is_rising = set(record.curve), list(record.d), record.d_is_rising
         self.is_baseline = record.is_baseline
-        self._written: TrialKeys = {}
-
-    def write(self, trial: optuna.Trial, **values: Unpack[TrialKeys]) -> None:
-        """Store the attributes that have changed."""
-        changed = cast(TrialKeys, {key: value for key, value in values.items() if self._written.get(key) != value})
-        write_trial(trial, **changed)
-        self._written.update(changed)
 
 
 def _count_start(trial: optuna.Trial, run_dir: Path) -> None:

@@ -54,8 +54,8 @@ def make_proxy_server(storage: BaseStorage, host: str, port: int, threads: Threa
 
 
 def frozen(trial: optuna.Trial) -> FrozenTrial:
-    """An open trial as the storage has it now."""
-    return trial.storage.get_trial(trial._trial_id)
+    """A copy of an open trial as this process has read and changed it since; no other process changes it."""
+    return copy.deepcopy(trial._cached_frozen_trial)
 
 
 def open_trial(study: optuna.Study, number: int) -> optuna.Trial:

@@ -163,14 +163,12 @@ class StudyKeys(TypedDict, total=False):
 
 def write_trial(trial: optuna.Trial, **values: Unpack[TrialKeys]) -> None:
     """Store attributes of an open trial. A finished trial can't be written to."""
-    for key, value in values.items():
-        trial.set_user_attr(key, value)
+    _write_changed(trial, values)
 
 
 def write_aim_run(trial: optuna.Trial, run_hash: str) -> None:
     """Store the hash of the Aim run of a trial or a full run, once."""
-    if trial.user_attrs.get("aim_run") != run_hash:
-        trial.set_user_attr("aim_run", run_hash)
+    _write_changed(trial, {"aim_run": run_hash})
 
 
 def create_trial(study: optuna.Study, fixed_params: Mapping[str, Any], **values: Unpack[TrialKeys]) -> int:
@@ -186,8 +184,15 @@ def write_unopened_trial(study: optuna.Study, number: int, **values: Unpack[Tria
 
 def write_full_run(curve: optuna.Trial, **values: Unpack[FullRunKeys]) -> None:
     """Store attributes of the open trial of `<study>.full` that holds a full run's curve."""
+    _write_changed(curve, values)
+
+
+def _write_changed(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
+    """Store the attributes that have changed: each takes three SQL statements."""
+    stored = trial.user_attrs
     for key, value in values.items():
-        curve.set_user_attr(key, value)
+        if key not in stored or stored[key] != value:
+            trial.set_user_attr(key, value)
 
 
 def write_study(study: optuna.Study, **values: Unpack[StudyKeys]) -> None:
