@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,21 @@ CONFIG: dict[str, Any] = {"batch_size": 4, "log_every": 5, "eval_every": 40}
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests check the contents of Aim, not the speed, which depends on the machine's load."""
     monkeypatch.setattr(AimTracker, "PATIENCE_S", 300.0)
+
+
+@pytest.fixture(scope="module")
+def _made_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty repository, which takes Aim some seconds of migrations."""
+    from aim.sdk.repo import Repo
+
+    folder = tmp_path_factory.mktemp("aim")
+    Repo.from_path(str(folder), init=True).close()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _repository(tmp_path: Path, _made_repository: Path) -> None:
+    shutil.copytree(_made_repository, tmp_path / "repo")
 
 
 def runs(repo: Path) -> dict[str, Any]:
@@ -109,6 +125,7 @@ def test_missing_aim_run_is_named_by_the_new_one(tmp_path: Path) -> None:
 
 
 def test_repository_that_a_killed_process_has_half_made_is_finished(tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "repo")
     (tmp_path / "repo" / ".aim" / "locks").mkdir(parents=True)
     write_one(tracker(tmp_path))
     assert aim_run(tmp_path / "run") in runs(tmp_path / "repo")
