@@ -58,12 +58,12 @@ def build_table(title: str) -> Table:
 
 
 def list_shown(record: StudyRecord, last: int) -> list[TrialRecord]:
-    """About `last` trials: the baseline, the best and the recommended one, and the latest."""
-    if len(record.trials) <= last:
-        return record.trials
-    named = [trial.number for trial in (record.baseline, record.best, record.recommended) if trial is not None]
+    """At most `last` trials: the latest, and where all have room the baseline, the best and the recommended one."""
+    named = {trial.number for trial in (record.baseline, record.best, record.recommended) if trial is not None}
+    if len(record.trials) <= last or last <= len(named):
+        return record.trials[-last:]
     others = [trial.number for trial in record.trials if trial.number not in named]
-    shown = {*named, *others[-max(1, last - len(set(named))) :]}
+    shown = {*named, *others[-(last - len(named)) :]}
     return [trial for trial in record.trials if trial.number in shown]
 
 

@@ -93,6 +93,22 @@ def test_watch_renews_until_ctrl_c(study: optuna.Study) -> None:
     assert "▇▅" in first and "4.2000" not in first and "4.2000" in second
 
 
+def test_watch_fits_on_a_small_screen(study: optuna.Study) -> None:
+    for _ in range(20):
+        add_trial(study, [4.9, 4.2], baseline=True)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=17)
+    assert isinstance(console.file, io.StringIO)
+    drawn: list[str] = []
+
+    def stop(_: float) -> None:
+        assert isinstance(console.file, io.StringIO)
+        drawn.append(console.file.getvalue())
+        raise KeyboardInterrupt
+
+    watch(storage_of(study), study, interval=2.0, console=console, sleep=stop)
+    assert "Ctrl-C ends" in drawn[0]
+
+
 def test_watch_shows_all_studies(study: optuna.Study) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     assert isinstance(console.file, io.StringIO)
