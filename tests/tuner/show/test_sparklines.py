@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 from rich.console import Console
 
 from tests.tuner.show.made_studies import add_full_run, add_trial, new_study, read
@@ -63,6 +64,8 @@ def test_trials_share_one_scale_and_one_axis(study: optuna.Study) -> None:
     assert lines(study)[3:] == ["0 █▇▅▃ 3.5000", "1 ▇▅▃▁ 3.0000", "2 █ 5.0000"]
     add_trial(study, [4.0])
     assert [line[0] for line in lines(study, last=3)[3:]] == ["0", "1", "3"], "the baseline, the best and the latest"
+    add_trial(study, [], state=TrialState.RUNNING)
+    assert [line[0] for line in lines(study, last=2)[3:]] == ["2", "3"], "a trial without a curve takes no line"
     assert lines(study, ascii_only=True)[3] == "0 #*=- 3.5000"
 
 
