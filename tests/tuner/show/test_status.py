@@ -49,6 +49,12 @@ def test_thousands_of_trials_are_not_drawn(study: optuna.Study, capsys: pytest.C
     assert "101 trials: --json has all of them" in capsys.readouterr().out
 
 
+def test_front_has_the_trials_that_none_beats(study: optuna.Study) -> None:
+    record, costs = read(study), [(3, 5), (1, 4), (2, 4), (2, 2), (3, 1), (2, 2), (4, 1), (2, 3)]
+    trials = [replace(record.trials[0], number=n, value=v, full_hours=h) for n, (v, h) in enumerate(costs)]
+    assert replace(record, trials=trials).pareto_front == {1, 3, 4, 5}
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
