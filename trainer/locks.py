@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,10 @@ from trainer.clock import clock
 from trainer.errors import UserError
 
 TURN_TIMEOUT_S = 600
+PATIENCE_S = 20.0
+"""Seconds between two warnings that this process waits for another one."""
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -52,19 +58,24 @@ def is_locked(folder: Path, name: str = ".lock") -> bool:
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file that each process holds for a moment.
+    """Wait for the lock of a file that each process holds for a moment, with a warning now and then.
 
     Raises:
-        UserError: Another process has held it for ten minutes.
+        UserError: Other processes have held it for ten minutes.
     """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=TURN_TIMEOUT_S)
-    except Timeout:
-        raise UserError(
-            f"{path} has been held by another process for {clock(TURN_TIMEOUT_S)}, which seems to hang: end that one "
-            f"(fuser {path} names it), then run this again."
-        ) from None
+    lock, since = FileLock(path), time.monotonic()
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=PATIENCE_S)
+        except Timeout:
+            waited = time.monotonic() - since
+            if waited > TURN_TIMEOUT_S:
+                # The holder may itself wait, such as for a locked database.
+                raise UserError(
+                    f"{path} has been held by other processes for {clock(waited)}: end the one that hangs "
+                    f"(fuser {path} names it; its output says what it waits for), then run this again."
+                ) from None
+            log.warning("waiting for %s, which other processes have held for %s", path, clock(waited))
     try:
         yield
     finally:

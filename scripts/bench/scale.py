@@ -9,8 +9,8 @@ report is all of the time between two of these sleeps; the gap is that between t
 the database share this machine's cores.
 
 Trials: a study of that many complete trials of 20 reports each, written beforehand; then the time of the first ask of a
-new process, of the next one, of `tuner status`, of the dashboard's page of the study, and of the update of its note and
-plots.
+new process that has read the trials, of the next one, of `tuner status`, of the dashboard's page of the study, and of
+the update of its note and plots.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from optuna_dashboard import wsgi
 
 from scripts.bench.common import ROOT, Record, build_parser, run_benchmark, summarize
 from tests.tuner.study.databases import Postgres, proxy
+from trainer.errors import UserError
 from trainer.evaluation import Evaluation
 from trainer.loop import TrainResult
 from tuner.show.page import StudyPage
@@ -261,13 +262,15 @@ def serve_proxy(url: str, ready: Any, over: Any) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Record:
-    """The parts asked for; the others are those of the record that is there."""
+    """The parts and storages asked for; the others are those of the record that is there."""
     path, parts = arguments.json, {"workers": measure_all_workers, "trials": measure_all_trials}
     found = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    if found.get("reports", arguments.reports) != arguments.reports:
+        raise UserError(f"--reports {arguments.reports}: {path} has figures of {found['reports']}: name another file.")
     with open_urls(dict.fromkeys(arguments.storages)) as new_url:
         measured = {part: parts[part](arguments, new_url) for part in arguments.parts}
     shared = {"goals": GOALS, "reports": arguments.reports, "period_s": PERIOD_S}
-    return shared | {part: measured.get(part) or found.get(part, {}) for part in parts}
+    return shared | {part: found.get(part, {}) | measured.get(part, {}) for part in parts}
 
 
 def measure_all_workers(arguments: argparse.Namespace, new_url: Callable[[str], str]) -> dict[str, list[Record]]:

@@ -15,7 +15,7 @@ from tests.attacks.full.__main__ import STAGES
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_finds_nothing(stage: str, tmp_path: Path) -> None:
     # In a process of its own: the stages fork, and change settings of the whole process.
-    options = ["--only", stage, "--size", str(STAGES[stage][2]), "--json", str(tmp_path / "attacks.json")]
+    options = ["--only", stage, "--size", str(STAGES[stage][2]), "--json", str(tmp_path / "new" / "attacks.json")]
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.attacks.full", *options], capture_output=True, text=True
     )

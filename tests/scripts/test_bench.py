@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from scripts.bench import scale
 from scripts.bench.common import RECORDS, read_memory, run_child, summarize, summarize_ratio, write_record
+from trainer import UserError
 
 
 def test_summary_of_several_values() -> None:
@@ -52,3 +55,17 @@ def test_benchmark_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "scripts.bench.loss", "--help"]
     output = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     assert output.startswith("usage: python -m scripts.bench.loss")
+
+
+def test_scale_keeps_the_figures_of_what_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {"reports": 20, "workers": {"proxy": [1]}, "trials": {"sqlite": [2], "postgresql": [3]}}
+    path = tmp_path / "scale.json"
+    path.write_text(json.dumps(before), encoding="utf-8")
+    monkeypatch.setattr(scale, "measure_trials", lambda _, size: {"trials": size})
+    asked = Namespace(json=path, parts=["trials"], storages=["sqlite"], sizes=[10], reports=20)
+    record = scale.measure(asked)
+    assert record["workers"] == before["workers"]
+    assert record["trials"] == {"sqlite": [{"trials": 10}], "postgresql": [3]}
+    asked.reports = 3
+    with pytest.raises(UserError, match=r"--reports 3: .* has figures of 20: name another file"):
+        scale.measure(asked)

@@ -7,7 +7,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trainer.locks import is_locked, lock_folder
+import pytest
+
+from trainer import UserError, locks
+from trainer.locks import is_locked, lock_folder, one_at_a_time
 
 
 class Readers:
@@ -44,3 +47,20 @@ def test_two_readers_do_not_take_each_other_for_the_holder(tmp_path: Path) -> No
     readers = Readers(tmp_path)
     time.sleep(0.5)
     assert readers.end() == 0
+
+
+def test_who_waits_for_a_turn_is_warned_and_refused_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(locks, "TURN_TIMEOUT_S", 0.1)
+    path = tmp_path / "turns"
+    with (
+        one_at_a_time(path),
+        pytest.raises(UserError, match=f"{path} has been held by other processes for .*: end the one that hangs"),
+        one_at_a_time(path),
+    ):
+        raise AssertionError("two at a time")
+    assert f"waiting for {path}, which other processes have held for" in caplog.messages[0]
+    with one_at_a_time(path):
+        """It is free again."""

@@ -68,7 +68,7 @@ def resample(points: Sequence[int], curve: Mapping[int, float], width: int) -> l
 def curves_table(
     record: StudyRecord, *, last: int = LAST, ascii_only: bool = False, width: int = WIDTH
 ) -> Group | None:
-    """The curves of the trials of `list_shown`, and below them of each full run; None before the first validation.
+    """The curves of the trials that `list_shown` gives, and of each full run; None before the first validation.
 
     All have one scale of the metric. Trials share one axis of samples (or steps, or seconds); each full run has its
     own from start to end.
@@ -94,9 +94,8 @@ def curves_table(
         end = next(value for value in reversed(values) if value is not None)
         table.add_row(name, Text(sparkline(values, scale, blocks), style=SKY_BLUE), f"{end:.4f}", style=style)
 
-    for trial in list_shown(record, last):
-        if trial.curve:
-            add(str(trial.number), grid, trial.curve, "bold" if record.is_best(trial) else None)
+    for trial in list_shown(record, trials, last):
+        add(str(trial.number), grid, trial.curve, "bold" if record.is_best(trial) else None)
     for run in full_runs:
         add(f"full {run.trial}", sorted(run.curve), run.curve)
     return Group(Text(title, style="italic"), table)

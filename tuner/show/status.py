@@ -113,17 +113,17 @@ def print_status(record: StudyRecord) -> None:
         console = Console(width=120)
     for part in status_parts(record, width=console.width, ascii_only=console.options.ascii_only):
         console.print(part, soft_wrap=isinstance(part, Text))
+    if len(record.trials) > LAST:
+        console.print(f"{len(record.trials):,} trials: --json has all of them", highlight=False)
 
 
 def status_parts(
     record: StudyRecord, *, last: int = LAST, width: int = WIDE, ascii_only: bool = False
 ) -> list[RenderableType]:
-    """The output of `tuner status STUDY`, with about `last` trials, for a screen of `width` columns."""
+    """The output of `tuner status STUDY`, with at most `last` trials, for a screen of `width` columns."""
     parts: list[RenderableType] = [trial_table(record, last=last, full_length=width >= WIDE)]
     curves = curves_table(record, last=last, ascii_only=ascii_only)
     parts += [curves] if curves else []
-    if len(record.trials) > last:
-        parts.append(Text(f"{len(record.trials):,} trials: --json has all of them"))
     if (length := judge_trial_length(record)) is not None:
         parts.append(Text(str(length)))
     parts += map(Text, filter(None, (describe_recommendation(record), *describe_edges(record))))

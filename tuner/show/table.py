@@ -57,14 +57,14 @@ def build_table(title: str) -> Table:
     )
 
 
-def list_shown(record: StudyRecord, last: int) -> list[TrialRecord]:
-    """About `last` trials: the baseline, the best and the recommended one, and the latest."""
-    if len(record.trials) <= last:
-        return record.trials
-    named = [trial.number for trial in (record.baseline, record.best, record.recommended) if trial is not None]
-    others = [trial.number for trial in record.trials if trial.number not in named]
-    shown = {*named, *others[-max(1, last - len(set(named))) :]}
-    return [trial for trial in record.trials if trial.number in shown]
+def list_shown(record: StudyRecord, trials: Sequence[TrialRecord], last: int) -> Sequence[TrialRecord]:
+    """At most `last` of `trials`: the latest, and if all have room the baseline, the best and the recommended one."""
+    named = {trial.number for trial in (record.baseline, record.best, record.recommended) if trial is not None}
+    if len(trials) <= last or last <= len(named):
+        return trials[-last:]
+    others = [trial.number for trial in trials if trial.number not in named]
+    shown = {*named, *others[-(last - len(named)) :]}
+    return [trial for trial in trials if trial.number in shown]
 
 
 def trial_table(
@@ -89,7 +89,7 @@ def trial_table(
     is_timed = any(hours.values())
     live = samples if samples and record.unit == "samples" else {}
     table = build_table(title or f"study {record.name}")
-    trials = list_shown(record, last)
+    trials = list_shown(record, record.trials, last)
     table.caption = "\n".join(_remarks(record, trials)) or None
     full_run = ["full run"] * is_timed + list(FULL_LENGTH_HEADINGS) * full_length
     for heading in ("trial", *map(short_name, names), record.unit, "loss", *full_run, "state", "time"):

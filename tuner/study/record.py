@@ -604,10 +604,13 @@ class StudyRecord:
         timed = [(trial, self.full_hours(trial)) for trial in self.ranked]
         costs = {trial.number: (self.sortable(trial.value or 0.0), hours) for trial, hours in timed if hours}
 
-        def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-            return one != other and one[0] <= other[0] and one[1] <= other[1]
-
-        return {number for number, own in costs.items() if not any(beats(other, own) for other in costs.values())}
+        front, newest = set(), (-math.inf, math.inf)
+        for number, cost in sorted(costs.items(), key=lambda item: item[1]):
+            # Each is faster than all that are better; trials of equal cost do not beat each other.
+            if cost[1] < newest[1] or cost == newest:
+                front.add(number)
+                newest = cost
+        return front
 
     def trials_since_improvement(self, min_delta: float) -> int:
         """Finished trials since the best value last improved by more than `min_delta`; 0 before the first value."""

@@ -18,7 +18,7 @@ from sqlalchemy import event
 
 from trainer.clock import clock
 from trainer.errors import UserError
-from trainer.locks import one_at_a_time
+from trainer.locks import PATIENCE_S, one_at_a_time
 
 T = TypeVar("T")
 
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 600
 """Seconds that a statement waits for a locked SQLite file."""
-PATIENCE_S = 20.0
-"""Seconds between two warnings that it waits."""
 
 REMEDIES = {
     "database is locked": "another process holds it for too long: end that one (fuser {file} names it), then run this "

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from scripts.bench.common import describe_device
+from scripts.bench.common import describe_device, write_record
 from tests.attacks.full.common import Job, Result
 
 STAGES: dict[str, tuple[str, int, int]] = {
@@ -84,7 +84,7 @@ def write_stage(path: Path, name: str, figures: dict[str, Any]) -> None:
     ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
     command = f"python -m tests.attacks.full --json {path}"
     record = {"command": command, "device": describe_device(), "stages": ordered}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(path, record)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 from rich.console import Console
 
 from tests.tuner.show.made_studies import add_full_run, add_trial, new_study, read
@@ -63,6 +64,8 @@ def test_trials_share_one_scale_and_one_axis(study: optuna.Study) -> None:
     assert lines(study)[3:] == ["0 █▇▅▃ 3.5000", "1 ▇▅▃▁ 3.0000", "2 █ 5.0000"]
     add_trial(study, [4.0])
     assert [line[0] for line in lines(study, last=3)[3:]] == ["0", "1", "3"], "the baseline, the best and the latest"
+    add_trial(study, [], state=TrialState.RUNNING)
+    assert [line[0] for line in lines(study, last=2)[3:]] == ["2", "3"], "a trial without a curve takes no line"
     assert lines(study, ascii_only=True)[3] == "0 #*=- 3.5000"
 
 
@@ -91,6 +94,22 @@ def test_watch_renews_until_ctrl_c(study: optuna.Study) -> None:
     first, _, second = console.file.getvalue().partition("Ctrl-C ends")
     assert slept == [3.0, 3.0]
     assert "▇▅" in first and "4.2000" not in first and "4.2000" in second
+
+
+def test_watch_fits_on_a_small_screen(study: optuna.Study) -> None:
+    for _ in range(20):
+        add_trial(study, [4.9, 4.2], baseline=True)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=17)
+    assert isinstance(console.file, io.StringIO)
+    drawn: list[str] = []
+
+    def stop(_: float) -> None:
+        assert isinstance(console.file, io.StringIO)
+        drawn.append(console.file.getvalue())
+        raise KeyboardInterrupt
+
+    watch(storage_of(study), study, interval=2.0, console=console, sleep=stop)
+    assert "Ctrl-C ends" in drawn[0]
 
 
 def test_watch_shows_all_studies(study: optuna.Study) -> None:

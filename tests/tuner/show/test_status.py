@@ -6,6 +6,7 @@ import io
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -20,7 +21,7 @@ from trainer.clock import format_hours
 from tuner import launch, open_study
 from tuner.show.live import StudyDisplay
 from tuner.show.note import escape, study_note
-from tuner.show.status import status, status_parts
+from tuner.show.status import print_status, status, status_parts
 from tuner.show.table import list_shown, trial_table
 from tuner.study.storage import open_storage
 from tuner.study.tracked_run import Runtime
@@ -40,15 +41,18 @@ def study(tmp_path: Path) -> optuna.Study:
     return study
 
 
-def test_thousands_of_trials_are_not_drawn(study: optuna.Study) -> None:
+def test_thousands_of_trials_are_not_drawn(study: optuna.Study, capsys: pytest.CaptureFixture[str]) -> None:
     record = read(study)
-    assert [trial.number for trial in list_shown(record, 7)] == list(range(7))
-    assert [trial.number for trial in list_shown(record, 4)] == [0, 4, 5, 6], "the baseline, the best and the latest"
-    console = Console(file=io.StringIO(), width=120)
-    for part in status_parts(record, last=4):
-        console.print(part)
-    assert isinstance(console.file, io.StringIO)
-    assert "7 trials: --json has all of them" in console.file.getvalue()
+    shown = [[trial.number for trial in list_shown(record, record.trials, last)] for last in (7, 4, 2)]
+    assert shown == [[*range(7)], [0, 4, 5, 6], [5, 6]], "the baseline, the best and the latest, if they have room"
+    print_status(replace(record, trials=record.trials + 94 * record.trials[-1:]))
+    assert "101 trials: --json has all of them" in capsys.readouterr().out
+
+
+def test_front_has_the_trials_that_none_beats(study: optuna.Study) -> None:
+    record, costs = read(study), [(3, 5), (1, 4), (2, 4), (2, 2), (3, 1), (2, 2), (4, 1), (2, 3)]
+    trials = [replace(record.trials[0], number=n, value=v, full_hours=h) for n, (v, h) in enumerate(costs)]
+    assert replace(record, trials=trials).pareto_front == {1, 3, 4, 5}
 
 
 @pytest.mark.parametrize(
