@@ -36,9 +36,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
     except Timeout:
         raise UserError(f"{folder} is in use by another process: wait for it or stop it.") from None
     except OSError as error:
-        raise UserError(
-            f"{folder / name} can't be locked ({error.strerror}): remove it, or name another folder."
-        ) from error
+        raise _not_lockable(folder / name, error) from error
     try:
         yield
     finally:
@@ -61,7 +59,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """Wait for the lock of a file that each process holds for a moment, with a warning now and then.
 
     Raises:
-        UserError: Other processes have held it for ten minutes.
+        UserError: Other processes have held it for ten minutes, or it can't be locked.
     """
     lock, since = FileLock(path), time.monotonic()
     while not lock.is_locked:
@@ -76,7 +74,13 @@ def one_at_a_time(path: Path) -> Iterator[None]:
                     f"(fuser {path} names it; its output says what it waits for), then run this again."
                 ) from None
             log.warning("waiting for %s, which other processes have held for %s", path, clock(waited))
+        except OSError as error:
+            raise _not_lockable(path, error) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _not_lockable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} can't be locked ({error.strerror}): remove it, or name another folder.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,3 +66,12 @@ def test_who_waits_for_a_turn_is_warned_and_refused_in_the_end(
     assert f"waiting for {path}, which other processes have held for" in caplog.messages[0]
     with one_at_a_time(path):
         """It is free again."""
+
+
+@pytest.mark.parametrize("lock", [one_at_a_time, lambda path: lock_folder(path.parent, path.name)])
+def test_folder_in_place_of_a_lock_is_refused(tmp_path: Path, lock: Callable[[Path], Any]) -> None:
+    with (
+        pytest.raises(UserError, match=f"{tmp_path} can't be locked .*: remove it, or name another folder"),
+        lock(tmp_path),
+    ):
+        """It is not reached."""
