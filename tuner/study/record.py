@@ -283,7 +283,7 @@ class TrialRecord:
 
     @classmethod
     def read(cls, trial: FrozenTrial | optuna.Trial) -> TrialRecord:
-        """Read a trial; an open one as the storage has it now."""
+        """Read a trial; an open one of this process with what it has reported and stored since."""
         if isinstance(trial, optuna.Trial):
             trial = optuna_internals.frozen(trial)
         keys, curve = cast(TrialKeys, trial.user_attrs), trial.intermediate_values
