@@ -26,7 +26,8 @@ from tuner.show.run import RunDisplay
 from tuner.show.table import format_params, trial_table
 from tuner.spec.setups import trial_setup
 from tuner.spec.study_toml import StudySpec
-from tuner.study.record import StudyRecord, read_spec, trial_name
+from tuner.study.keys import trial_name
+from tuner.study.record import StudyRecord, read_spec
 from tuner.study.tracked_run import Runtime, tracked_train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from trainer import TrainConfig
 from trainer.config import Role, role_of
 from trainer.laws import check_workload
 from tuner import StudySpec
-from tuner.study.record import FullRunKeys, PromotionKeys, StudyKeys, TrialKeys
+from tuner.study.keys import FullRunKeys, PromotionKeys, StudyKeys, TrialKeys
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,8 +15,8 @@ from trainer import UserError
 from tuner.promotion.length import LengthRequest
 from tuner.promotion.promote import check_before_confirmation
 from tuner.study import sqlite
+from tuner.study.keys import write_study
 from tuner.study.launch import open_study
-from tuner.study.record import write_study
 
 BRACKETS, DIGITS = "[" * 5000, "9" * 5000
 KINDS: dict[str, Any] = {"study.workload": "tests.attacks.test_one_line:Kinds"}

@@ -15,7 +15,7 @@ from optuna_dashboard import save_note
 
 from tuner.show.note import FENCE
 from tuner.spec.study_toml import StudySpec
-from tuner.study.record import write_study
+from tuner.study.keys import write_study
 
 HTML = "</script><img src=x onerror=document.title='injected'>"
 KINDS: dict[str, Any] = {"choices": ["plain", HTML]}

@@ -25,7 +25,8 @@ from trainer.errors import first_line
 from trainer.locks import is_locked
 from tuner.doctor.check import Check
 from tuner.doctor.disk import find_nearest_folder
-from tuner.study.record import ALIVE_KEY, CLAIM, HOST_KEY, RUN_DIR_KEY, trial_name
+from tuner.study.keys import ALIVE_KEY, HOST_KEY, RUN_DIR_KEY, trial_name
+from tuner.study.record import CLAIM
 from tuner.study.servers import hide_password, open_proxy
 from tuner.study.sqlite import REMEDIES, in_memory, remedy
 from tuner.study.storage import DEFAULT_URL, storage_url

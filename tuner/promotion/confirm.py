@@ -25,15 +25,9 @@ from tuner.spec.setups import full_setup, trial_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmationRun, ConfirmedTrial
 from tuner.study.hooks import LOG, Hook
+from tuner.study.keys import confirmation_run_name, write_confirmation, write_confirmation_run
 from tuner.study.objective import Interrupted
-from tuner.study.record import (
-    StudyRecord,
-    TrialRecord,
-    confirmation_run_name,
-    read_spec,
-    write_confirmation,
-    write_confirmation_run,
-)
+from tuner.study.record import StudyRecord, TrialRecord, read_spec
 from tuner.study.tracked_run import Runtime, tracked_train
 
 Follow = Callable[[str], AbstractContextManager[Tracker]]

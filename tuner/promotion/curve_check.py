@@ -9,7 +9,8 @@ import optuna
 
 from tuner.spec.setups import trial_setup
 from tuner.spec.study_toml import StudySpec
-from tuner.study.record import Deviation, FullRunRecord, StudyRecord, TrialRecord, confirmation_run_name, write_full_run
+from tuner.study.keys import Deviation, confirmation_run_name, write_full_run
+from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord
 
 log = logging.getLogger(__name__)
 

@@ -34,19 +34,9 @@ from tuner.spec.setups import Setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
 from tuner.study.confirmation import Confirmation
+from tuner.study.keys import FullRunKeys, PromotionKeys, report_once, write_full_run, write_study
 from tuner.study.peak_memory import PeakMemory
-from tuner.study.record import (
-    FullRunKeys,
-    FullRunRecord,
-    PromotionKeys,
-    StudyRecord,
-    TrialRecord,
-    full_study,
-    read_spec,
-    report_once,
-    write_full_run,
-    write_study,
-)
+from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord, full_study, read_spec
 from tuner.study.tracked_run import code_digest, code_version, link_aim, log_file
 
 log = logging.getLogger(__name__)

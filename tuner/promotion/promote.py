@@ -15,9 +15,10 @@ from tuner.promotion.full_run import FullRun
 from tuner.promotion.length import FINISH, NO_REQUEST, LengthRequest, decide_length
 from tuner.study.confirmation import Confirmation
 from tuner.study.edges import describe_edges
+from tuner.study.keys import trial_name
 from tuner.study.objective import release_memory
 from tuner.study.recommendation import describe_recommendation
-from tuner.study.record import StudyRecord, TrialRecord, read_spec, trial_name
+from tuner.study.record import StudyRecord, TrialRecord, read_spec
 from tuner.study.tracked_run import Runtime, tracked_train
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from trainer.locks import is_locked, lock_folder, one_at_a_time
 from tuner.spec.setups import baseline_params, try_params
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
+from tuner.study.keys import create_trial, trial_name, write_unopened_trial
 from tuner.study.ownership import Owner, is_abandoned
-from tuner.study.record import CLAIM, StudyRecord, TrialRecord, create_trial, trial_name, write_unopened_trial
+from tuner.study.record import CLAIM, StudyRecord, TrialRecord
 from tuner.study.storage import database_time
 from tuner.study.tracked_run import Runtime
 

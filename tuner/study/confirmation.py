@@ -1,6 +1,6 @@
 """The result of a confirmation: the best trials and the baseline after a longer run, on several seeds.
 
-Imports no torch: `tuner status` reads it. `tuner.study.record` stores it.
+Imports no torch: `tuner status` reads it. `tuner.study.keys` stores it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from optuna.distributions import BaseDistribution
 from scipy.special import ndtr
 
 from tuner.study.coordinates import choose, encode, features, is_inside, log_range
-from tuner.study.record import Recommendation, TrialRecord
+from tuner.study.keys import Recommendation
+from tuner.study.record import TrialRecord
 from tuner.study.surrogate import Surrogate, single_threaded, standardized
 
 Floats = NDArray[np.float64]

@@ -30,10 +30,11 @@ from tuner.spec.setups import horizon, largest_step, search_space, stored_space
 from tuner.spec.study_toml import StudySpec
 from tuner.study.claims import Claim, claim_trial, describe_end, needs_more_trials
 from tuner.study.horizon import recommend
+from tuner.study.keys import trial_name, write_study
 from tuner.study.objective import Interrupted, Objective, release_memory
 from tuner.study.optuna_internals import storage_of
 from tuner.study.ownership import Owner
-from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec, trial_name, write_study
+from tuner.study.record import StudyRecord, TrialRecord, is_new, read_spec
 from tuner.study.samplers import SpecSampler, build_pruner
 from tuner.study.storage import for_other_processes, load_study, opened
 from tuner.study.supervisor import Display, Supervisor, visible_devices, worker_environments

@@ -27,8 +27,9 @@ from trainer.tracking import Tracker
 from trainer.workload import Workload
 from tuner.spec.setups import NotAChoice, Setup, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
+from tuner.study.keys import trial_name, write_trial
 from tuner.study.peak_memory import PeakMemory
-from tuner.study.record import TrialRecord, trial_name, write_trial
+from tuner.study.record import TrialRecord
 from tuner.study.tracked_run import Runtime, code_digest, link_aim, log_file, tracked_train
 from tuner.study.trial_length import is_rising
 

@@ -14,8 +14,9 @@ import uuid
 
 import optuna
 
+from tuner.study.keys import write_unopened_trial
 from tuner.study.optuna_internals import storage_of
-from tuner.study.record import StudyRecord, TrialRecord, write_unopened_trial
+from tuner.study.record import StudyRecord, TrialRecord
 from tuner.study.storage import database_time
 
 BEAT_S = 60.0

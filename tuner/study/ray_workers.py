@@ -20,7 +20,7 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 
 from trainer.errors import UserError, first_line
-from tuner.study.record import write_unopened_trial
+from tuner.study.keys import write_unopened_trial
 from tuner.study.supervisor import POLL_S, Display, Supervisor
 from tuner.study.worker import Line, PipeWarnings, work
 from tuner.study.worker_process import GRACE_S, Job, Worker

@@ -26,8 +26,8 @@ from tuner.spec.setups import Setup
 from tuner.spec.study_toml import StudySpec
 from tuner.spec.workloads import folder_digest
 from tuner.study.hooks import Hook, HookRunner
+from tuner.study.keys import write_aim_run
 from tuner.study.notify import Notifier
-from tuner.study.record import write_aim_run
 from tuner.study.samples import Samples
 
 WORKLOAD = "workload"

@@ -19,7 +19,8 @@ from optuna.trial import TrialState
 from scripts.bench.search.curves import Configuration, Curves
 from scripts.bench.search.runs import Choice, Runs, Task
 from tuner.study.horizon import recommend
-from tuner.study.record import TrialRecord, write_trial
+from tuner.study.keys import write_trial
+from tuner.study.record import TrialRecord
 
 BASELINE = Configuration(batch_size=8, d_coef=1.0)
 BATCH_SIZE, D_COEF = "train.batch_size", "train.d_coef"

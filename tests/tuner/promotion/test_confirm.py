@@ -22,8 +22,9 @@ from tuner import confirm, launch, open_study, promote
 from tuner.cli import main
 from tuner.show.table import confirmation_table
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmedTrial
+from tuner.study.keys import confirmation_run_name, write_confirmation, write_study
 from tuner.study.objective import Interrupted
-from tuner.study.record import StudyRecord, confirmation_run_name, write_confirmation, write_study
+from tuner.study.record import StudyRecord
 from tuner.study.tracked_run import Runtime
 
 

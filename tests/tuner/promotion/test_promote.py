@@ -22,7 +22,8 @@ from tuner import confirm, launch, promote
 from tuner.promotion.curve_check import CurveCheck
 from tuner.promotion.projection import MeasuredSpeed, Projection
 from tuner.show.status import status
-from tuner.study.record import StudyRecord, read_spec, report_once
+from tuner.study.keys import report_once
+from tuner.study.record import StudyRecord, read_spec
 from tuner.study.tracked_run import Runtime
 
 

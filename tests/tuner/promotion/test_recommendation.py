@@ -13,8 +13,9 @@ from tests.tuner.studies_for_tests import build
 from trainer.checkpoint import holds_state
 from tuner import launch, promote
 from tuner.study import launch as launching
+from tuner.study.keys import Recommendation, write_study
 from tuner.study.recommendation import describe_recommendation
-from tuner.study.record import Recommendation, StudyRecord, TrialRecord, write_study
+from tuner.study.record import StudyRecord, TrialRecord
 from tuner.study.tracked_run import Runtime
 
 

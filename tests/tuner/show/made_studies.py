@@ -14,8 +14,9 @@ from optuna.trial import TrialState, create_trial
 
 from tests.tuner.studies_for_tests import build
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmedTrial
+from tuner.study.keys import FullRunKeys, TrialKeys, write_study
 from tuner.study.optuna_internals import storage_of
-from tuner.study.record import FullRunKeys, StudyRecord, TrialKeys, TrialRecord, write_study
+from tuner.study.record import StudyRecord, TrialRecord
 
 GRID = (40, 80, 120, 160)
 OUT_OF_MEMORY = "out of memory: tried | 2.00 GiB of *23.6* <GiB>\nTraceback"

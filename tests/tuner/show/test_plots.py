@@ -10,7 +10,7 @@ import pytest
 
 from tests.tuner.show.made_studies import GRID, add_five_trials, add_full_run, add_trial, new_study, read
 from tuner.show import plots
-from tuner.study.record import write_study
+from tuner.study.keys import write_study
 
 
 def traces(figure: plots.Figure | None) -> dict[str, dict[str, Any]]:

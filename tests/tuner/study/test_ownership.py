@@ -18,9 +18,10 @@ from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner import launch
 from tuner.study import ownership
+from tuner.study.keys import trial_name
 from tuner.study.launch import open_study
 from tuner.study.ownership import Owner
-from tuner.study.record import TrialRecord, trial_name
+from tuner.study.record import TrialRecord
 from tuner.study.storage import database_time, load_study, open_storage
 from tuner.study.tracked_run import Runtime
 
