@@ -50,7 +50,7 @@ def claim_trial(study: optuna.Study, spec: StudySpec, runtime: Runtime, total: i
             if _is_free(trial, study_dir, now):
                 held = claim.enter_context(ExitStack())
                 held.enter_context(lock_folder(study_dir / trial_name(trial.number), CLAIM))
-                if StudyRecord.read(study).trials[trial.number].is_finished:
+                if TrialRecord.read(optuna_internals.stored_trial(study, trial.number)).is_finished:
                     # Its process has ended it since the trials were read.
                     held.close()
                     continue

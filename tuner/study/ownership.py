@@ -15,8 +15,8 @@ import uuid
 import optuna
 
 from tuner.study.keys import write_unopened_trial
-from tuner.study.optuna_internals import storage_of
-from tuner.study.record import StudyRecord, TrialRecord
+from tuner.study.optuna_internals import storage_of, stored_trial
+from tuner.study.record import TrialRecord
 from tuner.study.storage import database_time
 
 BEAT_S = 60.0
@@ -48,7 +48,7 @@ class Owner:
         if self.lost_to is not None or not (at_once or time.monotonic() - self._signed_at >= BEAT_S):
             return self.lost_to is not None
         self._signed_at = time.monotonic()
-        trial = StudyRecord.read(self._study).trials[self.number]
+        trial = TrialRecord.read(stored_trial(self._study, self.number))
         if trial.owner != self._token or trial.is_finished:
             self.lost_to = trial.host or "another process"
             log.warning("trial %d was taken over by %s: it stops here", self.number, self.lost_to)

@@ -19,6 +19,7 @@ import torch
 from trainer.clock import clock
 from trainer.errors import UserError
 from trainer.tracking import CheckpointTracker, Tracker
+from tuner.study.optuna_internals import stored_trial
 from tuner.study.record import TrialRecord
 from tuner.study.worker_process import START, Job, Worker, WorkerProcess, interrupt
 
@@ -194,7 +195,7 @@ class Supervisor:
                 raise AssertionError(f"worker {worker.index} sent {message!r}")
 
     def _read_trial(self, number: int) -> TrialRecord:
-        return TrialRecord.read(self.study.get_trials(deepcopy=False)[number])
+        return TrialRecord.read(stored_trial(self.study, number))
 
     def _end_hung(self, worker: Worker, silent: float) -> None:
         then = "its trial continues in a new one" if self._stopping is None else "its trial stays open"
