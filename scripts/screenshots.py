@@ -104,7 +104,9 @@ class Pictures:
         assert curves is not None
         self.page.goto(f"{dashboard}/dashboard/studies/{id_of(curves)}")
         card = self.page.locator(".MuiCard-root", has=self.page.locator("#graph-intermediate-values"))
-        self.page.wait_for_function("document.getElementById('graph-intermediate-values')?.data?.[0]?.x.length > 1")
+        # A function: the dashboard's Content-Security-Policy forbids the evaluation of text.
+        plot = "document.getElementById('graph-intermediate-values')"
+        self.page.wait_for_function(f"() => {plot}?.data?.[0]?.x.length > 1")
         self._settle()
         box = card.first.bounding_box()
         assert box is not None
