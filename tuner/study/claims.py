@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 
 from trainer.locks import is_locked, lock_folder, one_at_a_time
 from tuner.spec.setups import baseline_params, try_params
@@ -50,11 +51,12 @@ def claim_trial(study: optuna.Study, spec: StudySpec, runtime: Runtime, total: i
             if _is_free(trial, study_dir, now):
                 held = claim.enter_context(ExitStack())
                 held.enter_context(lock_folder(study_dir / trial_name(trial.number), CLAIM))
-                if TrialRecord.read(optuna_internals.stored_trial(study, trial.number)).is_finished:
+                try:
+                    owner = Owner(study, trial.number)
+                except UpdateFinishedTrialError:
                     # Its process has ended it since the trials were read.
                     held.close()
                     continue
-                owner = Owner(study, trial.number)
                 return Claim(optuna_internals.open_trial(study, trial.number), True, owner)
         if not needs_more_trials(record, spec, total):
             return None
