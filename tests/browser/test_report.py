@@ -25,9 +25,9 @@ def test_report_draws_its_plots_and_loads_nothing(page: Page, tmp_path: Path) ->
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(path.as_uri())
-    page.wait_for_function("document.querySelectorAll('.plot .gtitle').length == 5")
+    page.wait_for_function("() => document.querySelectorAll('.plot .gtitle').length == 5")
     for title in ("Learning curves", "val/loss over the search space", "Parameter importance, by 11 trials"):
         page.get_by_text(title).first.wait_for()
-    page.wait_for_function("document.querySelector('audio').duration == 1")
+    page.wait_for_function("() => document.querySelector('audio').duration == 1")
     assert page.title() == "Study toy", "text of the study ran as a script"
     assert set(requests) <= {"file", "data", "blob"} and errors == []
