@@ -414,7 +414,6 @@ class StudyRecord:
         """
         timed = [(trial, self.full_hours(trial)) for trial in self.ranked]
         costs = {trial.number: (self.sortable(trial.value or 0.0), hours) for trial, hours in timed if hours}
-
         front, newest = set(), (-math.inf, math.inf)
         for number, cost in sorted(costs.items(), key=lambda item: item[1]):
             # Each is faster than all that are better; trials of equal cost do not beat each other.
