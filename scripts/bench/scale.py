@@ -50,7 +50,7 @@ from tuner.study.storage import open_storage
 from tuner.study.tracked_run import Runtime
 
 WORKERS = {"sqlite": (1, 2, 4, 8), "postgresql": (1, 4, 16, 64), "proxy": (1, 4, 16, 64)}
-TRIALS_A_WORKER = 2
+TRIALS_A_WORKER = 4
 PERIOD_S = 1.0
 """Of the reports."""
 SAMPLES = 160

@@ -28,8 +28,9 @@ BATCH_SIZE = "train.batch_size"
 GROWTH = 0.5
 """Exponent with which the optimal batch size grows with a run's length: 0.4 to 0.5 in the literature (Zhang et al.
 2024, Bergsma et al. 2025)."""
-MAX_TRIALS = 100
-"""Number of the best trials, and of the newest, that the model has: its time grows with the cube of the number."""
+MAX_TRIALS = 50
+"""Number of the best trials, and of the newest, that the model has: its time grows with the cube of the number. Each
+complete trial may be recommended."""
 
 
 class HorizonModel:
@@ -59,7 +60,7 @@ class HorizonModel:
         ranked = sorted(values, key=lambda number: (not is_comparable(trials[number]), values[number]))
         numbers = sorted({*ranked[:MAX_TRIALS], *list(values)[-MAX_TRIALS:]}, key=values.__getitem__)
         known = [trials[number] for number in numbers]
-        self.tried = [trial for trial in known if is_comparable(trial)]
+        self.tried = [trials[number] for number in ranked if is_comparable(trials[number])]
         """The complete ones, the best first."""
         end = max(max(trial.curve) for trial in self.tried)
         self.growth = max(horizon / end, 1.0) ** GROWTH if horizon else 1.0
@@ -69,20 +70,19 @@ class HorizonModel:
             build_shift(space, self.growth),
         )
         self.inputs = encode(space, [trial.params for trial in self.tried])
-        self._mean, self._covariance = self.surrogate.predict(self.inputs)
+        self._chosen = int(self.surrogate.mean(self.inputs).argmin())
 
     @property
     def best(self) -> TrialRecord:
         """The tried one with the lowest mean in the longer run."""
-        return self.tried[int(self._mean.argmin())]
+        return self.tried[self._chosen]
 
     def recommend(self) -> Recommendation:
-        chosen = int(self._mean.argmin())
-        covariance = self._covariance
-        variance = covariance[chosen, chosen] + covariance[0, 0] - 2 * covariance[chosen, 0]
-        better = (self._mean[0] - self._mean[chosen]) / math.sqrt(max(variance, 1e-12))
+        mean, covariance = self.surrogate.predict(self.inputs[[0, self._chosen]])
+        variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+        better = (mean[0] - mean[1]) / math.sqrt(max(variance, 1e-12))
         return Recommendation(
-            trial=self.tried[chosen].number,
+            trial=self.best.number,
             best=self.tried[0].number,
             probability=float(ndtr(better)),
             growth=self.growth,

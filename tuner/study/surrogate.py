@@ -21,8 +21,9 @@ Floats = NDArray[np.float64]
 
 DRAWS = 64
 """Number of draws of the hyperparameters; a power of two."""
-KEPT = 8
-"""Number of draws that predict, the likeliest ones."""
+KEPT, MIN_WEIGHT = 8, 0.01
+"""The draws that predict: the likeliest ones, without those whose weight is below this share of the first one's. Of 200
+trials two are left."""
 LENGTH_SCALE = (-0.5, 0.7)
 NOISE = (-5.0, 1.5)
 """Mean and standard deviation of the logarithm: of length scales in shares of a parameter's range, of the noise
@@ -54,9 +55,15 @@ class Surrogate:
         scales = np.exp(LENGTH_SCALE[0] + LENGTH_SCALE[1] * normal[:, :-1])
         noises = np.exp(NOISE[0] + NOISE[1] * normal[:, -1])
         fits = [Fit(inputs, values, shift, *draw) for draw in zip(scales, noises, strict=True)]
-        self._fits = sorted(fits, key=lambda fit: -fit.likelihood)[:KEPT]
-        weights = np.exp([fit.likelihood - self._fits[0].likelihood for fit in self._fits])
-        self._weights = weights / weights.sum()
+        likeliest = sorted(fits, key=lambda fit: -fit.likelihood)[:KEPT]
+        weights = np.exp([fit.likelihood - likeliest[0].likelihood for fit in likeliest])
+        weights = weights[weights >= MIN_WEIGHT]
+        self._fits, self._weights = likeliest[: len(weights)], weights / weights.sum()
+
+    def mean(self, inputs: Floats) -> Floats:
+        """[inputs], in the longer run."""
+        mean: Floats = self._weights @ np.array([fit.mean(inputs) for fit in self._fits])
+        return mean
 
     def predict(self, inputs: Floats) -> tuple[Floats, Floats]:
         """Mean [inputs] and covariance [inputs, inputs] in the longer run."""
@@ -95,6 +102,10 @@ class Fit:
         whitened: Floats = solve_triangular(self.factor, matern(self.inputs, inputs, self.scale) + MEAN, lower=True)
         return whitened
 
+    def mean(self, inputs: Floats) -> Floats:
+        mean: Floats = self._whiten(inputs - self.shift).T @ self.whitened
+        return mean
+
     def predict(self, inputs: Floats) -> tuple[Floats, Floats]:
         cross = self._whiten(inputs - self.shift)
         return cross.T @ self.whitened, self.variance * (matern(inputs, inputs, self.scale) + MEAN - cross.T @ cross)
@@ -107,7 +118,7 @@ class Fit:
         covariance = distance + MEAN - (trial * run).sum(axis=0)
         deviation = math.sqrt(self.variance) * covariance / np.sqrt(1 + MEAN + self.noise - (trial**2).sum(axis=0))
         deviation = np.maximum(np.abs(deviation), 1e-9)
-        z = ((self._whiten(tried - self.shift).T @ self.whitened).min() - run.T @ self.whitened) / deviation
+        z = (self.mean(tried).min() - run.T @ self.whitened) / deviation
         improvement: Floats = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
         return improvement
 
@@ -128,6 +139,10 @@ def matern(one: Floats, other: Floats, scale: Floats) -> Floats:
     one, other = one / scale, other / scale
     # By the binomial theorem: thrice as fast as the differences of all pairs.
     squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1) - 2 * one @ other.T
-    distance = np.sqrt(5 * np.maximum(squares, 0))
-    covariance: Floats = (1 + distance + distance**2 / 3) * np.exp(-distance)
+    distance = np.sqrt(5 * np.maximum(squares, 0, out=squares), out=squares)
+    covariance: Floats = distance * distance
+    covariance /= 3
+    covariance += distance
+    covariance += 1
+    covariance *= np.exp(np.negative(distance, out=distance), out=distance)
     return covariance

@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 from tests.tuner.studies_for_tests import values
 from tuner.spec.setups import horizon
 from tuner.spec.study_toml import StudySpec
-from tuner.study.horizon import BATCH_SIZE, HorizonModel, build_shift, find_values, recommend
+from tuner.study.horizon import BATCH_SIZE, MAX_TRIALS, HorizonModel, build_shift, find_values, recommend
 from tuner.study.record import TrialRecord
 from tuner.study.surrogate import Surrogate, standardized
 
@@ -81,6 +81,16 @@ def test_metric_that_is_maximized_is_recommended_alike() -> None:
     ]
     found = recommend(SPACE, trials, minimized=False, horizon=HORIZON)
     assert found == find_recommended(make_grid(), HORIZON)
+
+
+def test_trial_that_the_model_leaves_out_may_be_recommended() -> None:
+    """Of a large study the model has the best and the newest trials; none of them here has a large batch size."""
+    rest = [
+        make_trial(15 + number, {1000: loss(size, d_coef, 1000)}, {BATCH_SIZE: size, "train.d_coef": d_coef})
+        for number, (size, d_coef) in enumerate((size, 0.3 + 0.01 * i) for size in (4, 8) for i in range(MAX_TRIALS))
+    ]
+    trials = [*make_grid((1000,)), *rest]
+    assert trials[find_recommended(trials, HORIZON)["trial"]].params[BATCH_SIZE] in (32, 64)
 
 
 @pytest.mark.parametrize(
