@@ -15,7 +15,7 @@ CHARTED = (
     "ours, confirmed",
     "ours, confirmed after decay",
     "TPE, no pruner",
-    "TPE set up by hand, no pruner",
+    "Syne Tune's ASHA",
     "Optuna's GP, no pruner",
     "Optuna's GP set up by hand, no pruner",
     "random",
