@@ -2,7 +2,7 @@
 
 The optimal batch size grows with the square root of a run's length (`GROWTH`). So a batch size of 32 is in a run of
 16 times a trial's length as good as 8 is in a trial; the other parameters are as good as they are in a trial. Over the
-curves in scripts/records this recommends better than the trials' own order, at all lengths of a trial; a model of all
+curves in scripts/records this recommends better than the trials' own order, from 15 trials on; a model of all
 evaluations of the trials, and one that learns the growth from them, do no better.
 """
 
