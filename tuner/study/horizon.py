@@ -2,8 +2,8 @@
 
 The optimal batch size grows with the square root of a run's length (`GROWTH`). So a batch size of 32 is in a run of
 16 times a trial's length as good as 8 is in a trial; the other parameters are as good as they are in a trial. Over the
-curves in scripts/records this recommends better than the trials' own order, from 15 trials on; a model of all
-evaluations of the trials, and one that learns the growth from them, do no better.
+curves in scripts/records this recommends better than the trials' own order with 15 trials, and worse with five; a model
+of all evaluations of the trials, and one that learns the growth from them, do no better.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GROWTH = 0.5
 2024, Bergsma et al. 2025)."""
 MAX_TRIALS = 50
 """Number of the best trials, and of the newest, that the model has: its time grows with the cube of the number. Each
-complete trial may be recommended."""
+complete trial may be recommended, by the model alone if its own value is not among these."""
 
 
 class HorizonModel:
@@ -56,7 +56,7 @@ class HorizonModel:
         sign = 1.0 if minimized else -1.0
         values = {number: sign * value for number, value in find_values(ended).items()}
         trials = {trial.number: trial for trial in ended}
-        # Those first that may be recommended: there is at least one.
+        # Those first that may be recommended: the model has the best of them in any case.
         ranked = sorted(values, key=lambda number: (not is_comparable(trials[number]), values[number]))
         numbers = sorted({*ranked[:MAX_TRIALS], *list(values)[-MAX_TRIALS:]}, key=values.__getitem__)
         known = [trials[number] for number in numbers]

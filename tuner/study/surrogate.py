@@ -22,8 +22,8 @@ Floats = NDArray[np.float64]
 DRAWS = 64
 """Number of draws of the hyperparameters; a power of two."""
 KEPT, MIN_WEIGHT = 8, 0.01
-"""The draws that predict: the likeliest ones, without those whose weight is below this share of the first one's. Of 200
-trials two are left."""
+"""The draws that predict: the likeliest ones, without those whose weight is below this share of the first one's. In a
+study of 200 trials about two draws are left."""
 LENGTH_SCALE = (-0.5, 0.7)
 NOISE = (-5.0, 1.5)
 """Mean and standard deviation of the logarithm: of length scales in shares of a parameter's range, of the noise
@@ -78,7 +78,7 @@ class Surrogate:
         """How far a trial at each candidate is expected to lower the lowest mean in the longer run, [candidates].
 
         Args:
-            tried: [trials, coordinates] the inputs that have the lowest mean so far.
+            tried: [trials, coordinates] the inputs among which that is.
         """
         improvements = np.array([fit.expected_improvement(tried, candidates) for fit in self._fits])
         mean: Floats = self._weights @ improvements

@@ -84,13 +84,16 @@ def test_metric_that_is_maximized_is_recommended_alike() -> None:
 
 
 def test_trial_that_the_model_leaves_out_may_be_recommended() -> None:
-    """Of a large study the model has the best and the newest trials; none of them here has a large batch size."""
+    """Of a large study the model has the best and the newest trials: here none with a large batch size."""
     rest = [
-        make_trial(15 + number, {1000: loss(size, d_coef, 1000)}, {BATCH_SIZE: size, "train.d_coef": d_coef})
-        for number, (size, d_coef) in enumerate((size, 0.3 + 0.01 * i) for size in (4, 8) for i in range(MAX_TRIALS))
+        make_trial(15 + number, {1000: loss(8, d_coef, 1000)}, {BATCH_SIZE: 8, "train.d_coef": d_coef})
+        for number, d_coef in enumerate(np.linspace(0.3, 0.8, 2 * MAX_TRIALS).tolist())
     ]
     trials = [*make_grid((1000,)), *rest]
-    assert trials[find_recommended(trials, HORIZON)["trial"]].params[BATCH_SIZE] in (32, 64)
+    model = HorizonModel(SPACE, trials, horizon=HORIZON)
+    assert model.surrogate._fits[0].inputs[:, 0].max() < 0.5  # a batch size of 8 is at 0.25, 32 at 0.75
+    assert model.best.params[BATCH_SIZE] in (32, 64)
+    assert 0.5 < model.recommend()["probability"] <= 1
 
 
 @pytest.mark.parametrize(
