@@ -75,10 +75,11 @@ class Surrogate:
         return mean, covariance
 
     def expected_improvement(self, tried: Floats, candidates: Floats) -> Floats:
-        """How far a trial at each candidate is expected to lower the lowest mean in the longer run, [candidates].
+        """How far a trial at each candidate is expected to lower the lowest mean of the tried inputs in the longer run,
+        [candidates].
 
         Args:
-            tried: [trials, coordinates] the inputs among which that is.
+            tried: [trials, coordinates] Those of the complete trials.
         """
         improvements = np.array([fit.expected_improvement(tried, candidates) for fit in self._fits])
         mean: Floats = self._weights @ improvements
