@@ -197,8 +197,9 @@ from scripts.bench.search.external import client
 search = client.read_line()
 print("a tool may print")
 config = {"batch_size": search["batch_sizes"][0], "d_coef": 1.0}
-client.train(config, search["points"][0])
-client.promote(config)
+incumbent = client.Incumbent()
+for d_coef in (1.0, 3.0):
+    incumbent.train(config | {"d_coef": d_coef}, search["points"][0])
 while True:
     curve = client.train(config, search["longest"])
     assert curve[-1][0] == search["longest"]

@@ -71,16 +71,23 @@ def list_optuna() -> dict[str, Variants]:
     }
 
 
-EXTERNAL = {"Syne Tune's": ("syne_tune", ("ASHA", "MOBSTER", "HyperTune", "DyHPO"))}
-"""By title, a tool and its methods."""
+EXTERNAL = {
+    "Syne Tune's ASHA": ("syne_tune", "ASHA"),
+    "Syne Tune's MOBSTER": ("syne_tune", "MOBSTER"),
+    "Syne Tune's HyperTune": ("syne_tune", "HyperTune"),
+    "Syne Tune's DyHPO": ("syne_tune", "DyHPO"),
+    "Ray's ASHA": ("ray", "ASHAScheduler"),
+    "NePS's PriorBand": ("neps", "priorband"),
+    "SMAC's multi-fidelity facade": ("smac", "MultiFidelityFacade"),
+}
+"""By title, a tool and its method."""
 
 
 def list_external() -> dict[str, Variants]:
     """The methods of the tools whose environments exist."""
     return {
-        f"{title} {method}": {f"1/{share}": ExternalSearch(command, share) for share in SHARES}
-        for title, (tool, methods) in EXTERNAL.items()
-        for method in methods
+        title: {f"1/{share}": ExternalSearch(command, share) for share in SHARES}
+        for title, (tool, method) in EXTERNAL.items()
         if (command := find_command(tool, method))
     }
 

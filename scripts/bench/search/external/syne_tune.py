@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
-from typing import Any
 
 from syne_tune.backend.trial_status import Trial
 from syne_tune.config_space import loguniform, ordinal
@@ -49,7 +48,7 @@ class SyneTune:
         self.trials: list[Trial] = []
         self.levels: dict[int, int] = {}
         """Of each trial, the last one that was reported."""
-        self.best: tuple[float, dict[str, Any]] = (float("inf"), {})
+        self.incumbent = client.Incumbent()
 
     def run(self) -> None:
         while (suggestion := self.scheduler.suggest(trial_id=len(self.trials))) is not None:
@@ -63,10 +62,11 @@ class SyneTune:
 
     def train(self, trial: Trial) -> None:
         """Continue a trial until the scheduler pauses or stops it."""
+        config = {name: trial.config[name] for name in ("batch_size", "d_coef")}
         for samples in self.search["points"]:
             level = samples // self.unit
             if self.levels.get(trial.trial_id, 0) < level <= self.end:
-                result = {"level": level, "loss": self.ask(trial, samples)}
+                result = {"level": level, "loss": self.incumbent.train(config, samples)}
                 self.levels[trial.trial_id] = level
                 decision = self.scheduler.on_trial_result(trial, result)
                 if decision != SchedulerDecision.CONTINUE:
@@ -75,15 +75,6 @@ class SyneTune:
                         return
                     break
         self.scheduler.on_trial_complete(trial, result)
-
-    def ask(self, trial: Trial, samples: int) -> float:
-        """The loss there; the configuration with the lowest of all is promoted, as Syne Tune reports it."""
-        config = {name: trial.config[name] for name in ("batch_size", "d_coef")}
-        loss = client.train(config, samples)[-1][1]
-        if loss < self.best[0]:
-            self.best = loss, config
-            client.promote(config)
-        return loss
 
 
 if __name__ == "__main__":

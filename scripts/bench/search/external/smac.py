@@ -1,0 +1,59 @@
+"""SMAC3's multi-fidelity facade: Hyperband, whose configurations a random forest proposes.
+
+python -m venv data/environments/smac
+data/environments/smac/bin/pip install smac==2.4.1
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import smac
+from ConfigSpace import ConfigurationSpace, Float, OrdinalHyperparameter
+from smac.runhistory.dataclasses import TrialValue
+
+from scripts.bench.search.external import client
+
+MAX_TRIALS = 64
+"""What the benchmark ends at; a quarter of them at most are random."""
+
+
+def search(facade: str, directory: str) -> None:
+    """Budgets are in units of the first point."""
+    described = client.read_line()
+    unit = described["points"][0]
+    space = ConfigurationSpace(seed=described["seed"])
+    space.add(OrdinalHyperparameter("batch_size", described["batch_sizes"]))
+    space.add(Float("d_coef", tuple(described["d_coefs"]), log=True))
+    scenario = smac.Scenario(
+        space,
+        output_directory=directory,
+        deterministic=True,
+        n_trials=MAX_TRIALS,
+        min_budget=1,
+        max_budget=described["longest"] // unit,
+        seed=described["seed"],
+    )
+    optimizer = getattr(smac, facade)(scenario, lambda config, seed, budget: None, overwrite=True)
+    while True:
+        trial = optimizer.ask()
+        config = read_config(trial.config)
+        loss = client.train(config, int(trial.budget) * unit)[-1][1]
+        optimizer.tell(trial, TrialValue(loss))
+        if incumbent := optimizer.intensifier.get_incumbent():
+            client.promote(read_config(incumbent))
+
+
+def read_config(configuration: Mapping[str, Any]) -> client.Config:
+    """As JSON can write it."""
+    return {"batch_size": int(configuration["batch_size"]), "d_coef": float(configuration["d_coef"])}
+
+
+if __name__ == "__main__":
+    logging.disable()
+    with TemporaryDirectory() as directory:
+        search(sys.argv[1], directory)
