@@ -15,6 +15,7 @@ import torch
 from optuna.trial import create_trial
 
 from tests.toy import Toy
+from tests.tuner.promotion.conftest import Launched
 from tests.tuner.studies_for_tests import TOML, build, write
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
@@ -50,8 +51,8 @@ class Steps:
 
 
 @pytest.fixture
-def study(runtime: Runtime, tmp_path: Path) -> optuna.Study:
-    return launch(build(**{"trial.num_trials": 3}), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+def study(launched: Launched, tmp_path: Path) -> optuna.Study:
+    return launched(build(**{"trial.num_trials": 3}), tmp_path)
 
 
 def with_trials(tmp_path: Path, *values: float, **changes: object) -> optuna.Study:

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
+from tests.tuner.promotion.conftest import Launched
 from tests.tuner.studies_for_tests import build, values
 from trainer import TrainResult, UserError
 from trainer.checkpoint import read_checkpoint, write_checkpoint
@@ -25,8 +26,8 @@ def spec_of(**changes: Any) -> StudySpec:
 
 
 @pytest.fixture
-def study(runtime: Runtime, tmp_path: Path) -> optuna.Study:
-    return launch(spec_of(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+def study(launched: Launched, tmp_path: Path) -> optuna.Study:
+    return launched(spec_of(), tmp_path)
 
 
 def stopping(runtime: Runtime, after: int) -> Runtime:

@@ -15,6 +15,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from tests.toy import Toy
+from tests.tuner.promotion.conftest import Launched
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
 from trainer.checkpoint import read_checkpoint
@@ -28,8 +29,8 @@ from tuner.study.tracked_run import Runtime
 
 
 @pytest.fixture
-def study(runtime: Runtime, tmp_path: Path) -> optuna.Study:
-    return launch(build(), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+def study(launched: Launched, tmp_path: Path) -> optuna.Study:
+    return launched(build(), tmp_path)
 
 
 def curves(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

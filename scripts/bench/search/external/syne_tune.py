@@ -22,6 +22,9 @@ from scripts.bench.search.external import client
 RUNGS = (1, 2, 4, 8, 24, 96)
 """Rungs below the end of a trial, in units of the first point."""
 
+OPTIONS = {"HyperTune": {"opt_skip_init_length": 8, "opt_skip_period": 3}}
+"""From 8 losses on it fits its model for each third proposal only: else a search takes minutes."""
+
 
 class SyneTune:
     """One search. Resource levels are in units of the first point."""
@@ -43,7 +46,7 @@ class SyneTune:
             rung_levels=[level for level in RUNGS if level < self.end],
             type="dyhpo" if method == "DyHPO" else "promotion",
             random_seed=search["seed"],
-            search_options={"debug_log": False},
+            search_options={"debug_log": False} | OPTIONS.get(method, {}),
         )
         self.trials: list[Trial] = []
         self.levels: dict[int, int] = {}
