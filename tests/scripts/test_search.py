@@ -193,9 +193,10 @@ def test_corner_needs_no_compute(task: Task) -> None:
 
 
 TOOL = """
+print("a tool may print when it is imported")
 from scripts.bench.search.external import client
 search = client.read_line()
-print("a tool may print")
+print("and later, without an end of the line", end="")
 config = {"batch_size": search["batch_sizes"][0], "d_coef": 1.0}
 incumbent = client.Incumbent()
 for d_coef in (1.0, 3.0):
@@ -209,12 +210,21 @@ while True:
 
 def test_external_tool_is_asked_until_the_budget_is_spent(task: Task) -> None:
     choices = list(ExternalSearch((sys.executable, "-c", TOOL), share=60).choices(task))
-    assert choices == [(0, BASELINE, 0), (512, BEST, 512)]
+    assert choices[:3] == [(0, BASELINE, 0), (512, BEST, 512), (1024, BEST, 512)]
+    # What is trained after the choice counts, too.
+    assert choices[-2].spent < task.budget <= choices[-1].spent
+    assert choices[-1][1:] == (BEST, 4096)
 
 
-def test_failure_of_an_external_tool_is_an_error(task: Task) -> None:
-    with pytest.raises(UserError, match="exited with 3"):
-        list(ExternalSearch((sys.executable, "-c", "raise SystemExit(3)")).choices(task))
+def test_external_tool_ends_after_its_trials(task: Task) -> None:
+    choices = list(ExternalSearch((sys.executable, "-c", TOOL), share=60, max_trials=3).choices(task))
+    assert choices[-1] == (4096 + 512 + 4096, BEST, 4096)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_external_tool_that_ends_early_is_an_error(task: Task, code: int) -> None:
+    with pytest.raises(UserError, match="ended before its budget was spent"):
+        list(ExternalSearch((sys.executable, "-c", f"raise SystemExit({code})")).choices(task))
 
 
 def test_compute_to_goal_is_where_regret_stays_low() -> None:

@@ -111,7 +111,9 @@ def measure(arguments: argparse.Namespace) -> Record:
     correlations = print_correlations(arguments)
     kept = read_kept_rows(arguments, names)
     rows = [] if arguments.correlations else [*kept, *replay_all(arguments, names)]
-    rows.sort(key=lambda row: list(CONTENDERS).index(row["name"]))
+    # A kept row's tool may not be installed here.
+    order = {name: place for place, name in enumerate(CONTENDERS)}
+    rows.sort(key=lambda row: order.get(row["name"], len(order)))
     if arguments.chart and rows:
         write_chart(arguments.chart, rows, f"{' and '.join(arguments.tasks)}, {arguments.seeds} seeds each")
     return {

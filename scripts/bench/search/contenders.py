@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from scripts.bench.search.external_search import ExternalSearch, find_command
 from scripts.bench.search.runs import Task
-from scripts.bench.search.strategies import Confirmed, Corner, OptunaSearch, Strategy, rank_recommended
+from scripts.bench.search.strategies import MAX_TRIALS, Confirmed, Corner, OptunaSearch, Strategy, rank_recommended
 from tuner.spec.study_toml import Choice
 from tuner.study.samplers import PRUNERS, build_sampler
 
@@ -72,22 +72,22 @@ def list_optuna() -> dict[str, Variants]:
 
 
 EXTERNAL = {
-    "Syne Tune's ASHA": ("syne_tune", "ASHA"),
-    "Syne Tune's MOBSTER": ("syne_tune", "MOBSTER"),
-    "Syne Tune's HyperTune": ("syne_tune", "HyperTune"),
-    "Syne Tune's DyHPO": ("syne_tune", "DyHPO"),
-    "Ray's ASHA": ("ray", "ASHAScheduler"),
-    "NePS's PriorBand": ("neps", "priorband"),
-    "SMAC's multi-fidelity facade": ("smac", "MultiFidelityFacade"),
+    "Syne Tune's ASHA": ("syne_tune", "ASHA", None),
+    "Syne Tune's MOBSTER": ("syne_tune", "MOBSTER", MAX_TRIALS),
+    "Syne Tune's HyperTune": ("syne_tune", "HyperTune", MAX_TRIALS),
+    "Syne Tune's DyHPO": ("syne_tune", "DyHPO", MAX_TRIALS),
+    "Ray's ASHA": ("ray", "ASHAScheduler", None),
+    "NePS's PriorBand": ("neps", "priorband", None),
+    "SMAC's multi-fidelity facade": ("smac", "MultiFidelityFacade", None),
 }
-"""By title, a tool and its method."""
+"""By title, a tool, its method, and the most trials of a search; those of a Gaussian process take hours."""
 
 
 def list_external() -> dict[str, Variants]:
     """The methods of the tools whose environments exist."""
     return {
-        title: {f"1/{share}": ExternalSearch(command, share) for share in SHARES}
-        for title, (tool, method) in EXTERNAL.items()
+        title: {f"1/{share}": ExternalSearch(command, share, max_trials) for share in SHARES}
+        for title, (tool, method, max_trials) in EXTERNAL.items()
         if (command := find_command(tool, method))
     }
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from scripts.bench.common import ROOT
 from scripts.bench.search.curves import Configuration
 from scripts.bench.search.runs import Choice, Runs, Task
-from scripts.bench.search.strategies import BASELINE, MAX_TRIALS
+from scripts.bench.search.strategies import BASELINE
 from trainer.errors import UserError
 
 ENVIRONMENTS = ROOT / "data/environments"
@@ -25,9 +25,10 @@ class ExternalSearch:
     command: Sequence[str]
     share: int = 60
     """A trial has at most a full run's length over this."""
+    max_trials: int | None = None
 
     def choices(self, task: Task) -> Iterator[Choice]:
-        """Raises UserError if the process fails."""
+        """Raises UserError if the process ends before the budget is spent."""
         yield Choice(0, BASELINE)
         pipe = subprocess.PIPE
         with subprocess.Popen(self.command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
@@ -36,8 +37,6 @@ class ExternalSearch:
             yield from self._serve(task, process.stdin, process.stdout)
             process.stdin.close()
             process.stdout.read()
-        if process.returncode:
-            raise UserError(f"{' '.join(self.command)} exited with {process.returncode}; its error is above.")
 
     def _describe(self, task: Task) -> dict[str, Any]:
         curves = task.curves
@@ -46,27 +45,29 @@ class ExternalSearch:
             "d_coefs": [curves.d_coefs[0], curves.d_coefs[-1]],
             "points": curves.points.tolist(),
             "longest": curves.length // self.share,
+            "baseline": asdict(BASELINE),
             "seed": task.seed,
         }
 
     def _serve(self, task: Task, stdin: IO[str], stdout: IO[str]) -> Iterator[Choice]:
-        """Answer until the budget is spent, or the process ends."""
-        runs, curves = Runs(task.curves), task.curves
-        for message in read_messages(stdout):
+        """Answer until the budget is spent, or one trial more than allowed is asked for."""
+        runs, curves, promoted = Runs(task.curves), task.curves, None
+        for line in stdout:
+            if not line.startswith("{"):
+                continue  # what a tool prints when it is imported
+            message = json.loads(line)
             if "promote" in message:
-                yield runs.choose(read_configuration(message["promote"]), task.train_seed)
+                promoted = read_configuration(message["promote"])
                 continue
-            if runs.spent >= task.budget or len(runs.trained) > MAX_TRIALS:
+            if promoted:
+                yield runs.choose(promoted, task.train_seed)
+            asked = read_configuration(message["config"])
+            is_new = (asked, task.train_seed) not in runs.trained
+            if runs.spent >= task.budget or (is_new and len(runs.trained) == self.max_trials):
                 return
-            losses = runs.train(read_configuration(message["config"]), task.train_seed, message["until"])
+            losses = runs.train(asked, task.train_seed, message["until"])
             write_line(stdin, {"curve": list(zip(curves.points.tolist(), losses.tolist(), strict=False))})
-
-
-def read_messages(stream: IO[str]) -> Iterator[dict[str, Any]]:
-    """Lines of JSON, without what the tool prints besides."""
-    for line in stream:
-        if line.startswith(('{"config"', '{"promote"')):
-            yield json.loads(line)
+        raise UserError(f"{' '.join(self.command)} ended before its budget was spent; its error, if any, is above.")
 
 
 def read_configuration(values: Mapping[str, Any]) -> Configuration:

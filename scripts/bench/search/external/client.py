@@ -8,6 +8,8 @@ from typing import Any
 
 Config = dict[str, Any]
 
+_messages, sys.stdout = sys.stdout, sys.stderr
+
 
 def read_line() -> dict[str, Any]:
     """Returns the next message; exits where the search is over. The first one describes the search."""
@@ -19,7 +21,7 @@ def read_line() -> dict[str, Any]:
 
 
 def send(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+    print(json.dumps(message), file=_messages, flush=True)
 
 
 def train(config: Config, until: int) -> list[tuple[int, float]]:

@@ -17,19 +17,17 @@ import torch
 
 from scripts.bench.search.external import client
 
-BASELINE = client.Config(batch_size=8, d_coef=1.0)
-
 
 def search(method: str) -> None:
     """Fidelities are in units of the first point, batch sizes by their order."""
     described, incumbent = client.read_line(), client.Incumbent()
     np.random.seed(described["seed"])  # NePS draws from the global generators
     torch.manual_seed(described["seed"])
-    sizes, unit = described["batch_sizes"], described["points"][0]
+    sizes, unit, baseline = described["batch_sizes"], described["points"][0], described["baseline"]
 
     class Space(neps.PipelineSpace):
-        size = neps.Integer(0, len(sizes) - 1, prior=sizes.index(BASELINE["batch_size"]), prior_confidence="medium")
-        d_coef = neps.Float(*described["d_coefs"], log=True, prior=BASELINE["d_coef"], prior_confidence="medium")
+        size = neps.Integer(0, len(sizes) - 1, prior=sizes.index(baseline["batch_size"]), prior_confidence="medium")
+        d_coef = neps.Float(*described["d_coefs"], log=True, prior=baseline["d_coef"], prior_confidence="medium")
         level = neps.IntegerFidelity(1, described["longest"] // unit)
 
     optimizer = neps.AskAndTell(getattr(neps.algorithms, method)(Space(), sample_prior_first=True))

@@ -27,10 +27,12 @@ def search(scheduler_name: str) -> None:
     batch_size, d_coef = tune.choice(described["batch_sizes"]), tune.loguniform(*described["d_coefs"])
     for number in count():
         trial = SimpleNamespace(trial_id=str(number))
-        config = {
-            "batch_size": batch_size.sample(random_state=generator),
-            "d_coef": float(d_coef.sample(random_state=generator)),
-        }
+        config = described["baseline"]
+        if number:
+            config = {
+                "batch_size": batch_size.sample(random_state=generator),
+                "d_coef": float(d_coef.sample(random_state=generator)),
+            }
         scheduler.on_trial_add(None, trial)
         for samples in described["points"]:
             result = {"level": samples // unit, "loss": incumbent.train(config, samples)}
