@@ -203,6 +203,7 @@ def format_headline(search: Record, training: Record, end_to_end: Record, *recor
     epyc, xeon, bench, loader, memory = records
     quarter = search["compute"].index(0.25)
     regrets = {row["name"]: format_tasks(row, quarter) for row in search["rows"]}
+    ray = regrets.get("Ray's ASHA")
     seconds = {
         name: f"{row['end_to_end']['seconds']:.0f}" for name, row in end_to_end["sizes"]["demo"]["contenders"].items()
     }
@@ -220,7 +221,8 @@ def format_headline(search: Record, training: Record, end_to_end: Record, *recor
             "search",
             "search.md",
             f"for a quarter of a full run's compute, {regrets.get('ours')} above the best setting's loss",
-            f"Optuna's default sampler: {regrets.get('TPE, no pruner')}; on speech, within the noise of training",
+            f"Optuna's default sampler: {regrets.get('TPE, no pruner')}; Ray's ASHA: "
+            f"{ray}; on speech, within the noise of training",
         ),
         (
             "training",

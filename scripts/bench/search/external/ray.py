@@ -1,7 +1,9 @@
-"""Ray Tune's ASHA with its random search, one trial at a time; its scheduler decides, without Ray's processes.
+"""Ray Tune's ASHA with its random search, one trial at a time.
 
-python -m venv data/environments/ray
-data/environments/ray/bin/pip install 'ray[tune]==2.60.0'
+    python -m venv data/environments/ray
+    data/environments/ray/bin/pip install 'ray[tune]==2.60.0'
+
+Its scheduler decides which trials stop; Ray's processes are not started.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """SMAC3's multi-fidelity facade: Hyperband, whose configurations a random forest proposes.
 
-python -m venv data/environments/smac
-data/environments/smac/bin/pip install smac==2.4.1
+    python -m venv data/environments/smac
+    data/environments/smac/bin/pip install smac==2.4.1
+
+Set up for few trials: three random ones after the baseline, and a forest that is fitted again for each proposal.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from smac.runhistory.dataclasses import TrialValue
 from scripts.bench.search.external import client
 
 NUM_RANDOM = 3
-"""After the baseline. SMAC's default is 16 of 64 trials, more than some searches have."""
+"""SMAC's default is 20, or a quarter of all: more than some searches have."""
 
 
 def search(facade: str, directory: str) -> None:
