@@ -34,6 +34,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             target,
         ):
             source.backup(target)
+            # Trials store the absolute path of their run directory.
             places = str(made[key]), str(folder)
             target.execute("UPDATE trial_user_attributes SET value_json = replace(value_json, ?, ?)", places)
         return optuna.load_study(study_name=spec.study.name, storage=open_storage(f"sqlite:///{folder}/tuner.db"))
