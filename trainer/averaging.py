@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,28 @@ from trainer.errors import UserError
 from trainer.export import write_weights
 from trainer.state_form import check_form, weights_in
 
+log = logging.getLogger(__name__)
 
-def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
-    """Write the mean of checkpoints as weights that `export`, `--init` and `evaluate` read.
 
-    It is computed in float32 (float64 for such weights) and stored in the types of the first checkpoint, whose integers
-    are kept, as is its lineage.
+def average_checkpoints(sources: Sequence[Path], path: Path) -> int:
+    """Write the mean of checkpoints as weights that `export`, `--init` and `evaluate` read; returns their number.
+
+    A file that is given under several names counts once. The mean is computed in float32 (float64 for such weights) and
+    stored in the types of the first checkpoint, whose integers are kept, as is its lineage.
 
     Raises:
         UserError: There are fewer than two, one can't be read, their weights differ in name or shape or are not finite,
             or `path` exists or is no .pth.
     """
-    if len(sources) < 2:
-        raise UserError(f"{len(sources)} checkpoint: an average needs at least two.")
     if path.suffix != ".pth":
         raise UserError(f"{path}: an average is a .pth file; tuner export writes its weights in other formats.")
     if path.exists():
         raise UserError(f"{path} exists: choose another name.")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it first.")
+    sources = _list_files(sources)
+    if len(sources) < 2:
+        raise UserError(f"{len(sources)} checkpoint: an average needs at least two.")
     first = read_checkpoint(sources[0], mmap=True)
     if "lineage" in first:
         check_form(first, sources[0])
@@ -57,6 +61,19 @@ def average_checkpoints(sources: Sequence[Path], path: Path) -> None:
     if "lineage" in about:
         about["lineage"] = {**about["lineage"], "averaged": [str(source.resolve()) for source in sources]}
     write_weights({"model": model, **about}, path)
+    return len(sources)
+
+
+def _list_files(sources: Sequence[Path]) -> list[Path]:
+    """Without further names of the same file: in a run directory one state has several."""
+    files: list[Path] = []
+    for source in sources:
+        same = next((file for file in files if source.exists() and file.exists() and source.samefile(file)), None)
+        if same is None:
+            files.append(source)
+        else:
+            log.warning("%s is another name of %s, and counts once", source, same)
+    return files
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

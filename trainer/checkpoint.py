@@ -96,12 +96,16 @@ def find_state(
 
     Args:
         fits: Whether a run may continue from a state. If the newest does not fit, `stable.pth` is returned if it does.
+            `best.pth` is returned if all others are damaged.
         on_unreadable: Called with a state that the disk refused to read, which is skipped too.
 
     Raises:
         UserError: There are checkpoints, and none of them can be read; or one is of another program.
     """
-    candidates = [path for path in (*list_steps(run_dir)[::-1], run_dir / LATEST, run_dir / STABLE) if path.exists()]
+    # Alone, best.pth is what a run that was removed has left.
+    names = (LATEST, STABLE, BEST) if holds_state(run_dir) else (STABLE,)
+    paths = (*list_steps(run_dir)[::-1], *(run_dir / name for name in names))
+    candidates = [path for path in paths if path.exists()]
     newest = None
     for path in candidates:
         if newest and path.name != STABLE:
@@ -110,7 +114,7 @@ def find_state(
             found = path, read_checkpoint(path, mmap=True)
         except UserError as error:
             if isinstance(error, UnreadableFile):
-                if path.name in (LATEST, STABLE):
+                if path.name in names:
                     raise  # the next state would take its name
                 on_unreadable(path)
             log.warning("%s", error)
@@ -126,7 +130,10 @@ def find_state(
             return found
         newest = newest or found
     if candidates and newest is None:
-        raise UserError(f"all {len(candidates)} checkpoints in {run_dir} are damaged: start in another folder.")
+        raise UserError(
+            f"all states in {run_dir} are damaged: rename that folder, which keeps its best_*.pth and milestone_*.pth, "
+            "then start again."
+        )
     return newest
 
 

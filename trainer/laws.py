@@ -39,6 +39,8 @@ def check_lengths(workload: Workload, *, num_samples: int) -> None:
     """Before the laws: there are samples, each has its length, and a longer one takes no fewer slots."""
     for split, data in {"train_data()": workload.train_data(), "val_data()": workload.val_data()}.items():
         assert len(data), f"{split} has no samples"
+        lengths = type(data.lengths).__name__
+        assert isinstance(data.lengths, np.ndarray), f"{split} has lengths that are a {lengths}: give a numpy array"
         assert len(data.lengths) == len(data), (
             f"{split} has {len(data)} samples, and its lengths are {len(data.lengths)}"
         )
@@ -70,7 +72,8 @@ def check_neighbours(workload: Workload, *, num_samples: int, tolerance: float) 
         for name, value in alone.items():
             assert _close(together[name], value, tolerance), (
                 f"law 1: {name} of {len(samples)} samples is {together[name]} in one batch "
-                f"(pad_multiple {pad_multiple}) and {value} in batches of one"
+                f"(pad_multiple {pad_multiple}) and {value} in batches of one: return sums, not means, and let no "
+                "sample see another one or its padding"
             )
 
 

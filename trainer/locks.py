@@ -66,6 +66,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=PATIENCE_S)
         except Timeout:
+            if not path.exists():
+                raise UserError(f"{path} can't be created: name another folder.") from None
             waited = time.monotonic() - since
             if waited > TURN_TIMEOUT_S:
                 # The holder may itself wait, such as for a locked database.
@@ -83,4 +85,5 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _not_lockable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} can't be locked ({error.strerror}): remove it, or name another folder.")
+    remedy = "remove it, or name another folder" if path.exists() else "name another folder"
+    return UserError(f"{path} can't be locked ({error.strerror}): {remedy}.")

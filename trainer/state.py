@@ -87,6 +87,12 @@ class Run:
         """A run at step 0. `init`: take the weights of this checkpoint."""
         torch.manual_seed(config.seed)
         model = workload.build_model()
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"{type(workload).__name__}.build_model returns a {type(model).__name__}: return the model."
+            )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(f"{type(model).__name__} has no parameter to train: set requires_grad of some.")
         if init is not None:
             workload.load_weights(model, init)
             log.info("weights from %s, new %s optimizer, step 0", init, config.optimizer)
@@ -230,7 +236,7 @@ class Run:
                 f"{self.config.describe_schedule()}: keep that schedule, or train for longer"
             )
         if changed:
-            raise UserError(f"{source} is of another run ({'; '.join(changed)}): use another run directory, {remedy}.")
+            raise UserError(f"{source} is of another run ({'; '.join(changed)}): rename that folder, {remedy}.")
         if odd := find_odd_optimizer(state["optimizer"], self.optimizer):
             raise UserError(f"{source} has another optimizer's state ({odd}): use another run directory, {remedy}.")
         load_model(self.model, state, source, ": use another run directory.")
@@ -293,6 +299,20 @@ def _best_on_disk(run_dir: Path, workload: Workload, best: Mapping[str, float]) 
     return kept
 
 
+def _warn_of_batch_norm(run: Run) -> None:
+    if run.num_micro_batches == 1 and run.ranks.count == 1:
+        return
+    for name, module in run.model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            log.warning(
+                "%s is a %s: it takes the statistics of each part of a batch, so the update is not that of the whole "
+                "batch; GroupNorm and LayerNorm have no statistics of a batch",
+                name,
+                type(module).__name__,
+            )
+            return
+
+
 def prepare(
     workload: Workload,
     config: TrainConfig,
@@ -338,6 +358,7 @@ def prepare(
             raise UserError(f"{checkpoints.run_dir} holds a run that did not start from {init}: choose another folder.")
         run.progress.best = _best_on_disk(checkpoints.run_dir, workload, run.progress.best)
         log.info("continuing from %s at step %d", path, run.progress.step)
+    _warn_of_batch_norm(run)
     if config.schedule != "none":
         log.info("learning rate: %s", config.describe_schedule())
     return run

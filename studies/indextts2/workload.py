@@ -220,7 +220,9 @@ class IndexTTS2(Workload):
 
     def input_files(self) -> Sequence[tuple[str, Path]]:
         specs = {"train_manifests": self.train_manifests, "val_manifests": self.val_manifests}
-        return [(option, Path(ManifestSpec.parse(spec).path)) for option, given in specs.items() for spec in given]
+        manifests = [(name, Path(ManifestSpec.parse(spec).path)) for name, given in specs.items() for spec in given]
+        names = ("config", "base_checkpoint", "tokenizer", "base_tokenizer")
+        return [*manifests, *((name, path) for name in names if (path := getattr(self, name)) is not None)]
 
     def unpacked(self) -> IndexTTS2:
         # No copy: it would share the data that is already open.

@@ -71,3 +71,12 @@ def test_nothing_is_replaced_and_one_checkpoint_is_no_average(tmp_path: Path) ->
         average_checkpoints([one, one], tmp_path / "mean.safetensors")
     with pytest.raises(UserError, match="no folder"):
         average_checkpoints([one, one], tmp_path / "none" / "mean.pth")
+
+
+def test_two_names_of_a_file_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_checkpoint({"model": {"w": torch.tensor([0.0])}}, tmp_path / "a.pth")
+    write_checkpoint({"model": {"w": torch.tensor([1.0])}}, tmp_path / "b.pth")
+    (tmp_path / "c.pth").hardlink_to(tmp_path / "a.pth")
+    assert average_checkpoints([tmp_path / f"{name}.pth" for name in "abc"], tmp_path / "mean.pth") == 2
+    assert read_checkpoint(tmp_path / "mean.pth")["model"]["w"] == 0.5
+    assert "c.pth is another name of" in caplog.text

@@ -206,3 +206,18 @@ def test_estimate_of_micro_batches_is_within_rounding_of_the_counted_bytes() -> 
 def test_unknown_micro_batch_size_is_refused(size: Any) -> None:
     with pytest.raises(ValueError, match="micro_batch_size"):
         config(micro_batch_size=size)
+
+
+class Normalized(Toy):
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.norm = nn.BatchNorm1d(4)
+        return model
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 4])
+def test_batch_norm_is_warned_of_in_micro_batches_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, micro_batch_size: int
+) -> None:
+    train(Normalized(), config(micro_batch_size=micro_batch_size, steps=1), run_dir=tmp_path)
+    assert ("norm is a BatchNorm1d" in caplog.text) == (micro_batch_size == 4)

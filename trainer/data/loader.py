@@ -51,8 +51,14 @@ def check_lengths(data: Dataset) -> None:
     indices would have no sample.
 
     Raises:
-        UserError: The numbers differ.
+        UserError: The numbers differ, or the lengths are no array.
     """
+    lengths = getattr(data, "lengths", None)
+    if not isinstance(lengths, np.ndarray):
+        raise UserError(
+            f"{type(data).__name__}.lengths is {'missing' if lengths is None else f'a {type(lengths).__name__}'}: give "
+            "a numpy array with the number of tokens of each sample."
+        )
     if len(data.lengths) != len(data):
         raise UserError(
             f"{type(data).__name__} has {len(data)} samples, and its lengths are {len(data.lengths)}: "
@@ -64,8 +70,10 @@ def check_losses(workload: Workload, batch: Batch) -> None:
     """Check a workload's loss weights against the counts of a batch.
 
     Raises:
-        UserError: There is no weight, or a weight of a loss that the batch does not count.
+        UserError: It is no Batch, there is no weight, or a weight of a loss that the batch does not count.
     """
+    if not isinstance(batch, Batch):
+        raise UserError(f"{type(workload).__name__}.collate returns a {type(batch).__name__}: return a trainer.Batch.")
     name, weights = type(workload).__name__, workload.loss_weights
     if not weights:
         raise UserError(f"{name}.loss_weights is empty: name the losses to minimize, and their weights.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,6 +95,8 @@ def check_chart_path(path: Path) -> None:
         raise UserError(f"--chart {path}: the chart is an SVG; name it {path.with_suffix('.svg')}.")
     if not path.parent.is_dir():
         raise UserError(f"--chart {path}: there is no folder {path.parent}; make it first.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--chart {path} can't be written: name another file.")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"--chart {path}: matplotlib is not installed: pip install 'prodigy-tuner[bench]'.")
 

@@ -207,7 +207,9 @@ def dashboard(
 def promote(
     context: typer.Context,
     study: Annotated[str, typer.Argument(help="Name of a study.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(min=0, help=r"The trial to promote. \[default: the best]")] = None,
+    trial: Annotated[
+        int | None, typer.Option(min=0, help=r"The trial to promote. \[default: the recommended one]")
+    ] = None,
     confirm: Annotated[
         int | None, typer.Option(min=1, help="Confirm the best N trials and the baseline with longer runs first.")
     ] = None,
@@ -230,7 +232,7 @@ def promote(
     track: Track = True,
     log_format: LogFormat = Format.auto,
 ) -> None:
-    """Start or continue the full run, with the best trial's settings. On several GPUs: torchrun -m tuner promote.
+    """Start or continue the full run, with a trial's settings. On several GPUs: torchrun -m tuner promote.
 
     Example: tuner promote indextts2-ko --confirm 3
     """

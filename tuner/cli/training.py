@@ -138,8 +138,7 @@ def average(
     """
     from trainer.averaging import average_checkpoints
 
-    average_checkpoints(checkpoints, to)
-    print(f"{to}: the mean of {len(checkpoints)} checkpoints")
+    print(f"{to}: the mean of {average_checkpoints(checkpoints, to)} checkpoints")
 
 
 def export(

@@ -25,9 +25,9 @@ def check_run_root(run_root: Path) -> Check | None:
     """A failed check where the run root is no writable folder."""
     folder = find_nearest_folder(run_root)
     if not folder.is_dir():
-        return Check("disk", "fail", f"{folder} is no folder", "choose another --run-root")
+        return Check("disk", "fail", f"{folder} is no folder", "choose another one")
     if not os.access(folder, os.W_OK):
-        return Check("disk", "fail", f"{folder} is not writable", "choose another --run-root")
+        return Check("disk", "fail", f"{folder} is not writable", "choose another folder")
     return None
 
 

@@ -28,6 +28,7 @@ from tuner.doctor.installation import (
     check_python,
     check_trainer,
 )
+from tuner.doctor.laws import check_laws
 from tuner.doctor.memory import check_memory, check_snapshot
 from tuner.doctor.storage import check_interrupted, check_storage, read_open_trials
 from tuner.spec.setups import Setup, full_setup, largest_step
@@ -137,6 +138,7 @@ def _examine_run(
     chosen = _plan(setup, probe, machine, mapped)
     yield _attention(setup, probe, chosen, machine)
     yield check_loader(setup, chosen, machine.capabilities, largest_step(spec))
+    yield check_laws(setup.workload, estimate.weights)
     yield check_snapshot(estimate.checkpoint, estimate.total if machine.capabilities.kind == "cpu" else 0)
     yield _disk(spec, setup, estimate, run_root)
 
@@ -166,7 +168,7 @@ def _disk(spec: StudySpec, setup: Setup, estimate: MemoryEstimate, run_root: Pat
         best=len(set(setup.workload.best_checkpoints().values())) * estimate.weights,
         milestones=num_milestones * estimate.weights,
         # The kept trials, the baseline and the running one; latest.pth is a link to the newest.
-        num_trials=min(KEEP_TRIALS + 2, spec.trial.num_trials),
+        num_trials=min(KEEP_TRIALS + 3, spec.trial.num_trials),
         # Three more: best.pth, stable.pth and the newest good state.
         num_full=config.keep_checkpoints + 2 + (config.decay_start is not None),
     )

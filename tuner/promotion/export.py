@@ -178,7 +178,7 @@ def find_checkpoint(run_dir: Path, name: str | None = None, workload: Workload |
             return run_dir / one
     if name is not None and Path(name).is_file():
         return Path(name)
-    known = ", ".join(one.removesuffix(".pth").removesuffix("_model") for one in found)
+    known = ", ".join(one.removesuffix(".pth") for one in found)
     missing = f"no checkpoint {name}" if name else "neither its best checkpoint nor latest"
     raise UserError(f"{run_dir} has {missing}: {f'choose from {known}' if known else 'it holds no checkpoint'}.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,21 +25,26 @@ from trainer.acceleration import detect
 from trainer.checkpoint import BEST, go_back, holds_state
 from trainer.errors import first_line
 from trainer.locks import is_locked
+from trainer.run_folder import MARK
 from trainer.tracking import Tracker
-from tuner.promotion.curve_check import CurveCheck, own_curve
+from tuner.promotion.curve_check import CurveCheck
+from tuner.promotion.full_curve import begin_curve, continue_curve
 from tuner.promotion.length import NO_REQUEST, LengthRequest, decide_length
 from tuner.promotion.link_checkpoint import link_checkpoints, read_step
 from tuner.promotion.projection import MeasuredSpeed, log_projections, project
+from tuner.promotion.set_aside import set_aside
 from tuner.spec.setups import Setup
 from tuner.spec.study_toml import StudySpec
-from tuner.study import optuna_internals
 from tuner.study.confirmation import Confirmation
 from tuner.study.keys import FullRunKeys, PromotionKeys, report_once, write_full_run, write_study
 from tuner.study.peak_memory import PeakMemory
-from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord, full_study, read_spec
+from tuner.study.record import FullRunRecord, StudyRecord, TrialRecord, read_spec
 from tuner.study.tracked_run import code_digest, code_version, link_aim, log_file
 
 log = logging.getLogger(__name__)
+
+STEP_EVERY_S = 60.0
+"""Seconds between two steps that are stored: each is a write to the study."""
 
 
 class State(StrEnum):
@@ -101,6 +106,9 @@ class FullRun:
             raise UserError(f"{run_dir} is in use by another process: wait for it or stop it.")
         record, spec, is_new = StudyRecord.read(study), read_spec(study), not holds_state(run_dir)
         last = next((run for run in reversed(record.all_full_runs) if run.trial == trial.number), None)
+        # A run whose folder was removed starts anew, with the length in [full]. One that was killed before its first
+        # checkpoint begins as it did.
+        known = last if not is_new or (last and last.is_open and _is_unbegun(last, run_dir)) else None
         if fresh and not is_new:
             _refuse_fresh(last, run_dir)
         if is_new and last is not None and last.run_dir != run_dir and holds_state(last.run_dir):
@@ -109,11 +117,12 @@ class FullRun:
                 "that it was started with, or remove that folder."
             )
         promotion = _find_promotion(record, run_dir, is_new)
-        origin = _choose_origin(record, spec, trial, run_dir, promotion, fresh) if is_new else _stored_origin(promotion)
+        origin = _stored_origin(promotion)
+        if is_new:
+            repeats = promotion if known or last is None else {}
+            origin = _choose_origin(record, spec, trial, run_dir, repeats, fresh)
         if is_new and length.finish:
             raise UserError(f"--finish: trial {trial.number} has no full run to finish; leave it out to start one.")
-        # An ended run whose folder was removed starts anew, with the length in [full].
-        known = None if is_new and last and not last.is_open else last
         origin_step = origin.step or 0 if is_new and origin else 0
         found = decide_length(spec, trial.params, length, last=known, origin=origin_step, run_dir=run_dir)
         setup, config = found.setup, found.setup.config
@@ -121,15 +130,17 @@ class FullRun:
             log.info("going back to %s, of step %s", run_dir / BEST, f"{found.restart:,}")
             # Before the record: until that is written, the same request does the same again.
             go_back(run_dir, BEST)
+        if found.restart is not None:
+            set_aside(run_dir, after=found.restart)
         if is_new or not promotion:
             _store_promotion(record, trial, run_dir, origin, promotion, confirmation)
         decay_steps = 0 if config.decay_start is None else config.decay_steps
         keys: FullRunKeys = {"run_dir": str(run_dir), "steps": config.num_steps, "decay_steps": decay_steps}
         curve: optuna.Trial | None
         if is_new:
-            curve = _begin_curve(record, spec, trial, last, origin, keys)
+            curve = begin_curve(record, spec, trial, last, origin.run_dir if origin else None, keys)
         else:
-            curve = _continue_curve(record, trial, last, keys, found.restart, config.effective_batch_size)
+            curve = continue_curve(record, trial, last, keys, found.restart, config.effective_batch_size)
         if is_new and origin is not None:
             link_checkpoints(origin.run_dir, run_dir, setup.workload)
         at_zero = origin is None if is_new else last is not None and last.started_at_zero
@@ -177,7 +188,7 @@ class FullRun:
             with _storage_errors_logged():
                 write_full_run(curve, full_hours=hours)
 
-        return [MeasuredSpeed(projections, peak=peak.read, store_hours=store_hours), _Declines(curve)]
+        return [MeasuredSpeed(projections, peak=peak.read, store_hours=store_hours), _Progress(curve)]
 
     def on_eval(self, evaluation: Evaluation) -> None:
         """Store one evaluation: the point of the curve, the step, the metrics."""
@@ -186,7 +197,9 @@ class FullRun:
             return
         value = evaluation.metrics[self.spec.study.metric]
         with _storage_errors_logged():
-            if self.curve_check is not None:
+            decay_start = self.setup.config.decay_start
+            # The trial's rate was constant.
+            if self.curve_check is not None and (decay_start is None or evaluation.step <= decay_start):
                 self.curve_check.check(curve, evaluation.point, value)
             report_once(curve, value, evaluation.samples)
             link_aim(curve, self.run_dir)
@@ -210,14 +223,17 @@ class FullRun:
             self.curve.study.tell(self.curve, result.metrics[self.spec.study.metric])
 
 
-class _Declines:
-    """An `EventTracker` that stores a run's latest decline with its curve."""
+class _Progress:
+    """An `EventTracker` that stores a run's step between validations, and its latest decline, with its curve."""
 
     def __init__(self, curve: optuna.Trial) -> None:
-        self.curve = curve
+        self.curve, self._stored_at = curve, -math.inf
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
-        """Do nothing: `FullRun.on_eval` stores the validations."""
+        if time.monotonic() - self._stored_at >= STEP_EVERY_S:
+            with _storage_errors_logged():
+                write_full_run(self.curve, step=step)
+            self._stored_at = time.monotonic()
 
     def event(self, kind: str, text: str, *, step: int) -> None:
         record = FullRunRecord.read(self.curve)
@@ -229,6 +245,11 @@ class _Declines:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _is_unbegun(last: FullRunRecord, run_dir: Path) -> bool:
+    """Whether a run without a state was killed before its first one: a folder that was removed has lost its mark."""
+    return not last.step or (run_dir / MARK).exists()
 
 
 def _refuse_fresh(last: FullRunRecord | None, run_dir: Path) -> None:
@@ -256,8 +277,11 @@ def _stored_origin(promotion: PromotionKeys) -> Origin | None:
 def _choose_origin(
     record: StudyRecord, spec: StudySpec, trial: TrialRecord, run_dir: Path, promotion: PromotionKeys, fresh: bool
 ) -> Origin | None:
-    """The confirmation run of the trial, which is longer, else the trial; None to start at step 0."""
-    # A run that began at step 0 and was killed before its first checkpoint begins there again.
+    """The confirmation run of the trial, which is longer, else the trial; None to start at step 0.
+
+    Args:
+        promotion: That of a run to begin as it did; else empty.
+    """
     if fresh or (promotion and promotion["continued_from"] is None):
         return None
     confirmed = record.confirmation_run(trial.number, spec.baseline.seed)
@@ -296,85 +320,6 @@ def _store_promotion(
     elif "confirmation" in before:
         promotion["confirmation"] = before["confirmation"]
     write_study(record.study, promotions=[*others, promotion])
-
-
-def _begin_curve(
-    record: StudyRecord,
-    spec: StudySpec,
-    trial: TrialRecord,
-    last: FullRunRecord | None,
-    origin: Origin | None,
-    keys: FullRunKeys,
-) -> optuna.Trial:
-    """The curve of a run without a checkpoint of its own: it begins with that of the run it continues from."""
-    follows = origin is not None and spec.trial.unit == "samples"
-    values = own_curve(record, trial, spec.baseline.seed) if follows else {}
-    keys = {**keys, "continued_from": None if origin is None else str(origin.run_dir)}
-    return _open_curve(record, trial, last if last and last.is_open else None, values, keys)
-
-
-def _continue_curve(
-    record: StudyRecord,
-    trial: TrialRecord,
-    last: FullRunRecord | None,
-    keys: FullRunKeys,
-    restart: int | None,
-    batch_size: int,
-) -> optuna.Trial | None:
-    """The curve of a run with a checkpoint; None if the run has finished at this length.
-
-    Args:
-        restart: The step before its decay, if the run continues from there.
-    """
-    if last is None or (last.is_open and restart is None):
-        return _open_curve(record, trial, last, {}, keys)
-    if restart is None and last.step >= (keys["steps"] or 0):
-        return None
-    # It is made longer. A finished trial can't be written to, and a point can't be taken back, so another one continues
-    # its curve.
-    if last.is_open:
-        curves = full_study(record.study)
-        assert curves is not None
-        curves.tell(last.number, last.curve[max(last.curve)] if last.curve else math.nan)
-    if last.started_at_zero or last.continued_from:
-        keys = {**keys, "continued_from": str(last.continued_from) if last.continued_from else None}
-    values = dict(last.curve)
-    if restart is not None:
-        keys = {**keys, "step": restart}
-        if last.decline is not None and last.is_declining:
-            keys = {**keys, "decline": {**last.decline, "outcome": f"went back to step {restart:,}"}}
-        values = {samples: value for samples, value in values.items() if samples <= restart * batch_size}
-    return _open_curve(record, trial, None, values, keys)
-
-
-def _open_curve(
-    record: StudyRecord,
-    trial: TrialRecord,
-    known: FullRunRecord | None,
-    values: Mapping[int, float],
-    keys: FullRunKeys,
-) -> optuna.Trial:
-    """Open a known trial of `<study>.full`, or create one; store values that it lacks, and its attributes."""
-    curves = full_study(record.study)
-    if curves is None:
-        storage = optuna_internals.storage_of(record.study)
-        curves = optuna.create_study(
-            study_name=f"{record.name}.full", storage=storage, direction=record.study.direction
-        )
-        write_study(curves, promoted_from=record.name)
-        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-            curves.set_metric_names([record.metric])
-    if known is not None:
-        curve = optuna_internals.open_trial(curves, known.number)
-    else:
-        curves.enqueue_trial(dict(trial.params))
-        curve = curves.ask(fixed_distributions=dict(trial.distributions))
-    for samples, value in values.items():
-        report_once(curve, value, samples)
-    write_full_run(curve, **keys)
-    # Last: until it names its trial, a killed promotion's curve does not count, and another one is created.
-    write_full_run(curve, trial=trial.number)
-    return curve
 
 
 @contextmanager

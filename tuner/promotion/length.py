@@ -32,6 +32,8 @@ class LengthRequest:
     """Start the decay now; that of a declining run from its best state."""
     decay_steps: int | None = None
     """Of `finish`. Default: `FINISH_SHARE` of the steps so far."""
+    has_diverged: bool = False
+    """Of `finish`: go back from the decay too, where going on would only diverge again."""
 
 
 NO_REQUEST, FINISH = LengthRequest(), LengthRequest(finish=True)
@@ -75,17 +77,19 @@ def decide_length(
     start = current.config.decay_start
     if state is None and request.steps is None and start is not None and origin > start:
         raise UserError(
-            f"the trial ended at step {origin:,}, and its full run of {current.config.num_steps:,} steps decays from "
+            f"its checkpoint is of step {origin:,}, and the full run of {current.config.num_steps:,} steps decays from "
             f"step {start:,}: use a longer [full], or --steps {math.ceil(origin / (1 - spec.full.decay_fraction))}."
         )
     if request.finish:
-        best = _best_step(run_dir) if last is not None and last.is_declining else None
-        if best is not None and (start is None or best < start):
+        # A decline in the decay does not end it. Where the decay began at the best state, going back would repeat it.
+        goes_on = start is not None and reached > start and not request.has_diverged
+        best = _best_step(run_dir) if last is not None and last.is_declining and not goes_on else None
+        if best is not None and (start is None or best + 1 < start):
             return Length(_finish(spec, params, request, current, best), restart=best, from_best=True)
         return Length(_finish(spec, params, request, current, reached))
     if request.steps is None or request.steps == current.config.num_steps:
         return Length(current)
-    return _change_steps(spec, params, request.steps, current, reached, run_dir, is_begun=last is not None)
+    return _change_steps(spec, params, request.steps, current, reached, run_dir, is_begun=state is not None)
 
 
 def _current(spec: StudySpec, params: Mapping[str, Any], last: FullRunRecord | None) -> Setup:
@@ -145,7 +149,7 @@ def _change_steps(
         return Length(_with_length(spec, params, steps, 0))
     share = spec.full.decay_fraction if spec.full.schedule == "wsd" else config.decay_fraction
     setup = _with_length(spec, params, steps, max(1, round(share * steps)))
-    restart = config.decay_start if reached > config.decay_start else None
+    restart = config.decay_start if is_begun and reached > config.decay_start else None
     start, end = restart or reached, setup.config.decay_start
     if end is not None and end < start:
         ended = ", or --finish to end it now" if is_begun and restart is None else ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 
 from trainer import Diverged, Evaluation, TrainResult, UserError
-from trainer.checkpoint import holds_state
+from trainer.checkpoint import holds_state, lock_folder
 from trainer.tracking import Tracker
 from tuner.promotion.full_run import FullRun
 from tuner.promotion.length import FINISH, NO_REQUEST, LengthRequest, decide_length
@@ -18,7 +19,7 @@ from tuner.study.edges import describe_edges
 from tuner.study.keys import trial_name
 from tuner.study.objective import release_memory
 from tuner.study.recommendation import describe_recommendation
-from tuner.study.record import StudyRecord, TrialRecord, read_spec
+from tuner.study.record import CLAIM, StudyRecord, TrialRecord, read_spec
 from tuner.study.tracked_run import Runtime, tracked_train
 
 log = logging.getLogger(__name__)
@@ -48,24 +49,25 @@ def promote(
     finishes = record.spec["full"].get("on_decline") == "finish"
     if finishes and length == NO_REQUEST and _is_declining(record, chosen, run_dir):
         length = FINISH
-    has_diverged = False
-    while True:
-        run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
-        log.info("%s: %s", run_dir.name, run.state)
-        run.warn_of_differences()
-        try:
-            result = _train(run, name, runtime, trackers, on_change)
-        except Diverged as error:
-            # A second time it would only repeat what it did.
-            if not finishes or has_diverged or not run.note_divergence(error):
-                raise
-            has_diverged = True
-            log.warning("%s", error)
-        else:
-            if not (result.stopped_by_guard and finishes):
-                return result
-        release_memory()
-        length = FINISH
+    # Another process would store another length, or begin another curve, before training finds the folder locked.
+    with lock_folder(run_dir, CLAIM):
+        while True:
+            run = FullRun.find_or_begin(study, chosen, run_dir, fresh=fresh, length=length, confirmation=confirmed)
+            log.info("%s: %s", run_dir.name, run.state)
+            run.warn_of_differences()
+            try:
+                result = _train(run, name, runtime, trackers, on_change)
+            except Diverged as error:
+                # A second time it would only repeat what it did.
+                if not finishes or length.has_diverged or not run.note_divergence(error):
+                    raise
+                log.warning("%s", error)
+                length = replace(FINISH, has_diverged=True)
+            else:
+                if not (result.stopped_by_guard and finishes):
+                    return result
+                length = replace(FINISH, has_diverged=length.has_diverged)
+            release_memory()
 
 
 def check_before_confirmation(study: optuna.Study, length: LengthRequest, *, fresh: bool) -> None:
@@ -76,6 +78,11 @@ def check_before_confirmation(study: optuna.Study, length: LengthRequest, *, fre
         raise UserError(
             f"--fresh: the full run of trial {started['trial']} was started in {started['run_dir']}: leave it out, or "
             "remove that folder."
+        )
+    if started:
+        log.warning(
+            "the full run of trial %d was started: if another trial wins the confirmation, start its own with --trial",
+            started["trial"],
         )
     if length.steps and started is None and record.favourites:
         decide_length(
@@ -117,6 +124,12 @@ def _stored_confirmation(record: StudyRecord) -> Confirmation | None:
         UserError: It is unfinished, or a better trial has appeared since.
     """
     request, confirmation = record.confirmation_request, record.confirmation
+    if record.promotions and confirmation is not None:
+        winner, started = confirmation.winner.number, record.promotions[-1]["trial"]
+        if all(each["trial"] != winner for each in record.promotions):
+            log.info(
+                "trial %d won the confirmation: --trial %d starts its full run; %d goes on", winner, winner, started
+            )
     if request is None or record.promotions:
         return None
     best = record.favourites[0].number

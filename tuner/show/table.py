@@ -92,7 +92,7 @@ def trial_table(
     trials = list_shown(record, record.trials, last)
     table.caption = "\n".join(_remarks(record, trials)) or None
     full_run = ["full run"] * is_timed + list(FULL_LENGTH_HEADINGS) * full_length
-    for heading in ("trial", *map(short_name, names), record.unit, "loss", *full_run, "state", "time"):
+    for heading in ("trial", *map(short_name, names), record.unit, name_value(record), *full_run, "state", "time"):
         if heading == "state":
             table.add_column(heading, min_width=len("interrupted"))
         else:
@@ -115,11 +115,16 @@ def trial_table(
     return table
 
 
+def name_value(record: StudyRecord) -> str:
+    """The heading of the trials' values: "loss" for the metric val/loss."""
+    return record.metric.removeprefix("val/")
+
+
 def _remarks(record: StudyRecord, shown: Sequence[TrialRecord]) -> list[str]:
     """Sentences below the table of trials."""
     remarks = []
     if record.pareto_front:
-        remarks.append("* no other trial is better in both loss and the full run's hours")
+        remarks.append(f"* no other trial is better in both {name_value(record)} and the full run's hours")
     if rising := [trial for trial in shown if trial.ended_with_d_rising]:
         default = record.spec["train"].get("d_coef", 1.0)
         numbers = (f"{t.number} (d_coef {format_value(t.params.get('train.d_coef', default))})" for t in rising)

@@ -48,6 +48,9 @@ class Choices(Section):
         # In Python True is 1.
         return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
 
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.choices))
+
     @property
     def is_numeric(self) -> bool:
         """Whether all are numbers that a database, which stores a parameter as a float, holds exactly."""
@@ -102,6 +105,10 @@ class Range(Section):
             near = [f"{value:.12g}" for value in (below, below + self.step) if value > self.low]
             raise ValueError(f"steps of {self.step} from {self.low} miss high {self.high}; use {' or '.join(near)}")
         return self
+
+    def __str__(self) -> str:
+        kind = ", log" if self.log else "" if self.step is None else f", step {self.step:g}"
+        return f"{self.low:g} to {self.high:g}{kind}"
 
     def _is_step(self, value: float) -> bool:
         step = self.step

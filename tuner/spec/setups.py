@@ -69,16 +69,23 @@ def stored_space(spec: StudySpec, trials: Iterable[FrozenTrial]) -> dict[str, Ba
     return space
 
 
-class NotAChoice(Exception):
-    """A parameter's value is none of its choices."""
+class OutsideSearch(Exception):
+    """A parameter's value is not in its search space."""
+
+
+def check_enqueued(params: Mapping[str, Any], spec: StudySpec) -> None:
+    """Check the parameters of a trial that a person enqueued.
+
+    Raises:
+        OutsideSearch: One of them is not in its search space.
+    """
+    for name, value in params.items():
+        if name in spec.search and value not in spec.search[name]:
+            raise OutsideSearch(f"{name} = {value!r} is not in its search space ({spec.search[name]})")
 
 
 def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
-    """Asks the sampler for a value of each searched field, by dotted name.
-
-    Raises:
-        NotAChoice: In a trial that a person enqueued.
-    """
+    """Asks the sampler for a value of each searched field, by dotted name."""
     params: dict[str, Any] = {}
     for name, d in stored_space(spec, trial.study.get_trials(deepcopy=False)).items():
         if isinstance(d, CategoricalDistribution):
@@ -87,10 +94,20 @@ def suggest(trial: Trial, spec: StudySpec) -> dict[str, Any]:
             params[name] = trial.suggest_int(name, d.low, d.high, step=d.step, log=d.log)
         elif isinstance(d, FloatDistribution):
             params[name] = trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
-        space = spec.search[name]
-        if isinstance(space, Choices) and params[name] not in space:
-            raise NotAChoice(f"{name} = {params[name]!r} is none of its choices {space.choices}")
     return params
+
+
+def count_settings(spec: StudySpec) -> float:
+    """Number of settings in the search space; infinite if one parameter takes fractions."""
+    sizes = []
+    for distribution in search_space(spec).values():
+        if isinstance(distribution, CategoricalDistribution):
+            sizes.append(len(distribution.choices))
+        elif isinstance(distribution, IntDistribution | FloatDistribution) and distribution.step:
+            sizes.append(round((distribution.high - distribution.low) / distribution.step) + 1)
+        else:
+            return math.inf
+    return math.prod(sizes)
 
 
 def baseline_params(spec: StudySpec) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
 from trainer.locks import is_locked, lock_folder, one_at_a_time
-from tuner.spec.setups import baseline_params, try_params
+from tuner.spec.setups import baseline_params, count_settings, try_params
 from tuner.spec.study_toml import StudySpec
 from tuner.study import optuna_internals
 from tuner.study.keys import create_trial, trial_name, write_unopened_trial
@@ -121,7 +121,14 @@ def needs_more_trials(record: StudyRecord, spec: StudySpec, total: int) -> bool:
     """Whether the study needs another trial besides its finished and running ones."""
     patience, since = spec.trial.patience, record.trials_since_improvement(spec.trial.min_delta)
     wants_more = not 0 < patience <= since or bool(list_untried(record.trials, spec))
-    return _num_counted(record) < total and wants_more
+    return _num_counted(record) < total and wants_more and _count_tried(record) < count_settings(spec)
+
+
+def _count_tried(record: StudyRecord) -> int:
+    """Number of settings that were tried: training is deterministic, and a repetition would tell nothing."""
+    names = record.spec["search"]
+    tried = [t.params for t in record.trials if t.state != "failed" and names.keys() <= t.params.keys()]
+    return len({tuple(params[name] for name in names) for params in tried})
 
 
 def _num_counted(record: StudyRecord) -> int:
@@ -136,5 +143,7 @@ def describe_end(record: StudyRecord, spec: StudySpec, total: int) -> str:
         untried = len(list_untried(record.trials, spec))
         left = f"; {untried} of [[search.try]] not tried: raise trial.num_trials" if untried else ""
         return f"the study has its {total} trial{'s' if total > 1 else ''}{left}"
+    if _count_tried(record) >= count_settings(spec):
+        return f"all {count_settings(spec)} settings of [search] were tried"
     delta = f" by more than {spec.trial.min_delta:g}" if spec.trial.min_delta else ""
     return f"no trial improved {spec.study.metric}{delta} in the last {spec.trial.patience}"

@@ -68,12 +68,24 @@ def log_range(distribution: BaseDistribution | None) -> float:
     return math.log(high / low) if low > 0 else 0.0
 
 
+def find_largest(distribution: BaseDistribution) -> float:
+    """The largest value of a parameter with a `log_range`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return float(ordered(distribution)[-1])
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return float(distribution.high)
+
+
 def is_inside(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> bool:
-    """Whether all parameters of the space are given, and choices are among its choices."""
-    return space.keys() <= params.keys() and all(
-        not isinstance(distribution, CategoricalDistribution) or params[name] in distribution.choices
-        for name, distribution in space.items()
-    )
+    """Whether all parameters of the space are given, with values of the space."""
+    return space.keys() <= params.keys() and all(_holds(each, params[name]) for name, each in space.items())
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return bool(distribution.low <= value <= distribution.high)
 
 
 def encode(space: Mapping[str, BaseDistribution], params: Sequence[Mapping[str, Any]]) -> Floats:
@@ -99,4 +111,9 @@ def propose(
         else:
             near.append(np.clip(place[0] + rng.normal(size=len(width)) * width, 0, 1))
     points = np.vstack([whole, np.column_stack(near)])
-    return [{name: choose(d, u) for (name, d), u in zip(space.items(), point, strict=True)} for point in points]
+    return [to_params(space, point) for point in points]
+
+
+def to_params(space: Mapping[str, BaseDistribution], point: Floats) -> dict[str, Any]:
+    """The values at a point, [parameters] from 0 to 1."""
+    return {name: choose(d, share) for (name, d), share in zip(space.items(), point, strict=True)}

@@ -29,7 +29,10 @@ def describe_edges(record: StudyRecord) -> list[str]:
             continue
         edge, extent = _find_edge(value, space), _describe_space(space)
         if edge is not None:
-            sentences.append(f"best {name} = {_format(value)} is at the {edge} edge of {extent}: widen it in [search]")
+            word = "best" if record.is_best(best) else "recommended"
+            sentences.append(
+                f"{word} {name} = {_format(value)} is at the {edge} edge of {extent}: widen it in [search]"
+            )
     return sentences
 
 

@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from tuner.study.coordinates import choose, encode, propose
+from tuner.study.coordinates import CANDIDATES, choose, encode, propose, to_params
 from tuner.study.horizon import HorizonModel, is_comparable
 from tuner.study.record import TrialRecord
 from tuner.study.surrogate import matern, single_threaded
@@ -38,8 +38,10 @@ class GaussianProcessSampler(BaseSampler):
     """
 
     def __init__(self, seed: int = 0, n_startup_trials: int = 3, horizon: float | None = None) -> None:
-        if n_startup_trials < 1:
-            raise ValueError(f"n_startup_trials {n_startup_trials} must be at least 1")
+        if not isinstance(n_startup_trials, int) or n_startup_trials < 1:
+            raise ValueError(f"n_startup_trials {n_startup_trials!r} must be a whole number of at least 1")
+        if horizon is not None and (not isinstance(horizon, int | float) or not horizon > 0):
+            raise ValueError(f"horizon {horizon!r} must be a number above 0")
         self._seed, self._n_startup_trials, self._horizon = seed, n_startup_trials, horizon
         self._asked: dict[str, int] = {}
 
@@ -52,7 +54,7 @@ class GaussianProcessSampler(BaseSampler):
     ) -> Any:
         """A coordinate of this trial's Sobol point: used before any trial has ended."""
         axis = self._asked.setdefault(param_name, len(self._asked))
-        return choose(param_distribution, self._sobol(trial.number, axis + 1)[axis])
+        return choose(param_distribution, self._sobol(trial.number, axis + 1)[0, axis])
 
     @single_threaded
     def sample_relative(
@@ -62,9 +64,12 @@ class GaussianProcessSampler(BaseSampler):
             return {}
         trials = [t for t in study.get_trials(deepcopy=False) if search_space.keys() <= t.params.keys()]
         ended = [TrialRecord.read(t) for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        # Training is deterministic: a setting that was tried would have the same result.
+        tried = [{name: t.params[name] for name in search_space} for t in trials if t.state != TrialState.FAIL]
         if len(ended) < self._n_startup_trials or not any(map(is_comparable, ended)):
-            point = self._sobol(trial.number, len(search_space))
-            return {name: choose(d, u) for (name, d), u in zip(search_space.items(), point, strict=True)}
+            points = self._sobol(trial.number, len(search_space), CANDIDATES)
+            proposals = [to_params(search_space, point) for point in points]
+            return next((each for each in proposals if each not in tried), proposals[0])
         model = HorizonModel(
             search_space,
             ended,
@@ -78,12 +83,14 @@ class GaussianProcessSampler(BaseSampler):
         infeasible = np.array([not t.is_feasible for t in ended], dtype=float)
         if infeasible.any():
             score *= feasibility(encode(search_space, [t.params for t in ended]), infeasible, candidates)
+        score[[each in tried for each in proposals]] = -1
         return proposals[int(score.argmax())]
 
-    def _sobol(self, number: int, dimensions: int) -> Floats:
+    def _sobol(self, number: int, dimensions: int, count: int = 1) -> Floats:
+        """[count, dimensions] Points of the sequence from `number` on."""
         engine = qmc.Sobol(max(dimensions, 8), rng=np.random.default_rng(self._seed))
-        points: Floats = engine.random_base2(number.bit_length())
-        return points[number, :dimensions]
+        points: Floats = engine.random_base2((number + count - 1).bit_length())
+        return points[number : number + count, :dimensions]
 
 
 def feasibility(known: Floats, infeasible: Floats, candidates: Floats) -> Floats:

@@ -1,9 +1,10 @@
 """What short trials tell of a longer run: its optimal batch size is larger.
 
 The optimal batch size grows with the square root of a run's length (`GROWTH`). So a batch size of 32 is in a run of
-16 times a trial's length as good as 8 is in a trial; the other parameters are as good as they are in a trial. Over the
-curves in scripts/records this recommends better than the trials' own order with 15 trials, and worse with five; a model
-of all evaluations of the trials, and one that learns the growth from them, do no better.
+16 times a trial's length as good as 8 is in a trial, up to the largest one of the space; the other parameters are as
+good as they are in a trial. Over the curves in scripts/records this recommends better than the trials' own order with
+15 trials, and worse with five; a model of all evaluations of the trials, and one that learns the growth from them, do
+no better.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from scipy.special import ndtr
 
-from tuner.study.coordinates import choose, encode, features, is_inside, log_range
+from tuner.study.coordinates import choose, encode, features, find_largest, is_inside, log_range
 from tuner.study.keys import Recommendation
 from tuner.study.record import TrialRecord
 from tuner.study.surrogate import Surrogate, single_threaded, standardized
@@ -61,13 +62,19 @@ class HorizonModel:
         numbers = sorted({*ranked[:MAX_TRIALS], *list(values)[-MAX_TRIALS:]}, key=values.__getitem__)
         known = [trials[number] for number in numbers]
         self.tried = [trials[number] for number in ranked if is_comparable(trials[number])]
-        """The complete ones, the best first."""
+        """The complete ones, the best first; with a horizon only those whose batch size is not below the best one's."""
         end = max(max(trial.curve) for trial in self.tried)
         self.growth = max(horizon / end, 1.0) ** GROWTH if horizon else 1.0
+        shift = 1.0
+        if horizon and log_range(space.get(BATCH_SIZE)):
+            smallest = self.tried[0].params[BATCH_SIZE]
+            self.tried = [trial for trial in self.tried if trial.params[BATCH_SIZE] >= smallest]
+            # Not beyond the space: what is best at its largest batch size stays so, and no trial tells of larger ones.
+            shift = min(self.growth, find_largest(space[BATCH_SIZE]) / smallest)
         self.surrogate = Surrogate(
             encode(space, [trial.params for trial in (*known, *running)]),
             np.append(standardized([values[number] for number in numbers]), np.zeros(len(running))),
-            build_shift(space, self.growth),
+            build_shift(space, shift),
         )
         self.inputs = encode(space, [trial.params for trial in self.tried])
         self._chosen = int(self.surrogate.mean(self.inputs).argmin())

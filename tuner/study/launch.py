@@ -77,6 +77,8 @@ def launch(
     total = num_trials or spec.trial.num_trials
     _warn_of_other_code(study, spec)
     write_study(study, ended="")
+    # [full], of which it depends, or the search space may have changed.
+    _store_recommendation(study, spec)
     runtime = replace(runtime, stop=stop)
     if num_workers == 1 and engine == "local":
         is_complete = run_trials(study, spec, runtime, total, display, on_change)
@@ -91,7 +93,8 @@ def launch(
 
 def _warn_of_other_code(study: optuna.Study, spec: StudySpec) -> None:
     code = code_digest(spec.build_workload())
-    others = [str(trial.number) for trial in StudyRecord.read(study).trials if trial.code not in (None, code)]
+    trials = [trial for trial in StudyRecord.read(study).trials if trial.curve]
+    others = [str(trial.number) for trial in trials if trial.code not in (None, code)]
     if others:
         log.warning(
             "the code of %s has changed since trials %s ran, so they may not compare with new ones: to start a new "
@@ -198,8 +201,12 @@ def open_study(spec: StudySpec, storage: BaseStorage | str | None = None) -> opt
         load_if_exists=True,
     )
     if not is_new(study):
-        changed = compare_specs(spec, read_spec(study)) or _compare_choices(study, spec)
-        changed += ["the data has changed"] if StudyRecord.read(study).data_digest not in (None, digest) else []
+        record = StudyRecord.read(study)
+        changed = _compare_choices(study, spec)
+        changed += ["its direction can't change"] if study.direction.name.lower() != spec.study.direction else []
+        if any(trial.curve or not trial.is_finished for trial in record.trials):
+            changed = compare_specs(spec, read_spec(study)) or changed
+            changed += ["the data has changed"] if record.data_digest not in (None, digest) else []
         if changed:
             raise UserError(
                 f"study {name} was started with another spec ({'; '.join(changed)}): give study.name another value, "

@@ -25,9 +25,10 @@ from trainer.memory import Probe, available_memory
 from trainer.micro_batches import SIZED_BY, MemoryFit, describe_shortage, estimate_fit
 from trainer.tracking import Tracker
 from trainer.workload import Workload
-from tuner.spec.setups import NotAChoice, Setup, full_setup, suggest, trial_setup
+from tuner.spec.setups import OutsideSearch, Setup, check_enqueued, full_setup, suggest, trial_setup
 from tuner.spec.study_toml import StudySpec
 from tuner.study.keys import trial_name, write_trial
+from tuner.study.optuna_internals import fixed_params
 from tuner.study.peak_memory import PeakMemory
 from tuner.study.record import TrialRecord
 from tuner.study.tracked_run import Runtime, code_digest, link_aim, log_file, tracked_train
@@ -84,9 +85,10 @@ class Objective:
             Interrupted: It was stopped.
         """
         try:
+            check_enqueued(fixed_params(trial), self.spec)
             params = suggest(trial, self.spec)
-        except NotAChoice as error:
-            trial.set_constraint("choices", 1.0)
+        except OutsideSearch as error:
+            trial.set_constraint("search", 1.0)
             write_trial(trial, infeasible=str(error), host=platform.node())
             raise optuna.TrialPruned(str(error)) from None
         run_dir = self.runtime.run_dir(self.spec.study.name, trial_name(trial.number))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Engine
@@ -98,20 +98,31 @@ def remove_fixed_params(study: optuna.Study, number: int) -> None:
     study._storage.set_trial_system_attr(_trial_id(study, number), FIXED_PARAMS, {})
 
 
+def fixed_params(trial: optuna.Trial) -> Mapping[str, Any]:
+    """The parameters that an open trial was enqueued or created with."""
+    fixed: Mapping[str, Any] = frozen(trial).system_attrs.get(FIXED_PARAMS, {})
+    return fixed
+
+
 class StudyInSpace:
     """A study for a sampler, as if all of its trials had the parameters of one search space.
 
-    Optuna's samplers leave a parameter out whose distribution has changed. A trial with a value that is none of the
-    choices is left out.
+    Optuna's samplers leave a parameter out whose distribution has changed, or that one finished trial lacks. A trial
+    with a value outside of the space is left out, and a finished one without all parameters.
 
     Args:
+        search: The values of each parameter.
         known: Keeps the finished trials for later, in the space, by id: thousands take half a second.
     """
 
     def __init__(
-        self, study: optuna.Study, space: Mapping[str, BaseDistribution], known: dict[int, FrozenTrial | None]
+        self,
+        study: optuna.Study,
+        space: Mapping[str, BaseDistribution],
+        search: Mapping[str, Container[Any]],
+        known: dict[int, FrozenTrial | None],
     ) -> None:
-        self._study, self._space, self._known = study, space, known
+        self._study, self._space, self._search, self._known = study, space, search, known
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -131,14 +142,14 @@ class StudyInSpace:
     def _find(self, trial: FrozenTrial) -> FrozenTrial | None:
         if trial._trial_id in self._known:
             return self._known[trial._trial_id]
-        converted = self._convert(trial) if all(map(self._is_choice, trial.params.items())) else None
+        converted = self._convert(trial) if self._is_inside(trial) else None
         if trial.state.is_finished():
             self._known[trial._trial_id] = converted
         return converted
 
-    def _is_choice(self, param: tuple[str, Any]) -> bool:
-        distribution = self._space.get(param[0])
-        return not isinstance(distribution, CategoricalDistribution) or param[1] in distribution.choices
+    def _is_inside(self, trial: FrozenTrial) -> bool:
+        is_whole = not trial.state.is_finished() or self._search.keys() <= trial.params.keys()
+        return is_whole and all(trial.params[name] in self._search[name] for name in trial.params.keys() & self._search)
 
     def _convert(self, trial: FrozenTrial) -> FrozenTrial:
         converted = copy.copy(trial)

@@ -107,7 +107,7 @@ class SpecSampler(BaseSampler):
         self._known: dict[int, FrozenTrial | None] = {}
 
     def _view(self, study: optuna.Study) -> optuna.Study:
-        return cast(optuna.Study, StudyInSpace(study, self._space, self._known))
+        return cast(optuna.Study, StudyInSpace(study, self._space, self._spec.search, self._known))
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         inferred = self._sampler.infer_relative_search_space(self._view(study), trial)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import correlation
+from statistics import correlation, mean
 
+from trainer.config import TrainConfig
 from tuner.study.record import StudyRecord
 
 MIN_TRIALS = 5
@@ -27,6 +28,8 @@ class TrialLength:
     num_trials: int
     d_rests: int | None
     """The point from which on no trial's d rises; None if one still rises at the end."""
+    uses_d: bool
+    """Whether one of them was trained with Prodigy."""
     settled: int | None
     """The point from which on the order of the trials is that of their end; None if only at the end."""
 
@@ -39,23 +42,26 @@ class TrialLength:
         enough = max(self.settled, self.d_rests)
         if enough == self.length:
             return f"{by}, d rests only at their end: longer trials would predict better"
-        return f"{by}, trials of {enough:,} {self.unit} would do: then d rests, and their order is that of the end"
+        then = "d rests, and their order" if self.uses_d else "their order"
+        return f"{by}, trials of {enough:,} {self.unit} would do: then {then} is that of the end"
 
 
 def judge_trial_length(record: StudyRecord) -> TrialLength | None:
-    """Judge the length of the trials; None until there are enough complete ones with the same points."""
+    """Judge the length of the trials; None until enough complete ones have the same points, and unlike ends."""
     complete = [trial for trial in record.trials if trial.state == "complete" and len(trial.curve) > 1]
     points = sorted(set[int]().union(*(trial.curve for trial in complete)))
     trials = [trial for trial in complete if len(trial.curve) == len(points)]
-    if len(trials) < MIN_TRIALS:
-        return None
     at_end = [trial.curve[points[-1]] for trial in trials]
+    if len(trials) < MIN_TRIALS or len({*at_end}) == 1:
+        return None
     orders = [rank_correlation([trial.curve[point] for trial in trials], at_end) >= SETTLED for point in points]
     rest = max(find_rest(trial.d) for trial in trials)
+    optimizer = record.spec["train"].get("optimizer", TrainConfig.model_fields["optimizer"].default)
     return TrialLength(
         unit=record.unit,
         length=points[-1],
         num_trials=len(trials),
+        uses_d=any(trial.params.get("train.optimizer", optimizer) == "prodigy" for trial in trials),
         d_rests=None if any(trial.d_is_rising for trial in trials) else points[rest],
         settled=find_settled(points, orders),
     )
@@ -80,13 +86,14 @@ def find_rest(d: Sequence[float]) -> int:
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's rank correlation of values without ties."""
+    """Spearman's rank correlation; 0 if all values of one side are equal."""
+    if len({*one}) == 1 or len({*other}) == 1:
+        return 0.0
     return correlation(_ranks(one), _ranks(other))
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    for rank, place in enumerate(order):
-        ranks[place] = rank
-    return ranks
+    """Equal values have the mean of their ranks."""
+    ordered = sorted(values)
+    ranks = {value: mean(at for at, other in enumerate(ordered) if other == value) for value in {*values}}
+    return [ranks[value] for value in values]

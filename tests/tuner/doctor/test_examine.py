@@ -25,6 +25,7 @@ from tuner.cli import main
 from tuner.doctor.check import Check, has_failed, show
 from tuner.doctor.device import build_cuda_machine, detect_machine
 from tuner.doctor.examine import examine
+from tuner.doctor.laws import check_laws
 from tuner.doctor.memory import check_micro_batches
 
 LARGE = TOML.replace("num_train = 128", "num_train = 128\nwidth = 512")
@@ -133,7 +134,8 @@ def test_study_that_fits_has_no_fail(tmp_path: Path) -> None:
     checks = examine(write(tmp_path), run_root=tmp_path / "runs", gpu_memory=24e9)
     found = [check for check in checks if check.name not in MACHINE and not check.name.startswith("gpu ")]
     batches = ["memory, batch 8", "memory, batch 4", "memory, batch 16"]
-    assert [check.name for check in found] == ["spec", "data", *batches, "attention", "loader", "snapshot", "disk"]
+    last = ["attention", "loader", "laws", "snapshot", "disk"]
+    assert [check.name for check in found] == ["spec", "data", *batches, *last]
     assert all(check.state == "ok" for check in found), found
     assert found[1].message == "128 samples to train on, 40 to validate, at most 39 tokens each"
     assert not (tmp_path / "runs").exists() and not (tmp_path / "tuner.db").exists(), "looking changes nothing"
@@ -232,7 +234,7 @@ def test_unrunnable_study_fails(tmp_path: Path, old: str, new: str, name: str, m
         (ForgottenReturn, "workload", ["AttributeError: 'NoneType' object", "workload.build_model().train())"]),
         (MissingData, "workload", ["FileNotFoundError: [Errno 2]", "/no/such/corpus.txt", f"({__file__}, line "]),
         (WrongData, "workload", ["ValueError: a split of 0.0 leaves nothing", f"({__file__}, line "]),
-        (WithoutLengths, "workload", ["AttributeError: 'list' object has no attribute 'lengths'"]),
+        (WithoutLengths, "workload", ["list.lengths is missing: give a numpy array"]),
         (FewLengths, "workload", ["Sized has 39 samples, and its lengths are 40"]),
         (EmptyValidation, "data", ["128 samples to train on, 0 to validate: a split is empty"]),
         (UnknownLoss, "workload", ["UnknownLoss.loss_weights names mel_loss, and its batches count token_loss"]),
@@ -304,3 +306,17 @@ def test_command_prints_json_and_exits_1_on_a_fail(
     assert {row["state"] for row in found} <= {"ok", "warn", "fail"} and "message" in found[0]
     memory = next(row for row in found if row["name"] == "memory, batch 8")
     assert memory["state"] == ("fail" if code else "ok")
+
+
+class MeanLoss(Toy):
+    def loss_sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value / len(inputs["tokens"]) for name, value in super().loss_sums(model, inputs).items()}
+
+
+def test_workload_that_breaks_a_law_fails(tmp_path: Path) -> None:
+    found = named(examine(write(tmp_path), run_root=tmp_path))["laws"]
+    assert found.state == "ok"
+    text = TOML.replace("tests.toy:Toy", f"{__name__}:MeanLoss")
+    found = named(examine(write(tmp_path, text), run_root=tmp_path))["laws"]
+    assert found.state == "fail" and "return sums, not means" in found.message
+    assert "not checked: the model has 2.0 GB" in check_laws(Toy(), 2e9).message

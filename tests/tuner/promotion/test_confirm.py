@@ -21,6 +21,8 @@ from trainer import UserError
 from trainer.checkpoint import read_checkpoint
 from tuner import confirm, launch, open_study, promote
 from tuner.cli import main
+from tuner.promotion.length import NO_REQUEST
+from tuner.promotion.promote import check_before_confirmation
 from tuner.show.table import confirmation_table
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmedTrial
 from tuner.study.keys import confirmation_run_name, write_confirmation, write_study
@@ -149,6 +151,19 @@ def test_unfinished_confirmation_is_logged_and_a_finished_one_is_promoted(
     result = promote(study, runtime=runtime)
     assert result.run_dir.name == f"full-trial-{found.winner.number:05d}"
     assert study.user_attrs["promotions"][0]["confirmation"]["verdict"] == found.verdict
+
+
+def test_winner_beside_a_full_run_is_named(
+    study: optuna.Study, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    winner = confirm(study, 1, num_seeds=1, runtime=runtime).winner.number
+    other = next(trial.number for trial in StudyRecord.read(study).ranked if trial.number != winner)
+    promote(study, trial=other, runtime=runtime)
+    promote(study, runtime=runtime)
+    assert f"trial {winner} won the confirmation: --trial {winner} starts its full run" in caplog.text
+    check_before_confirmation(study, NO_REQUEST, fresh=False)
+    assert f"the full run of trial {other} was started" in caplog.text
 
 
 def test_better_trial_after_the_confirmation_needs_a_choice(runtime: Runtime, tmp_path: Path) -> None:

@@ -144,3 +144,24 @@ def test_warned_run_recovers(runtime: Runtime, tmp_path: Path, losses: list[floa
 def test_finish_is_refused_for_a_cosine() -> None:
     with pytest.raises(UserError, match=r'full: on_decline "finish" needs a rate that is still constant'):
         build(**{"full.schedule": "cosine", "full.on_decline": "finish"})
+
+
+@pytest.mark.parametrize("on_decline", ["stop", "finish"])
+def test_decline_in_the_decay_does_not_go_back_again(
+    runtime: Runtime, tmp_path: Path, losses: list[float], on_decline: str
+) -> None:
+    study = begin(runtime, tmp_path, on_decline=on_decline, patience=2)
+    losses += [*decline(), *[20.0] * 4]
+    result = promote(study, runtime=runtime)
+    for _ in range(2 * (on_decline == "stop")):
+        assert result.step in (120, 140) and result.stopped_by_guard
+        result = promote(study, finish=True, runtime=runtime)
+    assert result.finished and result.step == 144
+
+
+def test_ended_run_that_declined_is_left_as_it_is(runtime: Runtime, tmp_path: Path, losses: list[float]) -> None:
+    study = begin(runtime, tmp_path, on_decline="warn")
+    losses += [*decline(), *[20.0] * 20]
+    ended = promote(study, runtime=runtime)
+    assert ended.finished and read_run(study).is_declining
+    assert promote(study, finish=True, runtime=runtime).step == ended.step == 240

@@ -14,6 +14,7 @@ from tests.tuner.studies_for_tests import build, values
 from trainer import TrainResult, UserError
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from tuner import launch, promote
+from tuner.promotion.length import NO_REQUEST, Length, LengthRequest, decide_length
 from tuner.show.status import status
 from tuner.spec.study_toml import StudySpec
 from tuner.study.record import FullRunRecord, StudyRecord
@@ -207,7 +208,7 @@ def test_trial_beyond_the_decay_of_a_shorter_full_run(runtime: Runtime, tmp_path
     study = launch(StudySpec.build(given, base_dir=Path.cwd()), storage=storage, runtime=runtime)
     given["full"]["samples"] = 160
     launch(StudySpec.build(given, base_dir=Path.cwd()), storage=storage, runtime=runtime)
-    with pytest.raises(UserError, match=r"its full run of 20 steps decays from step 17: .* --steps \d+"):
+    with pytest.raises(UserError, match=r"the full run of 20 steps decays from step 17: .* --steps \d+"):
         promote(study, runtime=runtime)
     assert StudyRecord.read(study).full_runs == [] and "promotions" not in study.user_attrs
 
@@ -215,3 +216,32 @@ def test_trial_beyond_the_decay_of_a_shorter_full_run(runtime: Runtime, tmp_path
 def test_fresh_run_keeps_the_length_that_it_was_started_with(study: optuna.Study, runtime: Runtime) -> None:
     promote(study, fresh=True, steps=100, runtime=stopping(runtime, 30))
     assert promote(study, fresh=True, runtime=runtime).step == 100
+
+
+def test_run_without_a_state_is_not_in_its_decay(tmp_path: Path) -> None:
+    """The full run became shorter after a confirmation of 30 steps: it has 25 now, and decays from 21 on."""
+    spec = spec_of(**{"full.samples": 200})
+
+    def decide(request: LengthRequest) -> Length:
+        return decide_length(spec, {}, request, last=None, origin=30, run_dir=tmp_path)
+
+    with pytest.raises(UserError, match=r"its checkpoint is of step 30, .* 25 steps decays from step 21: .*--steps 38"):
+        decide(NO_REQUEST)
+    assert decide(LengthRequest(steps=38)).setup.config.decay_start == 31
+    with pytest.raises(UserError, match=r"--steps 30: the learning rate would fall from step 25 .* give at least 38\."):
+        decide(LengthRequest(steps=30))
+
+
+def test_milestones_and_samples_of_a_shorter_run_are_set_aside(runtime: Runtime, tmp_path: Path) -> None:
+    study = launch(spec_of(**{"train.keep_every": 10}), storage=f"sqlite:///{tmp_path}/tuner.db", runtime=runtime)
+    run_dir = promote(study, runtime=runtime).run_dir
+    decayed = (run_dir / "milestone_000000060.pth").read_bytes()
+    for step in (30, 60):
+        (run_dir / f"samples/step_{step:09d}").mkdir(parents=True)
+    promote(study, steps=120, runtime=runtime)
+    assert (run_dir / "replaced-1/milestone_000000060.pth").read_bytes() == decayed
+    assert (run_dir / "milestone_000000060.pth").read_bytes() != decayed
+    assert {str(path.relative_to(run_dir)) for path in run_dir.glob("**/step_*/")} == {
+        "samples/step_000000030",
+        "replaced-1/samples/step_000000060",
+    }

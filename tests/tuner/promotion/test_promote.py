@@ -18,13 +18,14 @@ from tests.toy import Toy
 from tests.tuner.promotion.conftest import Launched
 from tests.tuner.studies_for_tests import build
 from trainer import UserError
-from trainer.checkpoint import read_checkpoint
+from trainer.checkpoint import BEST, lock_folder, read_checkpoint
 from tuner import confirm, launch, promote
 from tuner.promotion.curve_check import CurveCheck
+from tuner.promotion.full_run import FullRun
 from tuner.promotion.projection import MeasuredSpeed, Projection
 from tuner.show.status import status
 from tuner.study.keys import report_once
-from tuner.study.record import StudyRecord, read_spec
+from tuner.study.record import CLAIM, StudyRecord, read_spec
 from tuner.study.tracked_run import Runtime
 
 
@@ -76,7 +77,7 @@ class Killed(BaseException):
     """The process ends here, and nothing after it runs."""
 
 
-@pytest.mark.parametrize("where", ["link_checkpoint.link_checkpoint", "full_run._open_curve", "promote.tracked_train"])
+@pytest.mark.parametrize("where", ["link_checkpoint.link_checkpoint", "full_curve._open", "promote.tracked_train"])
 def test_promotion_killed_before_its_first_step_restarts_with_its_lineage(
     study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -209,6 +210,47 @@ def test_finished_run_without_its_folder_is_repeated(study: optuna.Study, runtim
     shutil.rmtree(first.run_dir)
     again = promote(study, runtime=runtime)
     assert again.finished and again.metrics == first.metrics
+
+
+def test_fresh_run_without_its_folder_continues_from_the_trial(study: optuna.Study, runtime: Runtime) -> None:
+    shutil.rmtree(promote(study, fresh=True, runtime=runtime).run_dir)
+    promote(study, runtime=runtime)
+    (record,) = study.user_attrs["promotions"]
+    assert record["continued_from"] == str(StudyRecord.read(study).ranked[0].run_dir)
+
+
+def test_stopped_run_without_its_folder_leaves_nothing_to_the_next_one(study: optuna.Study, runtime: Runtime) -> None:
+    asked = itertools.count()
+    stopped = promote(study, steps=900, runtime=replace(runtime, stop=lambda: next(asked) > 30))
+    (curve,) = curves(study)
+    study._storage.set_trial_user_attr(curve._trial_id, "decline", {"step": 9, "reason": "it rose", "outcome": ""})
+    shutil.rmtree(stopped.run_dir)
+    result = promote(study, runtime=runtime)
+    (run,) = StudyRecord.read(study).full_runs
+    assert result.samples == 480 and (run.steps, run.decline) == (result.step, None)
+    assert len(curves(study)) == 2 and sorted(run.curve) == [40, 80, 120, 160, 320, 480]
+
+
+def test_second_process_changes_nothing_of_a_run_that_begins(study: optuna.Study, runtime: Runtime) -> None:
+    asked = itertools.count()
+    run_dir = promote(study, runtime=replace(runtime, stop=lambda: next(asked) > 3)).run_dir
+    before = StudyRecord.read(study).full_runs
+    with lock_folder(run_dir, CLAIM), pytest.raises(UserError, match="is in use by another process"):
+        promote(study, runtime=runtime, steps=900)
+    assert StudyRecord.read(study).full_runs == before
+
+
+def test_best_state_is_used_where_all_others_are_damaged(study: optuna.Study, runtime: Runtime) -> None:
+    asked = itertools.count()
+    run_dir = promote(study, runtime=replace(runtime, stop=lambda: next(asked) > 3)).run_dir
+    shutil.copy(run_dir / "latest.pth", run_dir / BEST)
+    for path in (*run_dir.glob("step_*.pth"), run_dir / "latest.pth"):
+        path.write_bytes(b"damaged")
+    assert promote(study, runtime=runtime).finished
+    for path in run_dir.glob("*.pth"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"all states in .* are damaged: rename that folder"):
+        promote(study, runtime=runtime)
 
 
 def test_damaged_trial_checkpoint_restarts_at_step_zero(
@@ -457,7 +499,7 @@ def test_longer_run_killed_while_its_curve_is_copied_keeps_the_whole_curve(
         return report_once(curve, value, step)
 
     with pytest.raises(Killed), monkeypatch.context() as patch:
-        patch.setattr("tuner.promotion.full_run.report_once", kill)
+        patch.setattr("tuner.promotion.full_curve.report_once", kill)
         promote(study, runtime=runtime, steps=2 * steps)
     (killed,) = StudyRecord.read(study).full_runs
     assert (killed.state, killed.steps) == ("finished", steps)
@@ -476,3 +518,22 @@ def test_other_run_root_does_not_take_over_a_full_run(study: optuna.Study, runti
     (run,) = StudyRecord.read(study).full_runs
     assert (run.run_dir, run.state) == (stopped.run_dir, "interrupted")
     assert promote(study, runtime=runtime).finished
+
+
+def test_decay_is_not_compared_with_the_trial(study: optuna.Study, runtime: Runtime) -> None:
+    """The trial's confirmation is three times as long, and claims values that no run has."""
+    best = StudyRecord.read(study).ranked[0]
+    claimed = {"run_dir": "elsewhere", "curve": {"320": 99.0, "480": 99.0}, "failed": ""}
+    study.set_user_attr(f"confirm-{best.number:05d}-seed-0", claimed)
+    promote(study, runtime=runtime, fresh=True)
+    (run,) = StudyRecord.read(study).full_runs
+    assert [deviation["samples"] for deviation in run.deviations] == [320]
+
+
+def test_step_is_stored_between_validations(study: optuna.Study, runtime: Runtime) -> None:
+    best = StudyRecord.read(study).ranked[0]
+    run = FullRun.find_or_begin(study, best, runtime.run_dir("toy", "full-trial-x"))
+    last = 480 // best.params["train.batch_size"] - 1
+    run.trackers()[-1].track({}, step=last, samples=0)
+    (record,) = StudyRecord.read(study).full_runs
+    assert (record.step, record.phase) == (last, "decay")

@@ -40,6 +40,8 @@ def test_launch_stores_a_recommendation_for_a_long_full_run_alone(tmp_path: Path
     assert record.recommendation is not None and record.best is not None
     assert record.recommendation["growth"] == pytest.approx(30**0.5)
     assert record.recommendation["best"] == record.best.number
+    # Without a new trial.
+    assert StudyRecord.read(run(tmp_path, runtime, samples=480)).recommendation is None
     (tmp_path / "short").mkdir()
     short = StudyRecord.read(run(tmp_path / "short", Runtime(tmp_path / "short/runs", track=False)))
     assert short.recommendation is None and short.recommended is short.best

@@ -130,3 +130,29 @@ def test_feasibility_is_one_where_nothing_failed_and_none_where_it_did() -> None
 def test_start_without_trials_is_refused() -> None:
     with pytest.raises(ValueError, match="n_startup_trials 0"):
         GaussianProcessSampler(n_startup_trials=0)
+
+
+@pytest.mark.parametrize("horizon", ["x", 0, [1]])
+def test_horizon_that_is_no_length_is_refused(horizon: Any) -> None:
+    with pytest.raises(ValueError, match=r"horizon .* must be a number above 0"):
+        GaussianProcessSampler(horizon=horizon)
+
+
+@pytest.mark.parametrize("baseline", BATCH_SIZES)
+def test_start_does_not_repeat_the_baseline(baseline: int) -> None:
+    study = optuna.create_study(sampler=GaussianProcessSampler(0, n_startup_trials=4))
+    study.enqueue_trial({"batch_size": baseline})
+    for _ in BATCH_SIZES:
+        trial = study.ask()
+        study.tell(trial, trial.suggest_categorical("batch_size", BATCH_SIZES))
+    assert {trial.params["batch_size"] for trial in study.trials} == {*BATCH_SIZES}
+
+
+def test_no_setting_is_proposed_twice() -> None:
+    study = optuna.create_study(sampler=GaussianProcessSampler(0))
+    for _ in range(8):
+        trial = study.ask()
+        value = trial.suggest_categorical("batch_size", BATCH_SIZES) / trial.suggest_int("width", 1, 2)
+        trial.report(value, 100)
+        study.tell(trial, value)
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 8

@@ -188,3 +188,32 @@ def test_horizon_is_half_of_a_run_that_decays(full: dict[str, Any], expected: fl
     spec = StudySpec.build({**values(), "full": full}, base_dir=tmp_path)
     assert spec.trial.unit == "samples" and spec.trial.budget == 160
     assert horizon(spec) == expected
+
+
+def test_largest_batch_size_stays_the_best_where_it_is() -> None:
+    """No trial tells of larger ones. The best d_coef of batch size 8 is another one."""
+    places = [(size, d_coef) for size in (8, 16, 32, 64) for d_coef in (0.2, 0.5, 2.0)]
+    trials = [
+        make_trial(
+            number,
+            {1000: 3 - 0.15 * math.log2(size) + 0.05 * math.log(d_coef / (0.5 if size > 16 else 2.0)) ** 2},
+            {BATCH_SIZE: size, "train.d_coef": d_coef},
+        )
+        for number, (size, d_coef) in enumerate([*places, (4, 10.0), (8, 10.0)])
+    ]
+    found = find_recommended(trials, HORIZON)
+    assert trials[found["trial"]].params == {BATCH_SIZE: 64, "train.d_coef": 0.5}
+    assert found["growth"] == pytest.approx(60**0.5)
+
+
+def test_smaller_batch_size_than_the_best_one_is_never_recommended() -> None:
+    places = [(16, 1.0), (8, 0.3), (4, 3.0), (16, 3.0), (4, 0.3), (16, 0.3)]
+    trials = [
+        make_trial(
+            number,
+            {1000: 3 + 0.2 * math.log2(size / 16) ** 2 + 0.3 * math.log(d_coef) ** 2},
+            {BATCH_SIZE: size, "train.d_coef": d_coef},
+        )
+        for number, (size, d_coef) in enumerate(places)
+    ]
+    assert trials[find_recommended(trials, HORIZON)["trial"]].params[BATCH_SIZE] >= 16

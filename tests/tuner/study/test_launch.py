@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from torch import nn
 
 from scripts.quickstart import rerun
 from tests.toy import Toy
@@ -24,7 +26,7 @@ from trainer.checkpoint import lock_folder, read_checkpoint
 from trainer.tracking import Trackers
 from tuner import launch
 from tuner.show.status import status
-from tuner.spec.study_toml import Choice
+from tuner.spec.study_toml import Choice, StudySpec
 from tuner.study import launch as launch_module
 from tuner.study.record import StudyRecord
 from tuner.study.samplers import build_pruner
@@ -215,7 +217,8 @@ def test_another_spec_under_the_same_name_is_refused(
     [
         ('[sampler]\nname = "tpee"', "known are gp, tpe, random, qmc"),
         ('[sampler]\nname = "tpe"\nn_startup = 3', r"\[sampler\] tpe"),
-        ('[sampler]\nname = "gp"\nn_startup_trials = 0', "n_startup_trials 0 must be at least 1"),
+        ('[sampler]\nname = "gp"\nn_startup_trials = 0', "n_startup_trials 0 must be a whole number of at least 1"),
+        ('[sampler]\nname = "gp"\nhorizon = "far"', "horizon 'far' must be a number above 0"),
         ('[sampler]\nname = "tpe"\nseed = 3', r"\[sampler\] seed 3: set study\.seed instead"),
         ('[pruner]\nname = "percentile"\npercentile = 300', r"\[pruner\] percentile"),
     ],
@@ -229,6 +232,62 @@ def test_unknown_sampler_or_pruner_is_refused(tmp_path: Path, url: str, section:
 def test_first_rung_of_a_pruner_is_the_first_point_of_the_grid(name: str) -> None:
     assert build_pruner(Choice(name=name), 200)._min_resource == 200
     assert build_pruner(Choice(name=name, min_resource=400), 200)._min_resource == 400
+
+
+class Broken(Toy):
+    def build_model(self) -> nn.Module:
+        if self.width < 0:
+            raise ValueError("a negative width")
+        return super().build_model()
+
+
+def test_study_without_a_value_takes_a_corrected_spec(runtime: Runtime, url: str) -> None:
+    def build_broken(width: int, **changes: Any) -> StudySpec:
+        workload = {"study.workload": f"{__name__}:Broken", "workload.width": width}
+        return build(**workload, **changes)
+
+    with pytest.raises(ValueError, match="a negative width"):
+        launch(build_broken(-1), storage=url, runtime=runtime, num_trials=1)
+    study = launch(build_broken(8, **{"workload.digest": "other"}), storage=url, runtime=runtime, num_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    with pytest.raises(UserError, match=r"workload\.width was 8 and is now 16"):
+        launch(build_broken(16, **{"workload.digest": "other"}), storage=url, runtime=runtime, num_trials=1)
+
+
+class Lists(Toy):
+    def val_data(self) -> Any:
+        data = super().val_data()
+        data.lengths = data.lengths.tolist()  # type: ignore[assignment]
+        return data
+
+
+class NoBatch(Toy):
+    def collate(self, samples: Any, pad_multiple: int = 1) -> Any:
+        return super().collate(samples, pad_multiple).inputs
+
+
+class Untrainable(Toy):
+    def build_model(self) -> nn.Module:
+        return super().build_model().requires_grad_(False)
+
+
+class Nothing(Toy):
+    def build_model(self) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("workload", "message"),
+    [
+        (Lists, r"Sequences\.lengths is a list: give a numpy array"),
+        (NoBatch, r"NoBatch\.collate returns a dict: return a trainer\.Batch"),
+        (Untrainable, "ToyModel has no parameter to train"),
+        (Nothing, r"Nothing\.build_model returns a NoneType: return the model"),
+    ],
+)
+def test_mistake_in_a_workload_is_one_line(runtime: Runtime, url: str, workload: type[Toy], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch(build(**{"study.workload": f"{__name__}:{workload.__name__}"}), storage=url, runtime=runtime)
 
 
 def test_only_the_best_trials_and_the_baseline_keep_their_checkpoints(runtime: Runtime, url: str) -> None:
@@ -293,3 +352,9 @@ def test_killed_launch_resumes(tmp_path: Path, runtime: Runtime, url: str, how: 
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
     assert read_checkpoint(run_dir / "latest.pth")["step"] > step
     assert "continuing from" in (run_dir / "train.log").read_text()
+
+
+def test_study_of_few_settings_ends_once_all_were_tried(runtime: Runtime, url: str) -> None:
+    study = launch(build(without="search.train.d_coef", **{"trial.num_trials": 9}), storage=url, runtime=runtime)
+    assert sorted(trial.params["train.batch_size"] for trial in study.trials) == [4, 8, 16]
+    assert study.user_attrs["ended"] == "all 3 settings of [search] were tried"

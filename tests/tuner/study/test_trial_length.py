@@ -50,6 +50,12 @@ def test_length_waits_for_d(d: list[float], attrs: dict[str, bool], phrase: str)
     assert phrase in str(judge([END] * 4, d, **attrs))
 
 
+def test_equal_values_have_no_order() -> None:
+    assert judge([[1.0] * 5] * 4) is None
+    length = judge([[1.0] * 5, END, END, END])
+    assert length is not None and length.settled == 80
+
+
 def test_few_trials_prove_nothing() -> None:
     assert judge([END[:4]] * 4) is None
 
