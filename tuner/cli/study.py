@@ -66,6 +66,7 @@ def launch(
     from tuner import Runtime, StudySpec, api, open_study
     from tuner.doctor.quick import report_checks, run_spec_checks
     from tuner.spec.overrides import parse_overrides
+    from tuner.study.record import StudyRecord
     from tuner.study.servers import hide_password
     from tuner.study.storage import storage_url
 
@@ -95,9 +96,11 @@ def launch(
             raise typer.Exit(STOPPED)
     at = f" --storage {hide_password(storage)}" if storage else ""
     root = f" --run-root {run_root}" if run_root != Path("runs") else ""
+    # Without a feasible trial there is nothing to promote.
+    promote = f" | tuner promote {name}{at}{root}" if StudyRecord.read(study).best else ""
     viewers = [f" | {kind.viewer(run_root)}" for kind in installed_trackers(study_spec.track.to if track else ())]
     console.print(
-        f"Next: tuner status {name}{at} | tuner dashboard{at} | tuner promote {name}{at}{root}{''.join(viewers)}",
+        f"Next: tuner status {name}{at} | tuner dashboard{at}{promote}{''.join(viewers)}",
         highlight=False,
         soft_wrap=True,
     )

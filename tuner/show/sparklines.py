@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.show.palette import SKY_BLUE
-from tuner.show.table import LAST, list_shown
+from tuner.show.table import LAST, list_shown, name_value
 from tuner.study.record import StudyRecord
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -87,7 +87,7 @@ def curves_table(
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column(f"{record.unit} {grid[0]:,} to {grid[-1]:,}" if grid else "curve", no_wrap=True)
-    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column(name_value(record), justify="right", no_wrap=True)
 
     def add(name: str, points: Sequence[int], curve: Mapping[int, float], style: str | None = None) -> None:
         values = resample(points, curve, width)

@@ -129,6 +129,8 @@ def status_parts(
     parts += map(Text, filter(None, (describe_recommendation(record), *describe_edges(record))))
     if record.ended:
         parts.append(Text(f"ended: {record.ended}"))
+    if record.confirmation is not None:
+        parts.append(Text(f"confirmed: {record.confirmation.verdict}"))
     for run in record.full_runs:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
         steps = "?" if run.steps is None else f"{run.steps:,}"

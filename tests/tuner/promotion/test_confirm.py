@@ -23,6 +23,7 @@ from tuner import confirm, launch, open_study, promote
 from tuner.cli import main
 from tuner.promotion.length import NO_REQUEST
 from tuner.promotion.promote import check_before_confirmation
+from tuner.show.status import status_parts
 from tuner.show.table import confirmation_table
 from tuner.study.confirmation import Confirmation, ConfirmationRequest, ConfirmedTrial
 from tuner.study.keys import confirmation_run_name, write_confirmation, write_study
@@ -148,6 +149,7 @@ def test_unfinished_confirmation_is_logged_and_a_finished_one_is_promoted(
 
     found = confirm(study, 1, runtime=runtime)
     assert StudyRecord.read(study).confirmation == found, "the storage's JSON gives back the same"
+    assert f"confirmed: {found.verdict}" in [str(part) for part in status_parts(StudyRecord.read(study))]
     result = promote(study, runtime=runtime)
     assert result.run_dir.name == f"full-trial-{found.winner.number:05d}"
     assert study.user_attrs["promotions"][0]["confirmation"]["verdict"] == found.verdict

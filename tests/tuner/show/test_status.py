@@ -84,6 +84,14 @@ def test_maximized_metric_has_its_front_too() -> None:
     assert read(study).pareto_front == {0, 1}
 
 
+def test_values_have_the_name_of_their_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    study = new_study(**{"study.metric": "val/accuracy"})
+    add_trial(study, [0.5] * 4, full_hours=10.0)
+    print_status(read(study))
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "better in both accuracy and" in shown and "loss" not in shown
+
+
 def test_hours_are_those_of_the_current_full_run(study: optuna.Study) -> None:
     """The full run has 480 samples; it was shorter, or in steps, when these trials ran."""
     add_trial(study, [4.05] * 4, full_hours=400.0, full_length={"samples": 160})
