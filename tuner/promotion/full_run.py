@@ -117,10 +117,8 @@ class FullRun:
                 "that it was started with, or remove that folder."
             )
         promotion = _find_promotion(record, run_dir, is_new)
-        origin = _stored_origin(promotion)
-        if is_new:
-            repeats = promotion if known or last is None else {}
-            origin = _choose_origin(record, spec, trial, run_dir, repeats, fresh)
+        begun = promotion if known or last is None else {}
+        origin = _choose_origin(record, spec, trial, run_dir, begun, fresh) if is_new else _stored_origin(promotion)
         if is_new and length.finish:
             raise UserError(f"--finish: trial {trial.number} has no full run to finish; leave it out to start one.")
         origin_step = origin.step or 0 if is_new and origin else 0
