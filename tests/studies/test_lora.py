@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,9 @@ def test_adapters_are_refused_where_they_do_not_belong(corpus: Path) -> None:
         plain.load_weights(plain.build_model(), latest)
     with pytest.raises(UserError, match="holds LoRA adapters alone"):
         plain.export_weights(read_checkpoint(latest)["model"], corpus / "x.pth")
+    other = Path(shutil.copy(latest, corpus / "other.pth"))
     with pytest.raises(UserError, match="holds LoRA adapters, and the product of two means"):
-        average_checkpoints([latest, latest], corpus / "mean.pth")
+        average_checkpoints([latest, other], corpus / "mean.pth")
 
 
 def test_mistakes_in_the_options_are_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def record(key: str, value: Any) -> Callable[[Path], None]:
         (
             None,
             ["it", "--to", "out.pth", "--checkpoint", "best_mel"],
-            "choose from best, best_token, latest, step_000000005",
+            "choose from best, best_token_model, latest, step_000000005",
         ),
         (None, ["it", "--to", "out.pth", "--checkpoint", "7"], "no checkpoint 7"),
         (None, ["it", "--to", "out.onnx"], "out.onnx: weights are written as pth or safetensors: name it so"),
