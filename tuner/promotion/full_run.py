@@ -43,8 +43,8 @@ from tuner.study.tracked_run import code_digest, code_version, link_aim, log_fil
 
 log = logging.getLogger(__name__)
 
-STEP_EVERY_S = 60.0
-"""Seconds between two steps that are stored: each is a write to the study."""
+STEP_EVERY_S, MAX_SHARE = 60.0, 0.01
+"""Seconds between two steps that are stored, and the share of the time that these writes may take."""
 
 
 class State(StrEnum):
@@ -225,13 +225,17 @@ class _Progress:
     """An `EventTracker` that stores a run's step between validations, and its latest decline, with its curve."""
 
     def __init__(self, curve: optuna.Trial) -> None:
-        self.curve, self._stored_at = curve, -math.inf
+        self.curve, self._next = curve, -math.inf
 
     def track(self, values: Mapping[str, float], *, step: int, samples: int) -> None:
-        if time.monotonic() - self._stored_at >= STEP_EVERY_S:
-            with _storage_errors_logged():
-                write_full_run(self.curve, step=step)
-            self._stored_at = time.monotonic()
+        started = time.monotonic()
+        if started < self._next:
+            return
+        with _storage_errors_logged():
+            write_full_run(self.curve, step=step)
+        ended = time.monotonic()
+        # While a server is away, each write waits for it.
+        self._next = ended + max(STEP_EVERY_S, (ended - started) / MAX_SHARE)
 
     def event(self, kind: str, text: str, *, step: int) -> None:
         record = FullRunRecord.read(self.curve)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -537,3 +538,23 @@ def test_step_is_stored_between_validations(study: optuna.Study, runtime: Runtim
     run.trackers()[-1].track({}, step=last, samples=0)
     (record,) = StudyRecord.read(study).full_runs
     assert (record.step, record.phase) == (last, "decay")
+
+
+def test_slow_storage_gets_no_further_step_soon(
+    study: optuna.Study, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = StudyRecord.read(study).ranked[0]
+    progress = FullRun.find_or_begin(study, best, runtime.run_dir("toy", "full-trial-x")).trackers()[-1]
+    now, written = 0.0, []
+
+    def write(*_: Any, step: int) -> None:
+        nonlocal now
+        written.append(step)
+        now += 60
+
+    monkeypatch.setattr("tuner.promotion.full_run.time.monotonic", lambda: now)
+    monkeypatch.setattr("tuner.promotion.full_run.write_full_run", write)
+    for step in range(200):
+        progress.track({}, step=step, samples=0)
+        now += 60
+    assert written == [0, 100]
